@@ -1,0 +1,98 @@
+# The request record, and the way an answer goes back to the thread that owns the connection.
+#
+# Ownership: a Request belongs to exactly one room at a time.
+#   door       allocated by routes.dispatch (or scheduler.submit), before it can be seen by anybody else
+#   queue      from enqueue until an instance takes it, or until cancel_request gives it back to the caller
+#   instance   from take until it is settled (answered or failed), each member on its own
+#   sink       from settle until the owner thread drains it; the drainer frees it with free_request
+# A request that was enqueued comes back exactly once: from cancel_request (returning True) or through its sink.
+
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from aiorch_server._core.wire cimport MAX_TENSORS, Slice
+
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *, void *)
+    int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_unlock(pthread_mutex_t *)
+    int pthread_mutex_destroy(pthread_mutex_t *)
+
+
+cdef enum RequestState:
+    REQUEST_NEW = 0         # with the door
+    REQUEST_QUEUED = 1      # in a queue; may be cancelled
+    REQUEST_RUNNING = 2     # in a batch; a cancel only marks it
+    REQUEST_SETTLED = 3     # answered or failed, in its sink
+
+
+cdef struct Request:
+    # the message: malloc'd, owned; all slices point into it
+    uint8_t *message
+    size_t message_size
+    Slice id
+    # tensors in the order of the model's inputs; data NULL where an optional input is absent
+    int n_inputs
+    Slice inputs[MAX_TENSORS]
+    uint32_t output_mask    # bit i: output i of the model is wanted
+    int64_t rows            # batch rows; 1 for a model without batch dimension
+    # time, CLOCK_MONOTONIC in ns; 0 means not yet, deadline_ns 0 means none
+    int64_t received_ns
+    int64_t enqueued_ns
+    int64_t taken_ns
+    int64_t deadline_ns     # the caller's own deadline (gRPC)
+    int64_t expires_ns      # the queue policy's time limit
+    # place in the queue: written by queue.pyx only
+    uint32_t level          # priority level, 1 is served first
+    int64_t urgency_ns      # order within the level
+    uint64_t sequence
+    Py_ssize_t heap_index
+    void *bucket
+    Request *older
+    Request *newer
+    void *scheduler         # SchedulerState of the queue it is in, holds one reference
+    RequestState state      # guarded by the scheduler's lock while QUEUED
+    bint cancelled          # set by cancel_request while RUNNING: the answer will be dropped by the door
+    # the answer: response is malloc'd with 5 leading bytes for the gRPC frame header (already written),
+    # response_size counts them. The drainer may steal the pointer by setting it to NULL.
+    uint8_t *response
+    size_t response_size
+    int status              # gRPC code; 0: response holds a ModelInferResponse
+    char *error             # malloc'd, NUL-terminated UTF-8; NULL if status is 0
+    # the way back
+    CompletionSink *sink    # holds one reference
+    void *owner             # whatever the door wants to find again; NULL once the door lost interest
+    Request *next           # link in batch, sink or free list
+
+
+# A list of settled requests of one owner thread, with one wake-up per batch: `wake_fd` is an eventfd that becomes
+# readable. Any thread puts, one thread drains. Counted references, so that a request in flight keeps it alive.
+cdef struct CompletionSink:
+    pthread_mutex_t lock
+    Request *head
+    Request *tail
+    int wake_fd             # owned: closed with the last reference
+    bint signalled
+    int references
+
+
+# A new sink with one reference for the caller, or NULL when memory or descriptors ran out.
+cdef CompletionSink *new_sink() noexcept nogil
+cdef void retain_sink(CompletionSink *sink) noexcept nogil
+cdef void release_sink(CompletionSink *sink) noexcept nogil
+# Takes over a chain of settled requests linked by `next`, all of this sink, and wakes the owner once.
+cdef void put_settled(CompletionSink *sink, Request *first, Request *last) noexcept nogil
+# Clears the eventfd and gives the chain of settled requests (NULL: none); the caller owns them now.
+cdef Request *drain_sink(CompletionSink *sink) noexcept nogil
+
+# A zeroed request holding a reference to `sink`; NULL when memory ran out. `message` stays the caller's until success.
+cdef Request *new_request(uint8_t *message, size_t size, CompletionSink *sink, void *owner) noexcept nogil
+# Frees the record with its message, response and error, and drops its references.
+cdef void free_request(Request *request) noexcept nogil
+# Sets status and a copy of the text; a request is failed or answered once, before put_settled.
+cdef void fail_request(Request *request, int status, const char *text) noexcept nogil
+
+cdef int64_t now_ns() noexcept nogil

@@ -1,0 +1,74 @@
+# The V2 wire format of ModelInfer, read and written without generated classes.
+#
+# Contract: pure functions on memory; no Python, no clock, no allocation but where said. Every length is checked
+# before it is used. All slices are views on the message that was scanned and live exactly as long as it does.
+# Field numbers: WIRE of the V2 service, see proto/aiorch/v2/inference.proto; encoding:
+# https://protobuf.dev/programming-guides/encoding/.
+
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+
+cdef enum:
+    MAX_TENSORS = 16        # inputs or outputs of one request on the compiled path; more go through Python
+    MAX_DIMS = 8
+
+
+cdef struct Slice:
+    const uint8_t *data
+    size_t size
+
+
+cdef struct TensorView:
+    Slice name
+    Slice datatype
+    int n_dims
+    int64_t dims[MAX_DIMS]
+    Slice data              # filled from raw_input_contents, in order
+
+
+cdef struct InferScan:
+    Slice model_name
+    Slice model_version
+    Slice id
+    int n_inputs
+    int n_raw
+    int n_outputs
+    bint is_plain           # False: well-formed, but holds something that only the Python plane carries
+    uint64_t priority       # 0: not given
+    int64_t timeout_us      # 0: not given
+    TensorView inputs[MAX_TENSORS]
+    Slice outputs[MAX_TENSORS]  # names of requested outputs
+
+
+cdef enum ScanResult:
+    SCAN_OK = 0
+    SCAN_MALFORMED = -1
+
+
+# Reads one serialized ModelInferRequest. `scan` is written from the start; on SCAN_MALFORMED its content is void.
+cdef ScanResult scan_request(const uint8_t *message, size_t size, InferScan *scan) noexcept nogil
+
+cdef inline bint slice_equals(const Slice *a, const Slice *b) noexcept nogil:
+    cdef size_t i
+    if a.size != b.size:
+        return False
+    for i in range(a.size):
+        if a.data[i] != b.data[i]:
+            return False
+    return True
+
+cdef inline size_t varint_size(uint64_t value) noexcept nogil:
+    cdef size_t n = 1
+    while value >= 0x80:
+        value >>= 7
+        n += 1
+    return n
+
+cdef inline uint8_t *put_varint(uint8_t *out, uint64_t value) noexcept nogil:
+    while value >= 0x80:
+        out[0] = <uint8_t> (value | 0x80)
+        out += 1
+        value >>= 7
+    out[0] = <uint8_t> value
+    return out + 1

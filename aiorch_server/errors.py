@@ -1,0 +1,159 @@
+"""Every error the server raises on purpose, sorted by whose move it is next.
+
+::
+
+    AiorchError
+    |- RequestError            the caller must change the request
+    |  |- UnsupportedRequest      the model or the server cannot do this at all
+    |  |- PayloadTooLarge         a message or an expansion passed its limit
+    |  |- RequestCancelled        the caller took the request back
+    |  `- AlreadyExists           the name is taken
+    |- NotFoundError           the caller must name something that exists
+    |  |- UnknownModel            no model of that name
+    |  `- UnknownVersion          the model is known, that version is not
+    |- CapacityError           the caller may try again later
+    |  |- QueueFull               the model's queue is at its bound
+    |  |- QueueTimeout            the queue policy's time ran out
+    |  |- DeadlineExpired         the caller's own deadline ran out
+    |  |- ModelNotReady           the version exists, but does not serve (yet)
+    |  `- ServerStopping          the server takes no new requests
+    |- BackendError            the model's owner must act
+    |  |- ModelLoadError          the artefact or its configuration does not load
+    |  `- ModelExecutionError     the model's code failed on a batch
+    `- InternalError           we must act: a fault of this server
+
+``code`` carries gRPC's number (https://grpc.io/docs/guides/status-codes/); doors translate it with one table each.
+No error here knows a web framework, and none is ever told apart by its text.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import ClassVar
+
+
+class Code(enum.IntEnum):
+    """gRPC status codes, by number."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class AiorchError(Exception):
+    """Root of all errors of this package; ``str(error)`` is the text a client sees."""
+
+    code: ClassVar[Code] = Code.UNKNOWN
+    retryable: ClassVar[bool] = False
+
+
+class RequestError(AiorchError):
+    """The request is wrong; sending it again unchanged cannot help."""
+
+    code = Code.INVALID_ARGUMENT
+
+
+class UnsupportedRequest(RequestError):
+    """The request is well formed, but this model or server does not do what it asks for."""
+
+    code = Code.UNIMPLEMENTED
+
+
+class PayloadTooLarge(RequestError):
+    """A message, or what it unpacks to, is larger than the configured limit."""
+
+    code = Code.RESOURCE_EXHAUSTED
+
+
+class RequestCancelled(RequestError):
+    """The caller cancelled the request or went away."""
+
+    code = Code.CANCELLED
+
+
+class AlreadyExists(RequestError):
+    """Something of that name is registered already."""
+
+    code = Code.ALREADY_EXISTS
+
+
+class NotFoundError(AiorchError):
+    """What the request names does not exist here."""
+
+    code = Code.NOT_FOUND
+
+
+class UnknownModel(NotFoundError):
+    """No model of that name; Triton answers INVALID_ARGUMENT here, and its clients rely on it."""
+
+    code = Code.INVALID_ARGUMENT
+
+
+class UnknownVersion(NotFoundError):
+    """The model is known, the version is not."""
+
+
+class CapacityError(AiorchError):
+    """The server cannot take the request now; a later attempt may succeed."""
+
+    code = Code.UNAVAILABLE
+    retryable = True
+
+
+class QueueFull(CapacityError):
+    """The model's queue holds as many requests as its configuration allows."""
+
+
+class QueueTimeout(CapacityError):
+    """The request waited longer than the model's queue policy allows."""
+
+
+class DeadlineExpired(CapacityError):
+    """The caller's deadline passed before an answer was ready."""
+
+    code = Code.DEADLINE_EXCEEDED
+    retryable = False
+
+
+class ModelNotReady(CapacityError):
+    """The model version exists but is loading, unloading or failed."""
+
+
+class ServerStopping(CapacityError):
+    """The server is draining and takes no new requests."""
+
+
+class BackendError(AiorchError):
+    """The model or its artefact is at fault."""
+
+    code = Code.INTERNAL
+
+
+class ModelLoadError(BackendError):
+    """An artefact or its configuration cannot be loaded; the text says what is wrong and where."""
+
+    code = Code.INVALID_ARGUMENT
+
+
+class ModelExecutionError(BackendError):
+    """The model's own code failed while it ran a batch."""
+
+
+class InternalError(AiorchError):
+    """A fault of this server, not of the request or the model."""
+
+    code = Code.INTERNAL

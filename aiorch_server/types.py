@@ -1,0 +1,257 @@
+"""Values that cross layers: datatypes, tensor specifications, neutral requests and responses."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Parameter = bool | int | float | str
+NumpyArray = npt.NDArray[np.generic]
+
+
+class DataType(enum.Enum):
+    """Tensor element types of the V2 protocol.
+
+    The value is the protocol's spelling. ``BF16`` travels through numpy as ``uint16`` bit patterns, because numpy
+    has no such type; ``BYTES`` as ``object`` arrays of ``bytes``.
+    Numbers: ``DataType`` of model_config.proto (BOOL 1 ... STRING 13, BF16 14).
+    """
+
+    BOOL = "BOOL"
+    UINT8 = "UINT8"
+    UINT16 = "UINT16"
+    UINT32 = "UINT32"
+    UINT64 = "UINT64"
+    INT8 = "INT8"
+    INT16 = "INT16"
+    INT32 = "INT32"
+    INT64 = "INT64"
+    FP16 = "FP16"
+    FP32 = "FP32"
+    FP64 = "FP64"
+    BYTES = "BYTES"
+    BF16 = "BF16"
+
+    @property
+    def number(self) -> int:
+        """The protobuf enum number in model_config.proto."""
+        return _NUMBERS[self]
+
+    @property
+    def config_name(self) -> str:
+        """The spelling in model configurations, for example ``TYPE_FP32`` or ``TYPE_STRING``."""
+        return "TYPE_STRING" if self is DataType.BYTES else f"TYPE_{self.value}"
+
+    @property
+    def numpy(self) -> np.dtype[np.generic]:
+        """The numpy dtype that carries this type in memory."""
+        return _NUMPY[self]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element on the wire; 0 for BYTES, whose elements have their own lengths."""
+        return 0 if self is DataType.BYTES else _NUMPY[self].itemsize
+
+    @classmethod
+    def from_config_name(cls, name: str) -> DataType:
+        """The type for a configuration spelling such as ``TYPE_FP32``; KeyError if there is none."""
+        return _BY_CONFIG_NAME[name]
+
+    @classmethod
+    def from_numpy(cls, dtype: npt.DTypeLike) -> DataType:
+        """The type that carries ``dtype``; strings and objects are BYTES. TypeError if there is none."""
+        resolved = np.dtype(dtype)
+        if resolved.kind in "OSU":
+            return cls.BYTES
+        try:
+            return _BY_NUMPY[resolved.newbyteorder("=")]
+        except KeyError:
+            raise TypeError(f"numpy dtype '{resolved}' has no datatype in the V2 protocol") from None
+
+
+_NUMBERS = {member: number for number, member in enumerate(DataType, start=1)}
+_NUMPY: dict[DataType, np.dtype[np.generic]] = {
+    DataType.BOOL: np.dtype(np.bool_),
+    DataType.UINT8: np.dtype(np.uint8),
+    DataType.UINT16: np.dtype(np.uint16),
+    DataType.UINT32: np.dtype(np.uint32),
+    DataType.UINT64: np.dtype(np.uint64),
+    DataType.INT8: np.dtype(np.int8),
+    DataType.INT16: np.dtype(np.int16),
+    DataType.INT32: np.dtype(np.int32),
+    DataType.INT64: np.dtype(np.int64),
+    DataType.FP16: np.dtype(np.float16),
+    DataType.FP32: np.dtype(np.float32),
+    DataType.FP64: np.dtype(np.float64),
+    DataType.BYTES: np.dtype(np.object_),
+    DataType.BF16: np.dtype(np.uint16),
+}
+_BY_CONFIG_NAME = {member.config_name: member for member in DataType}
+_BY_NUMPY = {dtype: member for member, dtype in _NUMPY.items() if member is not DataType.BF16}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output of a model.
+
+    ``shape`` leaves out the batch dimension of a batching model; -1 stands for any size. ``optional`` is for inputs.
+    """
+
+    name: str
+    datatype: DataType
+    shape: tuple[int, ...]
+    optional: bool = False
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSignature:
+    """What a loaded model version takes and gives.
+
+    ``max_batch_size`` 0 means that the model has no batch dimension: each request is run alone, shapes are whole.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A named tensor as raw little-endian row-major bytes (V2's raw form; BYTES elements carry 4-byte LE lengths).
+
+    ``data`` is None where a request names a tensor without bringing its bytes. The holder keeps ``data`` alive.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview | None
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedOutput:
+    """An output that the caller asks for, with its parameters (for example ``classification``)."""
+
+    name: str
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceRequest:
+    """A request as any door hands it to the data plane. ``outputs`` empty means all outputs."""
+
+    model_name: str
+    model_version: str
+    inputs: Sequence[Tensor]
+    outputs: Sequence[RequestedOutput] = ()
+    id: str = ""
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceResponse:
+    """An answer as the data plane hands it to any door; every output carries its bytes."""
+
+    model_name: str
+    model_version: str
+    outputs: Sequence[Tensor]
+    id: str = ""
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+class ModelState(enum.Enum):
+    """States of a model version as RepositoryIndex spells them."""
+
+    UNKNOWN = "UNKNOWN"
+    READY = "READY"
+    UNAVAILABLE = "UNAVAILABLE"
+    LOADING = "LOADING"
+    UNLOADING = "UNLOADING"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIndexEntry:
+    """One row of RepositoryIndex; ``version`` is empty for a model of which no version was ever loaded."""
+
+    name: str
+    version: str
+    state: ModelState
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerMetadata:
+    """Answer of ServerMetadata; ``extensions`` lists exactly the protocol extensions that work."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMetadata:
+    """A tensor as ModelMetadata shows it: ``shape`` is whole, -1 first where the model batches."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetadata:
+    """Answer of ModelMetadata; ``versions`` are those that are ready."""
+
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: tuple[TensorMetadata, ...]
+    outputs: tuple[TensorMetadata, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """How often something happened and how long it took in all, in nanoseconds."""
+
+    count: int = 0
+    ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStatistics:
+    """Executions of one batch size (rows): compute phases counted per execution."""
+
+    batch_size: int
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatistics:
+    """Counts since load of one model version, as the statistics extension of the V2 protocol defines them.
+
+    ``inference_count`` counts rows, ``success.count`` requests, ``execution_count`` batches; ``last_inference_ms`` is
+    milliseconds since the epoch, 0 for never. ``failures`` splits ``fail.count`` by reason: REJECTED, CANCELED,
+    BACKEND, OTHER. ``pending`` is the number of requests queued now.
+    """
+
+    name: str
+    version: str
+    last_inference_ms: int = 0
+    inference_count: int = 0
+    execution_count: int = 0
+    success: Duration = Duration()
+    fail: Duration = Duration()
+    queue: Duration = Duration()
+    compute_input: Duration = Duration()
+    compute_infer: Duration = Duration()
+    compute_output: Duration = Duration()
+    batches: tuple[BatchStatistics, ...] = ()
+    failures: Mapping[str, int] = field(default_factory=dict)
+    pending: int = 0

@@ -1,0 +1,1 @@
+"""Framework executors of AIOrchestrator, one folder each."""

@@ -1,0 +1,83 @@
+"""Extensions, compiler directives, the package map and two switches; all metadata is in pyproject.toml.
+
+``AIORCH_DEBUG=1`` turns on invariant checks and annotated HTML, ``AIORCH_SANITIZE=1`` builds with ASan and UBSan.
+Without libnghttp2 (>= 1.52, found by pkg-config) the HTTP/2 modules are left out; the server then offers only its
+``--transport grpcio`` door and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+CORE = Path("aiorch_server/_core")
+NEEDS_NGHTTP2 = {"h2", "aio"}
+DEBUG = os.environ.get("AIORCH_DEBUG", "") not in ("", "0")
+SANITIZE = os.environ.get("AIORCH_SANITIZE", "") not in ("", "0")
+
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": DEBUG,
+    "wraparound": False,
+    "initializedcheck": DEBUG,
+    "cdivision": True,
+    "embedsignature": True,
+    "warn.unused": True,
+    "freethreading_compatible": False,
+}
+
+
+def find_nghttp2() -> tuple[list[str], list[str]] | None:
+    """Compiler and linker arguments for libnghttp2, or None when it is not there."""
+    try:
+        output = subprocess.run(
+            ["pkg-config", "--cflags", "--libs", "libnghttp2 >= 1.52"], check=True, capture_output=True, text=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    words = shlex.split(output)
+    return [w for w in words if w.startswith("-I")], [w for w in words if not w.startswith("-I")]
+
+
+def list_extensions() -> list[Extension]:
+    """One extension per module of the core; those over libnghttp2 only where it was found."""
+    nghttp2 = find_nghttp2()
+    if nghttp2 is None:
+        print("aiorch: libnghttp2 not found, building without the native gRPC door", file=sys.stderr)
+    compile_args = ["-O1", "-g"] if SANITIZE else ["-O2", "-g1"]
+    compile_args += ["-std=gnu11", "-Wno-unused-function", "-fvisibility=hidden"]
+    link_args: list[str] = []
+    if SANITIZE:
+        compile_args += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+        link_args += ["-fsanitize=address,undefined"]
+    extensions = []
+    for source in sorted(CORE.glob("*.pyx")):
+        extra_compile, extra_link = list(compile_args), list(link_args)
+        if source.stem in NEEDS_NGHTTP2:
+            if nghttp2 is None:
+                continue
+            extra_compile += nghttp2[0]
+            extra_link += nghttp2[1]
+        extensions.append(
+            Extension(
+                f"aiorch_server._core.{source.stem}",
+                [str(source)],
+                extra_compile_args=extra_compile,
+                extra_link_args=extra_link,
+                define_macros=[("AIORCH_DEBUG", "1" if DEBUG else "0")],
+            )
+        )
+    return extensions
+
+
+setup(
+    ext_modules=cythonize(
+        list_extensions(), compiler_directives=DIRECTIVES, annotate=DEBUG, nthreads=os.cpu_count() or 1
+    ),
+)
