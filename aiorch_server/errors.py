@@ -7,7 +7,9 @@
     |  |- UnsupportedRequest      the model or the server cannot do this at all
     |  |- PayloadTooLarge         a message or an expansion passed its limit
     |  |- RequestCancelled        the caller took the request back
-    |  `- AlreadyExists           the name is taken
+    |  |- LoadNotAllowed          the server's control mode leaves loading to the repository
+    |  |- AlreadyExists           the name is taken
+    |  `- InvalidSettings         the server was started with settings that are wrong
     |- NotFoundError           the caller must name something that exists
     |  |- UnknownModel            no model of that name
     |  `- UnknownVersion          the model is known, that version is not
@@ -85,10 +87,20 @@ class RequestCancelled(RequestError):
     code = Code.CANCELLED
 
 
+class LoadNotAllowed(RequestError):
+    """Models are not loaded or unloaded by request in this control mode; Triton answers UNAVAILABLE."""
+
+    code = Code.UNAVAILABLE
+
+
 class AlreadyExists(RequestError):
     """Something of that name is registered already."""
 
     code = Code.ALREADY_EXISTS
+
+
+class InvalidSettings(RequestError):
+    """Settings the server was started with are wrong; the text names each one and where it came from."""
 
 
 class NotFoundError(AiorchError):
@@ -157,3 +169,21 @@ class InternalError(AiorchError):
     """A fault of this server, not of the request or the model."""
 
     code = Code.INTERNAL
+
+
+_BY_CODE: dict[Code, type[AiorchError]] = {
+    Code.INVALID_ARGUMENT: RequestError,
+    Code.UNIMPLEMENTED: UnsupportedRequest,
+    Code.CANCELLED: RequestCancelled,
+    Code.ALREADY_EXISTS: AlreadyExists,
+    Code.NOT_FOUND: NotFoundError,
+    Code.RESOURCE_EXHAUSTED: PayloadTooLarge,
+    Code.UNAVAILABLE: CapacityError,
+    Code.DEADLINE_EXCEEDED: DeadlineExpired,
+    Code.INTERNAL: ModelExecutionError,
+}
+
+
+def error_from_code(code: int, text: str) -> AiorchError:
+    """The error that stands for a numeric gRPC code which came back from the compiled path."""
+    return _BY_CODE.get(Code(code), AiorchError)(text)

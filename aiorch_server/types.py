@@ -255,3 +255,39 @@ class ModelStatistics:
     batches: tuple[BatchStatistics, ...] = ()
     failures: Mapping[str, int] = field(default_factory=dict)
     pending: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseHistogram:
+    """A histogram that can be added up over machines: ``counts[i]`` values lie below ``bounds_s[i]`` and not below the
+    bound before; the last count, for which there is no bound, holds the rest. Seconds.
+    """
+
+    bounds_s: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerCounters:
+    """Everything one scheduler has counted since it was made; durations are sums in nanoseconds.
+
+    A request that succeeded adds to ``success`` and to each phase; phases count requests, ``batch_sizes`` executions
+    by their number of rows. ``queue`` includes the time that a free instance waited for company (``batch_wait``).
+    ``phases`` has the keys queue, batch_wait, compute_input, infer, compute_output, total.
+    """
+
+    rows: int
+    executions: int
+    success: Duration
+    fail: Duration
+    failures: Mapping[str, int]
+    queue: Duration
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
+    batch_sizes: tuple[BatchStatistics, ...]
+    last_inference_ms: int
+    pending: int
+    in_flight: int
+    phases: Mapping[str, PhaseHistogram]

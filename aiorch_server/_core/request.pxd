@@ -10,7 +10,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from aiorch_server._core.wire cimport MAX_TENSORS, Slice
+from aiorch_server._core.wire cimport Slice
 
 
 cdef extern from "<pthread.h>" nogil:
@@ -34,10 +34,12 @@ cdef struct Request:
     uint8_t *message
     size_t message_size
     Slice id
-    # tensors in the order of the model's inputs; data NULL where an optional input is absent
+    # tensors in the order of the model's inputs, and the sizes of their dimensions (see spec.bind_request);
+    # both arrays lie behind the record in the same allocation
     int n_inputs
-    Slice inputs[MAX_TENSORS]
-    uint32_t output_mask    # bit i: output i of the model is wanted
+    Slice *inputs           # data NULL where an optional input is absent
+    int64_t *shape_key
+    uint64_t output_mask    # bit i: output i of the model is wanted
     int64_t rows            # batch rows; 1 for a model without batch dimension
     # time, CLOCK_MONOTONIC in ns; 0 means not yet, deadline_ns 0 means none
     int64_t received_ns
@@ -53,7 +55,8 @@ cdef struct Request:
     void *bucket
     Request *older
     Request *newer
-    void *scheduler         # SchedulerState of the queue it is in, holds one reference
+    void *scheduler         # SchedulerState that took it, from enqueue until free_request: it holds a reference,
+    void (*drop_scheduler)(void *scheduler) noexcept nogil      # ... which this gives back
     RequestState state      # guarded by the scheduler's lock while QUEUED
     bint cancelled          # set by cancel_request while RUNNING: the answer will be dropped by the door
     # the answer: response is malloc'd with 5 leading bytes for the gRPC frame header (already written),
@@ -88,11 +91,15 @@ cdef void put_settled(CompletionSink *sink, Request *first, Request *last) noexc
 # Clears the eventfd and gives the chain of settled requests (NULL: none); the caller owns them now.
 cdef Request *drain_sink(CompletionSink *sink) noexcept nogil
 
-# A zeroed request holding a reference to `sink`; NULL when memory ran out. `message` stays the caller's until success.
-cdef Request *new_request(uint8_t *message, size_t size, CompletionSink *sink, void *owner) noexcept nogil
+# A zeroed request with room for `n_inputs` tensors and a shape key of `n_key` numbers, holding a reference to `sink`
+# (NULL in simulations); NULL when memory ran out. `message` stays the caller's until success.
+cdef Request *new_request(uint8_t *message, size_t size, int n_inputs, int n_key, CompletionSink *sink,
+                          void *owner) noexcept nogil
 # Frees the record with its message, response and error, and drops its references.
 cdef void free_request(Request *request) noexcept nogil
 # Sets status and a copy of the text; a request is failed or answered once, before put_settled.
 cdef void fail_request(Request *request, int status, const char *text) noexcept nogil
+# The same with Triton's prefix `[request id: X] `, for what is refused before a model saw it.
+cdef void refuse_request(Request *request, int status, const char *text) noexcept nogil
 
 cdef int64_t now_ns() noexcept nogil

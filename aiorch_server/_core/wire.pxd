@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 
 cdef enum:
-    MAX_TENSORS = 16        # inputs or outputs of one request on the compiled path; more go through Python
+    MAX_TENSORS = 64        # inputs or outputs of one model; a bound of the scanner's memory
     MAX_DIMS = 8
 
 
@@ -39,6 +39,7 @@ cdef struct InferScan:
     int64_t timeout_us      # 0: not given
     TensorView inputs[MAX_TENSORS]
     Slice outputs[MAX_TENSORS]  # names of requested outputs
+    Slice raw[MAX_TENSORS]  # raw_input_contents as they came
 
 
 cdef enum ScanResult:
@@ -48,6 +49,24 @@ cdef enum ScanResult:
 
 # Reads one serialized ModelInferRequest. `scan` is written from the start; on SCAN_MALFORMED its content is void.
 cdef ScanResult scan_request(const uint8_t *message, size_t size, InferScan *scan) noexcept nogil
+
+# One output of a response. `head` holds the encoded name and datatype fields, which never change for a model.
+cdef struct OutputView:
+    Slice head
+    int n_dims
+    int64_t dims[MAX_DIMS]
+    Slice data
+
+
+# Size of a ModelInferResponse; `head` holds the encoded model_name and model_version fields.
+cdef size_t response_size(const Slice *head, const Slice *id, const OutputView *outputs, int n) noexcept nogil
+# Writes exactly response_size(...) bytes at `out`.
+cdef void write_response(uint8_t *out, const Slice *head, const Slice *id, const OutputView *outputs,
+                         int n) noexcept nogil
+# True if `data` holds exactly `count` BYTES elements, each with its 4-byte little-endian length.
+cdef bint check_bytes_elements(const uint8_t *data, size_t size, int64_t count) noexcept nogil
+
+cdef bytes encode_field(uint8_t tag, object content)
 
 cdef inline bint slice_equals(const Slice *a, const Slice *b) noexcept nogil:
     cdef size_t i

@@ -1,0 +1,40 @@
+# A batch in an instance's hands: gather the members' tensors, scatter the outputs, settle each member on its own.
+
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t
+
+from aiorch_server._core.request cimport Request
+from aiorch_server._core.scheduler cimport Scheduler, SchedulerState
+from aiorch_server._core.wire cimport OutputView
+
+
+cdef class Staging:
+    # Memory of one input that is reused from batch to batch and grows to the largest.
+    cdef object _memory         # uint8 array that owns the bytes
+    cdef uint8_t *_data
+    cdef size_t _capacity
+    cdef object _view           # the last typed view, and what it was made for
+    cdef tuple _view_shape
+
+    cdef object shaped(self, tuple shape, object dtype, size_t size)
+
+
+cdef class Batch:
+    # Owned: `_members` between take and settle. Each entry is a RUNNING request, or NULL once it was answered or failed.
+    cdef Scheduler _scheduler
+    cdef SchedulerState *_state     # holds one reference
+    cdef Request **_members
+    cdef int _capacity
+    cdef int _n
+    cdef int _first, _last          # the selected members: [first, last)
+    cdef int64_t _rows              # of the selected members
+    cdef int64_t _free_since_ns, _gather_ns, _run_ns    # doorways: began to wait, began to gather, began to run
+    cdef list _staging
+
+    cdef int64_t count_rows(self) noexcept nogil
+    cdef tuple shape_of(self, int index)
+    cdef object fail_rest(self)
+    cdef object gather_plain(self, int index)
+    cdef object gather_bytes(self, int index)
+    cdef int encode_member(self, Request *request, OutputView *views, int n) noexcept nogil
+    cdef void deliver(self, bint is_success, int64_t run_ended_ns) noexcept nogil

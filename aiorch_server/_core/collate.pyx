@@ -1,0 +1,459 @@
+"""Gather, scatter and settle: the batch between a scheduler and a backend."""
+
+from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy
+
+from aiorch_server._core.histogram cimport record
+from aiorch_server._core.request cimport fail_request, now_ns, pthread_mutex_lock, pthread_mutex_unlock
+from aiorch_server._core.scheduler cimport (
+    FAILURE_BACKEND,
+    FAILURE_CANCELED,
+    PHASE_BATCH_WAIT,
+    PHASE_COMPUTE_INPUT,
+    PHASE_COMPUTE_OUTPUT,
+    PHASE_INFER,
+    PHASE_QUEUE,
+    PHASE_TOTAL,
+    Counters,
+    count_failure,
+    release_scheduler,
+    retain_scheduler,
+    settle_chain,
+    take_batch,
+)
+from aiorch_server._core.spec cimport SpecState, TensorLayout
+from aiorch_server._core.wire cimport MAX_DIMS, MAX_TENSORS, Slice, response_size, write_response
+
+import numpy as np
+
+from aiorch_server.errors import ModelExecutionError
+
+cdef int CANCELLED = 1
+cdef int RESOURCE_EXHAUSTED = 8
+cdef int INTERNAL = 13
+
+
+cdef void settle_failed(SchedulerState *state, Request *chain) noexcept nogil:
+    """Fails a whole chain for lack of memory."""
+    cdef Request *request = chain
+    while request != NULL:
+        fail_request(request, RESOURCE_EXHAUSTED, b"out of memory")
+        count_failure(state, request, FAILURE_BACKEND, now_ns())
+        request = request.next
+    settle_chain(state, chain)
+
+
+cdef class Staging:
+    """Reused memory for one input."""
+
+    cdef object shaped(self, tuple shape, object dtype, size_t size):
+        """An array over the staging memory, 64-byte aligned; valid until the next call."""
+        cdef Py_buffer buffer
+        if size > self._capacity or self._memory is None:
+            # never shrinks below what was once needed: batches of one model have one order of magnitude
+            self._memory = np.empty(max(size, 2 * self._capacity) + 64, np.uint8)
+            PyObject_GetBuffer(self._memory, &buffer, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)
+            self._data = <uint8_t *> ((<size_t> buffer.buf + 63) & ~<size_t> 63)
+            self._capacity = <size_t> buffer.len - 64
+            offset = self._data - <uint8_t *> buffer.buf
+            PyBuffer_Release(&buffer)
+            self._memory = self._memory[offset:offset + self._capacity]
+            self._view = None
+        if self._view is None or self._view_shape != shape:
+            self._view = self._memory[:size].view(dtype).reshape(shape)
+            self._view_shape = shape
+        return self._view
+
+
+cdef class Batch:
+    """What ``Scheduler.take`` fills: one per instance, reused; not for two threads at once.
+
+    Between ``take`` and the next ``take`` each member is settled exactly once, by ``settle`` or ``fail``. What is left
+    unsettled is failed with INTERNAL, so that nobody waits for ever.
+    """
+
+    def __cinit__(self, Scheduler scheduler not None):
+        self._scheduler = scheduler
+        self._state = scheduler.state
+        retain_scheduler(self._state)
+        self._staging = [Staging() for _ in range(self._state.spec.n_inputs)]
+
+    def __dealloc__(self):
+        if self._state != NULL:
+            self.fail_rest()
+            release_scheduler(self._state)
+        free(self._members)
+
+    @property
+    def members(self):
+        """Number of selected requests."""
+        return self._last - self._first
+
+    @property
+    def rows(self):
+        """Number of selected rows: the first dimension of gathered inputs of a batching model."""
+        return self._rows
+
+    cdef int64_t count_rows(self) noexcept nogil:
+        cdef int64_t rows = 0
+        for i in range(self._first, self._last):
+            if self._members[i] != NULL:
+                rows += self._members[i].rows
+        return rows
+
+    def _fill(self, Scheduler scheduler not None):
+        """The body of ``Scheduler.take``."""
+        cdef Request *request
+        cdef Request **grown
+        cdef int members = 0
+        cdef int64_t rows = 0
+        if scheduler is not self._scheduler:
+            raise ValueError("a batch belongs to the scheduler it was made for")
+        self.fail_rest()
+        self._n = self._first = self._last = 0
+        with nogil:
+            request = take_batch(self._state, &members, &rows, &self._free_since_ns)
+        if request == NULL:
+            return False
+        if members > self._capacity:
+            grown = <Request **> realloc(self._members, <size_t> members * sizeof(Request *))
+            if grown == NULL:
+                settle_failed(self._state, request)
+                raise MemoryError
+            self._members = grown
+            self._capacity = members
+        while request != NULL:
+            self._members[self._n] = request
+            self._n += 1
+            request = request.next
+        self._last = self._n
+        self._rows = rows
+        return True
+
+    def select(self, index=None):
+        """Narrows the batch to the member at ``index``, or widens it to all again."""
+        if index is None:
+            self._first, self._last = 0, self._n
+        else:
+            if not 0 <= index < self._n:
+                raise IndexError(f"member {index} of a batch of {self._n}")
+            self._first, self._last = index, index + 1
+        self._rows = self.count_rows()
+
+    def is_settled(self, int index):
+        """True if the member at ``index`` has its answer or error already."""
+        return self._members[index] == NULL
+
+    def gather(self):
+        """The inputs of the selected members by name: rows of all members one after the other, in order.
+
+        Arrays are valid until the next ``gather`` or ``take``. Optional inputs that the members leave out are missing.
+        """
+        cdef const SpecState *spec = self._state.spec
+        cdef const TensorLayout *layout
+        cdef Request *any_member = NULL
+        self._gather_ns = now_ns()
+        for i in range(self._first, self._last):
+            if self._members[i] != NULL:
+                any_member = self._members[i]
+                break
+        inputs = {}
+        for index in range(spec.n_inputs if any_member != NULL else 0):
+            if any_member.inputs[index].data == NULL:
+                continue    # one shape key, so none of the members has it
+            layout = &spec.inputs[index]
+            name = self._scheduler.spec.signature.inputs[index].name
+            inputs[name] = self.gather_bytes(index) if layout.itemsize == 0 else self.gather_plain(index)
+        self._run_ns = now_ns()
+        return inputs
+
+    cdef tuple shape_of(self, int index):
+        cdef const SpecState *spec = self._state.spec
+        cdef const TensorLayout *layout = &spec.inputs[index]
+        cdef int at = self._first
+        while self._members[at] == NULL:
+            at += 1
+        cdef const int64_t *dims = self._members[at].shape_key + layout.key_at
+        shape = [dims[i] for i in range(layout.n_dims)]
+        if spec.max_batch_size > 0:
+            shape.insert(0, self._rows)
+        return tuple(shape)
+
+    cdef object gather_plain(self, int index):
+        cdef Staging staging = <Staging> self._staging[index]
+        cdef uint8_t *out
+        cdef size_t size = 0
+        for i in range(self._first, self._last):
+            if self._members[i] != NULL:
+                size += self._members[i].inputs[index].size
+        dtype = self._scheduler.spec.signature.inputs[index].datatype.numpy
+        array = staging.shaped(self.shape_of(index), dtype, size)
+        with nogil:
+            out = staging._data
+            for i in range(self._first, self._last):
+                if self._members[i] != NULL:
+                    memcpy(out, self._members[i].inputs[index].data, self._members[i].inputs[index].size)
+                    out += self._members[i].inputs[index].size
+        return array
+
+    cdef object gather_bytes(self, int index):
+        cdef const uint8_t *at
+        cdef const uint8_t *end
+        cdef size_t length
+        cdef list elements = []
+        for i in range(self._first, self._last):
+            if self._members[i] == NULL:
+                continue
+            at = self._members[i].inputs[index].data
+            end = at + self._members[i].inputs[index].size
+            while at < end:     # lengths were checked when the request was bound
+                length = at[0] | <size_t> at[1] << 8 | <size_t> at[2] << 16 | <size_t> at[3] << 24
+                elements.append(PyBytes_FromStringAndSize(<const char *> at + 4, <Py_ssize_t> length))
+                at += 4 + length
+        array = np.empty(len(elements), dtype=np.object_)
+        array[:] = elements
+        return array.reshape(self.shape_of(index))
+
+    def settle(self, outputs not None):
+        """Answers the selected members with their rows of ``outputs``.
+
+        ``outputs`` maps every output's name to an array of the signature's dtype; for a batching model the first
+        dimension is the number of rows. Raises ModelExecutionError, with nobody settled, where it is not so.
+        """
+        cdef const SpecState *spec = self._state.spec
+        cdef Encoder encoder = Encoder(self, spec.n_outputs)
+        cdef int64_t run_ended_ns = now_ns()
+        for index, tensor in enumerate(self._scheduler.spec.signature.outputs):
+            try:
+                array = outputs[tensor.name]
+            except KeyError:
+                raise ModelExecutionError(
+                    f"the model gave no output '{tensor.name}'; it gave {sorted(outputs)}") from None
+            encoder.add(index, tensor, array)
+        with nogil:
+            encoder.encode()
+            self.deliver(True, run_ended_ns)
+
+    def fail(self, int code, str text not None):
+        """Fails the selected members that are not settled yet with a gRPC code and a text for the client."""
+        cdef bytes words = text.encode()
+        cdef const char *message = words
+        cdef int64_t now = now_ns()
+        with nogil:
+            for i in range(self._first, self._last):
+                if self._members[i] != NULL:
+                    fail_request(self._members[i], code or INTERNAL, message)
+            self.deliver(False, now)
+
+    cdef object fail_rest(self):
+        if self._n:
+            self._first, self._last = 0, self._n
+            for i in range(self._n):
+                if self._members[i] != NULL:
+                    self.fail(INTERNAL, "the executor left this request unanswered")
+                    break
+            self._n = self._first = self._last = 0
+
+    cdef int encode_member(self, Request *request, OutputView *views, int n) noexcept nogil:
+        """Writes the answer with its 5-byte gRPC frame header; -1 when memory ran out."""
+        cdef size_t size = response_size(&self._state.spec.response_head, &request.id, views, n)
+        cdef uint8_t *out
+        if size > <size_t> 0xFFFFFFFFULL:
+            return -1
+        out = <uint8_t *> malloc(size + 5)
+        if out == NULL:
+            return -1
+        out[0] = 0      # not compressed; then the length, big-endian
+        out[1] = <uint8_t> (size >> 24)
+        out[2] = <uint8_t> (size >> 16)
+        out[3] = <uint8_t> (size >> 8)
+        out[4] = <uint8_t> size
+        write_response(out + 5, &self._state.spec.response_head, &request.id, views, n)
+        request.response = out
+        request.response_size = size + 5
+        return 0
+
+    cdef void deliver(self, bint is_success, int64_t run_ended_ns) noexcept nogil:
+        """Counts the selected members and hands them to their sinks; their places become NULL."""
+        cdef Request *chain = NULL
+        cdef Request *last = NULL
+        cdef Request *request
+        cdef Counters *counters = &self._state.counters
+        cdef int64_t now = now_ns()
+        cdef int64_t free_at, size
+        cdef int64_t input_ns = self._run_ns - self._gather_ns
+        cdef int64_t infer_ns = run_ended_ns - self._run_ns
+        cdef int64_t output_ns = now - run_ended_ns
+        cdef int64_t answered_rows = 0
+        for i in range(self._first, self._last):
+            request = self._members[i]
+            if request == NULL:
+                continue
+            self._members[i] = NULL
+            if request.cancelled:
+                count_failure(self._state, request, FAILURE_CANCELED, now)
+            elif request.status:
+                count_failure(self._state, request, FAILURE_BACKEND, now)
+            request.next = NULL
+            if last == NULL:
+                chain = request
+            else:
+                last.next = request
+            last = request
+        if is_success and chain != NULL:
+            pthread_mutex_lock(&self._state.stats_lock)
+            request = chain
+            while request != NULL:
+                if not request.cancelled and not request.status:
+                    free_at = min(max(self._free_since_ns, request.enqueued_ns), request.taken_ns)
+                    record(&counters.phases[<int> PHASE_QUEUE], free_at - request.enqueued_ns)
+                    record(&counters.phases[<int> PHASE_BATCH_WAIT], request.taken_ns - free_at)
+                    record(&counters.phases[<int> PHASE_COMPUTE_INPUT], input_ns)
+                    record(&counters.phases[<int> PHASE_INFER], infer_ns)
+                    record(&counters.phases[<int> PHASE_COMPUTE_OUTPUT], output_ns)
+                    record(&counters.phases[<int> PHASE_TOTAL], now - request.received_ns)
+                    answered_rows += request.rows
+                request = request.next
+            counters.rows += <unsigned long> answered_rows
+            counters.executions += 1
+            counters.last_inference_ns = now
+            size = min(self._rows, counters.n_batch_sizes)
+            counters.batch_sizes[size - 1].executions += 1
+            counters.batch_sizes[size - 1].input_ns += <unsigned long> input_ns
+            counters.batch_sizes[size - 1].infer_ns += <unsigned long> infer_ns
+            counters.batch_sizes[size - 1].output_ns += <unsigned long> output_ns
+            pthread_mutex_unlock(&self._state.stats_lock)
+            pthread_mutex_lock(&self._state.lock)
+            # what form_batch expects of the next run: a slow average, so that one hiccup does not start batches early
+            self._state.policy.run_ns += (now - self._gather_ns - self._state.policy.run_ns) // 8
+            pthread_mutex_unlock(&self._state.lock)
+        settle_chain(self._state, chain)
+
+
+cdef class Encoder:
+    """Holds the outputs of a batch while each member's answer is written; releases the buffers when it goes."""
+
+    cdef Batch batch
+    cdef Py_buffer *buffers
+    cdef OutputView *views          # dims with the whole batch in front; data is the start of the output
+    cdef size_t *row_bytes
+    cdef bint *is_held
+    cdef Slice **parts              # per output: NULL, or for BYTES the encoded elements of each selected member
+    cdef list kept                  # the bytes objects behind the parts
+    cdef int n
+
+    def __cinit__(self, Batch batch, int n):
+        self.batch = batch
+        self.n = n
+        self.kept = []
+        self.buffers = <Py_buffer *> calloc(<size_t> n + 1, sizeof(Py_buffer))
+        self.views = <OutputView *> calloc(<size_t> n + 1, sizeof(OutputView))
+        self.row_bytes = <size_t *> calloc(<size_t> n + 1, sizeof(size_t))
+        self.is_held = <bint *> calloc(<size_t> n + 1, sizeof(bint))
+        self.parts = <Slice **> calloc(<size_t> n + 1, sizeof(Slice *))
+        if (self.buffers == NULL or self.views == NULL or self.row_bytes == NULL or self.is_held == NULL
+                or self.parts == NULL):
+            raise MemoryError
+
+    def __dealloc__(self):
+        for i in range(self.n):
+            if self.is_held != NULL and self.is_held[i]:
+                PyBuffer_Release(&self.buffers[i])
+            if self.parts != NULL:
+                free(self.parts[i])
+        free(self.parts)
+        free(self.buffers)
+        free(self.views)
+        free(self.row_bytes)
+        free(self.is_held)
+
+    cdef object add(self, int index, tensor, array):
+        """Checks one output and takes hold of its memory."""
+        cdef const SpecState *spec = self.batch._state.spec
+        cdef const TensorLayout *layout = &spec.outputs[index]
+        cdef OutputView *view = &self.views[index]
+        array = np.asarray(array)
+        if spec.max_batch_size > 0 and (array.ndim == 0 or array.shape[0] != self.batch._rows):
+            raise ModelExecutionError(
+                f"output '{tensor.name}' has shape {list(array.shape)} for a batch of {self.batch._rows} rows; "
+                f"its first dimension must be {self.batch._rows}")
+        if array.ndim > MAX_DIMS:
+            raise ModelExecutionError(f"output '{tensor.name}' has {array.ndim} dimensions; at most {MAX_DIMS} work")
+        view.head = layout.head
+        view.n_dims = array.ndim
+        for i in range(view.n_dims):
+            view.dims[i] = array.shape[i]
+        if layout.itemsize == 0:
+            self.encode_bytes(index, array, spec.max_batch_size > 0)
+            return
+        if array.dtype != tensor.datatype.numpy:
+            raise ModelExecutionError(
+                f"output '{tensor.name}' has numpy type {array.dtype}; {tensor.datatype.value} needs "
+                f"{tensor.datatype.numpy}")
+        if not array.flags.c_contiguous:
+            array = np.ascontiguousarray(array)
+        PyObject_GetBuffer(array, &self.buffers[index], PyBUF_C_CONTIGUOUS)
+        self.is_held[index] = True
+        view.data.data = <const uint8_t *> self.buffers[index].buf
+        view.data.size = <size_t> self.buffers[index].len
+        self.row_bytes[index] = view.data.size // <size_t> max(1, self.batch._rows)
+
+    cdef object encode_bytes(self, int index, array, bint is_batched):
+        """Encodes BYTES with their 4-byte little-endian lengths, one part for each selected member."""
+        cdef int first = self.batch._first
+        cdef int64_t at = 0
+        cdef Slice *parts = <Slice *> calloc(<size_t> (self.batch._last - first) + 1, sizeof(Slice))
+        if parts == NULL:
+            raise MemoryError
+        self.parts[index] = parts
+        for i in range(first, self.batch._last):
+            if self.batch._members[i] == NULL:
+                continue
+            rows = array[at:at + self.batch._members[i].rows] if is_batched else array
+            at += self.batch._members[i].rows
+            chunks = []
+            for element in rows.ravel().tolist():
+                if isinstance(element, str):
+                    element = element.encode()
+                elif not isinstance(element, bytes):
+                    element = str(element).encode()
+                chunks.append(len(element).to_bytes(4, "little"))
+                chunks.append(element)
+            part = b"".join(chunks)
+            self.kept.append(part)
+            parts[i - first].data = <const uint8_t *> PyBytes_AS_STRING(part)
+            parts[i - first].size = <size_t> PyBytes_GET_SIZE(part)
+
+    cdef void encode(self) noexcept nogil:
+        """Writes the answer of each selected member; what fails to fit fails alone."""
+        cdef OutputView views[MAX_TENSORS]
+        cdef bint is_batched = self.batch._state.spec.max_batch_size > 0
+        cdef Request *request
+        cdef int64_t at = 0
+        cdef int i, k, n
+        for i in range(self.batch._first, self.batch._last):
+            request = self.batch._members[i]
+            if request == NULL:
+                continue
+            if request.cancelled:
+                fail_request(request, CANCELLED, b"cancelled")
+                at += request.rows
+                continue
+            n = 0
+            for k in range(self.n):
+                if not request.output_mask >> k & 1:
+                    continue
+                views[n] = self.views[k]
+                if is_batched:
+                    views[n].dims[0] = request.rows
+                if self.parts[k] != NULL:
+                    views[n].data = self.parts[k][i - self.batch._first]
+                elif is_batched:
+                    views[n].data.data += <size_t> at * self.row_bytes[k]
+                    views[n].data.size = <size_t> request.rows * self.row_bytes[k]
+                n += 1
+            if self.batch.encode_member(request, views, n) < 0:
+                fail_request(request, RESOURCE_EXHAUSTED, b"the answer does not fit into memory or into one message")
+            at += request.rows

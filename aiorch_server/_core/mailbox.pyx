@@ -1,0 +1,156 @@
+"""The control plane's way into the queues: submit a canonical message, await the answer on an event loop."""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdlib cimport free, malloc
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.string cimport memcpy
+
+from aiorch_server._core.request cimport (
+    CompletionSink,
+    Request,
+    drain_sink,
+    free_request,
+    new_request,
+    new_sink,
+    now_ns,
+    release_sink,
+)
+from aiorch_server._core.scheduler cimport (
+    ENQUEUED,
+    FAILURE_REJECTED,
+    REFUSED_CLOSED,
+    REFUSED_FULL,
+    EnqueueResult,
+    Scheduler,
+    cancel_request,
+    count_failure,
+    enqueue,
+    wake,
+)
+from aiorch_server._core.spec cimport bind_request
+from aiorch_server._core.wire cimport SCAN_OK, InferScan, scan_request
+
+from aiorch_server.errors import InternalError, QueueFull, RequestError, ServerStopping, error_from_code
+
+
+cdef class Ticket:
+    """One submitted request and the future that waits for it."""
+
+    cdef Request *request       # valid until it was drained or taken back; then NULL
+    cdef object future
+
+    def on_done(self, future):
+        """A waiter that gave up takes its request back; one that runs already is dropped when it comes."""
+        if self.request != NULL and future.cancelled() and cancel_request(self.request):
+            free_request(self.request)
+            self.request = NULL
+            Py_DECREF(self)     # the reference that request.owner held
+
+
+cdef class Mailbox:
+    """Submits to schedulers and resolves futures of one event loop; used on that loop's thread only."""
+
+    cdef CompletionSink *sink
+    cdef object loop
+
+    def __cinit__(self, loop not None):
+        self.sink = new_sink()
+        if self.sink == NULL:
+            raise MemoryError("no memory or no descriptor for a mailbox")
+        self.loop = loop
+        loop.add_reader(self.sink.wake_fd, self.collect)
+
+    def __dealloc__(self):
+        if self.sink != NULL:
+            release_sink(self.sink)
+
+    def close(self):
+        """Stops listening to the loop; what is still in flight fails with ServerStopping when it arrives."""
+        if self.loop is not None:
+            self.loop.remove_reader(self.sink.wake_fd)
+            self.loop = None
+            self.collect()
+
+    def submit(self, Scheduler scheduler not None, bytes message not None, *, uint64_t priority=0,
+               int64_t timeout_us=0, int64_t deadline_ns=0):
+        """Queues a serialized ModelInferRequest and gives a future of the serialized ModelInferResponse.
+
+        ``deadline_ns`` is absolute on the monotonic clock, 0 for none. The message must be plain and fit the model
+        (InternalError otherwise: the data plane checks before). Raises QueueFull, ServerStopping or RequestError when
+        the scheduler refuses. Cancelling the future takes the request out of the queue.
+        """
+        cdef InferScan scan
+        cdef Request *request
+        cdef Ticket ticket = Ticket.__new__(Ticket)
+        cdef size_t size = <size_t> PyBytes_GET_SIZE(message)
+        cdef uint8_t *copy
+        cdef int64_t now = now_ns()
+        cdef EnqueueResult result
+        if self.loop is None:
+            raise ServerStopping("the server is stopping")
+        copy = <uint8_t *> malloc(size + 1)
+        if copy == NULL:
+            raise MemoryError
+        memcpy(copy, PyBytes_AS_STRING(message), size)
+        if scan_request(copy, size, &scan) != SCAN_OK:
+            free(copy)
+            raise InternalError("the data plane queued a malformed message")
+        request = new_request(copy, size, scheduler.spec.state.n_inputs, scheduler.spec.state.n_key, self.sink,
+                              <void *> ticket)
+        if request == NULL:
+            free(copy)
+            raise MemoryError
+        request.received_ns = now
+        request.deadline_ns = deadline_ns
+        if not bind_request(&scheduler.spec.state, &scan, request):
+            free_request(request)
+            raise InternalError(f"the data plane queued a message that does not fit model '{scheduler.spec.name}'")
+        ticket.future = self.loop.create_future()
+        ticket.request = request
+        with nogil:
+            result = enqueue(scheduler.state, request, priority, timeout_us, now)
+        if result != ENQUEUED:
+            if result == REFUSED_FULL or result == REFUSED_CLOSED:
+                count_failure(scheduler.state, request, FAILURE_REJECTED, now)
+            free_request(request)
+            ticket.request = NULL
+            if result == REFUSED_FULL:
+                raise QueueFull("Exceeds maximum queue size")
+            if result == REFUSED_CLOSED:
+                raise ServerStopping(
+                    "Server is stopping, scheduler for model has stopped accepting new inference requests")
+            raise RequestError(
+                f"request priority {priority} is above the {scheduler.state.n_levels} priority levels of model "
+                f"'{scheduler.spec.name}'")
+        # Still on the loop's thread: nobody drains before this returns, so the owner's reference is in time.
+        Py_INCREF(ticket)
+        ticket.future.add_done_callback(ticket.on_done)
+        with nogil:
+            wake(scheduler.state)
+        return ticket.future
+
+    def collect(self):
+        """Resolves what has come back; called by the loop."""
+        cdef Request *request
+        cdef Request *following
+        cdef Ticket ticket
+        with nogil:
+            request = drain_sink(self.sink)
+        while request != NULL:
+            following = request.next
+            ticket = <Ticket> request.owner
+            ticket.request = NULL
+            try:
+                if not ticket.future.done():
+                    if request.status:
+                        text = request.error.decode("utf-8", "replace") if request.error != NULL else "out of memory"
+                        ticket.future.set_exception(error_from_code(request.status, text))
+                    else:
+                        # without the 5 bytes of the gRPC frame header
+                        ticket.future.set_result(PyBytes_FromStringAndSize(
+                            <const char *> request.response + 5, <Py_ssize_t> request.response_size - 5))
+            finally:
+                Py_DECREF(ticket)
+                free_request(request)
+                request = following

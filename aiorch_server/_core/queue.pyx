@@ -1,0 +1,215 @@
+"""Requests that wait, by shape and urgency."""
+
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcmp, memcpy, memset
+
+
+cdef void init_queue(Queue *queue, int n_key) noexcept nogil:
+    memset(queue, 0, sizeof(Queue))
+    queue.n_key = n_key
+
+
+cdef void free_bucket(Bucket *bucket) noexcept nogil:
+    if bucket != NULL:
+        free(<void *> bucket.key)
+        free(bucket.heap)
+        free(bucket)
+
+
+cdef void clear_queue(Queue *queue) noexcept nogil:
+    free_bucket(queue.spare)
+    queue.spare = NULL
+
+
+cdef uint64_t hash_key(const int64_t *key, int n) noexcept nogil:
+    # FNV-1a over whole numbers: mixes enough, because equal hashes are compared number by number
+    cdef uint64_t value = 0xCBF29CE484222325ULL
+    for i in range(n):
+        value = (value ^ <uint64_t> key[i]) * 0x100000001B3ULL
+    return value
+
+
+cdef Bucket *find_bucket(Queue *queue, const int64_t *key) noexcept nogil:
+    cdef uint64_t hash = hash_key(key, queue.n_key)
+    cdef size_t size = <size_t> queue.n_key * sizeof(int64_t)
+    cdef Bucket *bucket = queue.buckets
+    while bucket != NULL:
+        if bucket.hash == hash and memcmp(bucket.key, key, size) == 0:
+            return bucket
+        bucket = bucket.next
+    if queue.spare != NULL:
+        bucket = queue.spare
+        queue.spare = NULL
+    else:
+        bucket = <Bucket *> malloc(sizeof(Bucket))
+        if bucket == NULL:
+            return NULL
+        memset(bucket, 0, sizeof(Bucket))
+        bucket.key = <int64_t *> malloc(size if size else 1)
+        if bucket.key == NULL:
+            free(bucket)
+            return NULL
+    memcpy(<void *> bucket.key, key, size)
+    bucket.hash = hash
+    bucket.next = queue.buckets
+    queue.buckets = bucket
+    return bucket
+
+
+cdef void retire_bucket(Queue *queue, Bucket *bucket) noexcept nogil:
+    cdef Bucket **link = &queue.buckets
+    while link[0] != bucket:
+        link = &link[0].next
+    link[0] = bucket.next
+    if queue.spare == NULL:
+        queue.spare = bucket
+    else:
+        free_bucket(bucket)
+
+
+cdef inline void place(Bucket *bucket, Py_ssize_t index, Request *request) noexcept nogil:
+    bucket.heap[index] = request
+    request.heap_index = index
+
+
+cdef void sift_up(Bucket *bucket, Py_ssize_t index) noexcept nogil:
+    cdef Request *request = bucket.heap[index]
+    cdef Py_ssize_t parent
+    while index > 0:
+        parent = (index - 1) // 2
+        if not precedes(request, bucket.heap[parent]):
+            break
+        place(bucket, index, bucket.heap[parent])
+        index = parent
+    place(bucket, index, request)
+
+
+cdef void sift_down(Bucket *bucket, Py_ssize_t index) noexcept nogil:
+    cdef Request *request = bucket.heap[index]
+    cdef Py_ssize_t child
+    while True:
+        child = 2 * index + 1
+        if child >= bucket.n:
+            break
+        if child + 1 < bucket.n and precedes(bucket.heap[child + 1], bucket.heap[child]):
+            child += 1
+        if not precedes(bucket.heap[child], request):
+            break
+        place(bucket, index, bucket.heap[child])
+        index = child
+    place(bucket, index, request)
+
+
+cdef int64_t earliest_end(const Request *request) noexcept nogil:
+    if request.deadline_ns and request.expires_ns:
+        return min(request.deadline_ns, request.expires_ns)
+    return request.deadline_ns or request.expires_ns
+
+
+cdef bint push_request(Queue *queue, Request *request) noexcept nogil:
+    cdef Bucket *bucket = find_bucket(queue, request.shape_key)
+    cdef Request **grown
+    cdef Py_ssize_t capacity
+    cdef int64_t end
+    if bucket == NULL:
+        return False
+    if bucket.n == bucket.capacity:
+        capacity = 2 * bucket.capacity if bucket.capacity else 64
+        grown = <Request **> realloc(bucket.heap, <size_t> capacity * sizeof(Request *))
+        if grown == NULL:
+            if bucket.n == 0:
+                retire_bucket(queue, bucket)
+            return False
+        bucket.heap = grown
+        bucket.capacity = capacity
+    request.urgency_ns = request.enqueued_ns + PATIENCE_NS
+    if request.deadline_ns and request.deadline_ns < request.urgency_ns:
+        request.urgency_ns = request.deadline_ns
+    queue.sequence += 1
+    request.sequence = queue.sequence
+    request.bucket = bucket
+    bucket.n += 1
+    bucket.heap[bucket.n - 1] = request
+    sift_up(bucket, bucket.n - 1)
+    request.newer = NULL
+    request.older = bucket.newest
+    if bucket.newest != NULL:
+        bucket.newest.newer = request
+    else:
+        bucket.oldest = request
+    bucket.newest = request
+    bucket.rows += request.rows
+    queue.n += 1
+    queue.n_bytes += <int64_t> request.message_size
+    end = earliest_end(request)
+    if end and (queue.next_expiry_ns == 0 or end < queue.next_expiry_ns):
+        queue.next_expiry_ns = end
+    return True
+
+
+cdef void remove_request(Queue *queue, Request *request) noexcept nogil:
+    cdef Bucket *bucket = <Bucket *> request.bucket
+    cdef Py_ssize_t index = request.heap_index
+    cdef Request *last = bucket.heap[bucket.n - 1]
+    bucket.n -= 1
+    if last != request:
+        place(bucket, index, last)
+        sift_up(bucket, index)
+        sift_down(bucket, last.heap_index)
+    if request.older != NULL:
+        request.older.newer = request.newer
+    else:
+        bucket.oldest = request.newer
+    if request.newer != NULL:
+        request.newer.older = request.older
+    else:
+        bucket.newest = request.older
+    bucket.rows -= request.rows
+    queue.n -= 1
+    queue.n_bytes -= <int64_t> request.message_size
+    request.older = request.newer = NULL
+    request.bucket = NULL
+    request.heap_index = -1
+    if bucket.n == 0:
+        retire_bucket(queue, bucket)
+    if queue.n == 0:
+        queue.next_expiry_ns = 0
+
+
+cdef Request *remove_expired(Queue *queue, int64_t now_ns) noexcept nogil:
+    cdef Request *chain = NULL
+    cdef Request *request
+    cdef Request *following
+    cdef Bucket *bucket
+    cdef Bucket *next_bucket
+    cdef int64_t end, earliest = 0
+    if queue.next_expiry_ns == 0 or now_ns < queue.next_expiry_ns:
+        return NULL
+    bucket = queue.buckets
+    while bucket != NULL:
+        next_bucket = bucket.next
+        request = bucket.oldest
+        while request != NULL:
+            following = request.newer
+            end = earliest_end(request)
+            if end and end <= now_ns:
+                remove_request(queue, request)
+                request.next = chain
+                chain = request
+            elif end and (earliest == 0 or end < earliest):
+                earliest = end
+            request = following
+        bucket = next_bucket
+    queue.next_expiry_ns = earliest
+    return chain
+
+
+cdef Request *remove_all(Queue *queue) noexcept nogil:
+    cdef Request *chain = NULL
+    cdef Request *request
+    while queue.buckets != NULL:
+        request = queue.buckets.newest
+        remove_request(queue, request)
+        request.next = chain
+        chain = request
+    return chain

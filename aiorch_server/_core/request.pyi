@@ -1,0 +1,1 @@
+# Only cdef functions: nothing of this module is visible from Python.

@@ -1,0 +1,148 @@
+"""The request record and the completion sink; see request.pxd for who owns what when."""
+
+from libc.stdio cimport snprintf
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, strlen
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initial, int flags)
+    int EFD_NONBLOCK
+    int EFD_CLOEXEC
+
+cdef extern from "<unistd.h>" nogil:
+    Py_ssize_t read(int fd, void *buffer, size_t size)
+    Py_ssize_t write(int fd, const void *buffer, size_t size)
+    int close(int fd)
+
+cdef extern from "<time.h>" nogil:
+    ctypedef int clockid_t
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(clockid_t clock, timespec *at)
+    clockid_t CLOCK_MONOTONIC
+
+cdef extern from * nogil:
+    """
+    static inline int aiorch_add_reference(int *count, int by) { return __atomic_add_fetch(count, by, __ATOMIC_ACQ_REL); }
+    """
+    int aiorch_add_reference(int *count, int by)
+
+
+cdef int64_t now_ns() noexcept nogil:
+    cdef timespec at
+    clock_gettime(CLOCK_MONOTONIC, &at)
+    return <int64_t> at.tv_sec * 1000000000 + at.tv_nsec
+
+
+cdef CompletionSink *new_sink() noexcept nogil:
+    cdef CompletionSink *sink = <CompletionSink *> calloc(1, sizeof(CompletionSink))
+    if sink == NULL:
+        return NULL
+    sink.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+    if sink.wake_fd < 0:
+        free(sink)
+        return NULL
+    pthread_mutex_init(&sink.lock, NULL)
+    sink.references = 1
+    return sink
+
+
+cdef void retain_sink(CompletionSink *sink) noexcept nogil:
+    aiorch_add_reference(&sink.references, 1)
+
+
+cdef void release_sink(CompletionSink *sink) noexcept nogil:
+    if aiorch_add_reference(&sink.references, -1) > 0:
+        return
+    # Nobody drains any more. Each request in the list held a reference, so the list can only be empty here.
+    close(sink.wake_fd)
+    pthread_mutex_destroy(&sink.lock)
+    free(sink)
+
+
+cdef void put_settled(CompletionSink *sink, Request *first, Request *last) noexcept nogil:
+    cdef bint must_wake
+    cdef uint64_t one = 1
+    # The chain's own references go away as soon as the owner drains it, which may be before this returns.
+    retain_sink(sink)
+    last.next = NULL
+    pthread_mutex_lock(&sink.lock)
+    if sink.tail == NULL:
+        sink.head = first
+    else:
+        sink.tail.next = first
+    sink.tail = last
+    must_wake = not sink.signalled
+    sink.signalled = True
+    pthread_mutex_unlock(&sink.lock)
+    if must_wake:
+        write(sink.wake_fd, &one, sizeof(one))
+    release_sink(sink)
+
+
+cdef Request *drain_sink(CompletionSink *sink) noexcept nogil:
+    cdef Request *chain
+    cdef uint64_t count
+    pthread_mutex_lock(&sink.lock)
+    if sink.signalled:
+        # Inside the lock: a wake-up written after this read belongs to requests that are not in this chain.
+        read(sink.wake_fd, &count, sizeof(count))
+        sink.signalled = False
+    chain = sink.head
+    sink.head = sink.tail = NULL
+    pthread_mutex_unlock(&sink.lock)
+    return chain
+
+
+cdef Request *new_request(uint8_t *message, size_t size, int n_inputs, int n_key, CompletionSink *sink,
+                          void *owner) noexcept nogil:
+    cdef Request *request = <Request *> calloc(
+        1, sizeof(Request) + <size_t> n_inputs * sizeof(Slice) + <size_t> n_key * sizeof(int64_t))
+    if request == NULL:
+        return NULL
+    request.message = message
+    request.message_size = size
+    request.n_inputs = n_inputs
+    request.inputs = <Slice *> (request + 1)
+    request.shape_key = <int64_t *> (request.inputs + n_inputs)
+    request.heap_index = -1
+    request.state = REQUEST_NEW
+    request.sink = sink
+    if sink != NULL:
+        retain_sink(sink)
+    request.owner = owner
+    return request
+
+
+cdef void free_request(Request *request) noexcept nogil:
+    free(request.message)
+    free(request.response)
+    free(request.error)
+    if request.scheduler != NULL:
+        request.drop_scheduler(request.scheduler)
+    if request.sink != NULL:
+        release_sink(request.sink)
+    free(request)
+
+
+cdef void fail_request(Request *request, int status, const char *text) noexcept nogil:
+    cdef size_t size = strlen(text)
+    free(request.response)
+    request.response = NULL
+    request.response_size = 0
+    request.status = status
+    free(request.error)
+    request.error = <char *> malloc(size + 1)
+    if request.error != NULL:
+        memcpy(request.error, text, size + 1)
+
+
+cdef void refuse_request(Request *request, int status, const char *text) noexcept nogil:
+    cdef char buffer[512]
+    cdef int id_size = <int> request.id.size if request.id.size < 256 else 256
+    if id_size:
+        snprintf(buffer, sizeof(buffer), "[request id: %.*s] %s", id_size, <const char *> request.id.data, text)
+    else:
+        snprintf(buffer, sizeof(buffer), "[request id: <id_unknown>] %s", text)
+    fail_request(request, status, buffer)

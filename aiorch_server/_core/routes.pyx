@@ -1,0 +1,203 @@
+"""From a message to a place in the queue of the version that it names."""
+
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
+
+from aiorch_server._core.request cimport free_request, new_request, now_ns, put_settled, refuse_request
+from aiorch_server._core.scheduler cimport (
+    ENQUEUED,
+    FAILURE_REJECTED,
+    REFUSED_CLOSED,
+    REFUSED_FULL,
+    EnqueueResult,
+    Scheduler,
+    count_failure,
+    enqueue,
+    release_scheduler,
+    retain_scheduler,
+    wake,
+)
+from aiorch_server._core.spec cimport bind_request
+from aiorch_server._core.wire cimport SCAN_OK, InferScan, scan_request, slice_equals
+
+cdef int UNAVAILABLE = 14
+
+
+cdef uint64_t hash_name(const Slice *name) noexcept nogil:
+    cdef uint64_t value = 0xCBF29CE484222325ULL
+    for i in range(name.size):
+        value = (value ^ name.data[i]) * 0x100000001B3ULL
+    return value
+
+
+cdef const ModelRoute *find_model(const RouteTable *table, const Slice *name) noexcept nogil:
+    cdef uint64_t hash = hash_name(name)
+    cdef int slot = <int> (hash & <uint64_t> table.mask)
+    while table.slots[slot].name.data != NULL:
+        if table.slots[slot].hash == hash and slice_equals(&table.slots[slot].name, name):
+            return &table.slots[slot]
+        slot = (slot + 1) & table.mask
+    return NULL
+
+
+cdef SchedulerState *find_version(const ModelRoute *model, const Slice *version) noexcept nogil:
+    """The version's scheduler; an empty version is the default one. NULL: not there, or not a plain number."""
+    cdef int64_t number = 0
+    if version.size == 0:
+        return model.versions[model.default_index].scheduler if model.default_index >= 0 else NULL
+    if version.size > 9:
+        return NULL
+    for i in range(version.size):
+        if version.data[i] < c'0' or version.data[i] > c'9':
+            return NULL
+        number = number * 10 + (version.data[i] - c'0')
+    for i in range(model.n_versions):
+        if model.versions[i].version == number:
+            return model.versions[i].scheduler
+    return NULL
+
+
+cdef void free_table(RouteTable *table) noexcept nogil:
+    cdef ModelRoute *model
+    if table == NULL:
+        return
+    for slot in range(table.mask + 1 if table.slots != NULL else 0):
+        model = &table.slots[slot]
+        for i in range(model.n_versions):
+            if model.versions[i].scheduler != NULL:
+                release_scheduler(model.versions[i].scheduler)
+        free(model.versions)
+        free(<void *> model.name.data)
+    free(table.slots)
+    free(table)
+
+
+cdef class Router:
+    """The compiled route table; ``publish`` and dispatch happen on the same thread."""
+
+    def __dealloc__(self):
+        self.wake_instances()
+        free_table(self.table)
+
+    def publish(self, routes not None):
+        """Replaces the table: ``{name: (default_version, {version: Scheduler})}``.
+
+        ``default_version`` is what a request without version gets; it must be among the versions, or 0 for none.
+        Requests that were dispatched before stay with the scheduler they went to.
+        """
+        cdef RouteTable *table = <RouteTable *> calloc(1, sizeof(RouteTable))
+        cdef RouteTable *retired
+        cdef int n_slots = 8
+        if table == NULL:
+            raise MemoryError
+        try:
+            while n_slots < 2 * len(routes):
+                n_slots *= 2
+            table.slots = <ModelRoute *> calloc(<size_t> n_slots, sizeof(ModelRoute))
+            if table.slots == NULL:
+                raise MemoryError
+            table.mask = n_slots - 1
+            for name, (default_version, versions) in routes.items():
+                add_model(table, name, default_version, versions)
+        except BaseException:
+            free_table(table)
+            raise
+        retired = self.table
+        self.table = table
+        free_table(retired)
+
+    cdef DispatchResult dispatch(self, uint8_t *message, size_t size, int64_t received_ns, int64_t deadline_ns,
+                                 CompletionSink *sink, void *owner, Request **request) noexcept nogil:
+        cdef InferScan scan
+        cdef const ModelRoute *model
+        cdef SchedulerState *scheduler
+        cdef Request *candidate
+        cdef EnqueueResult result
+        if self.table == NULL or scan_request(message, size, &scan) != SCAN_OK or not scan.is_plain:
+            return DECLINED
+        model = find_model(self.table, &scan.model_name)
+        if model == NULL:
+            return DECLINED
+        scheduler = find_version(model, &scan.model_version)
+        if scheduler == NULL:
+            return DECLINED
+        candidate = new_request(message, size, scheduler.spec.n_inputs, scheduler.spec.n_key, sink, owner)
+        if candidate == NULL:
+            return DECLINED
+        candidate.received_ns = received_ns
+        candidate.deadline_ns = deadline_ns
+        if not bind_request(scheduler.spec, &scan, candidate):
+            candidate.message = NULL    # stays the caller's
+            free_request(candidate)
+            return DECLINED
+        result = enqueue(scheduler, candidate, scan.priority, scan.timeout_us, now_ns())
+        if result == ENQUEUED:
+            if not scheduler.is_touched:
+                scheduler.is_touched = True
+                scheduler.next_touched = self.touched
+                self.touched = scheduler
+                retain_scheduler(scheduler)
+        elif result == REFUSED_FULL or result == REFUSED_CLOSED:
+            # Answered here: under overload a refusal must cost less than a request.
+            if result == REFUSED_FULL:
+                refuse_request(candidate, UNAVAILABLE, b"Exceeds maximum queue size")
+            else:
+                refuse_request(candidate, UNAVAILABLE, b"Server is stopping, scheduler for model has stopped "
+                                                       b"accepting new inference requests")
+            count_failure(scheduler, candidate, FAILURE_REJECTED, candidate.enqueued_ns)
+            put_settled(sink, candidate, candidate)
+        else:
+            candidate.message = NULL
+            free_request(candidate)
+            return DECLINED
+        request[0] = candidate
+        return DISPATCHED
+
+    cdef void wake_instances(self) noexcept nogil:
+        cdef SchedulerState *scheduler = self.touched
+        cdef SchedulerState *following
+        self.touched = NULL
+        while scheduler != NULL:
+            following = scheduler.next_touched
+            scheduler.is_touched = False
+            wake(scheduler)
+            release_scheduler(scheduler)
+            scheduler = following
+
+
+cdef int add_model(RouteTable *table, str name, int64_t default_version, versions) except -1:
+    cdef bytes text = name.encode()
+    cdef Slice key
+    cdef ModelRoute *model
+    cdef uint8_t *copy
+    cdef int slot
+    cdef Scheduler scheduler
+    key.data = <const uint8_t *> <char *> text
+    key.size = <size_t> len(text)
+    slot = <int> (hash_name(&key) & <uint64_t> table.mask)
+    while table.slots[slot].name.data != NULL:
+        slot = (slot + 1) & table.mask
+    model = &table.slots[slot]
+    copy = <uint8_t *> malloc(key.size + 1)
+    model.versions = <VersionRoute *> calloc(<size_t> max(1, len(versions)), sizeof(VersionRoute))
+    if copy == NULL or model.versions == NULL:
+        free(copy)
+        free(model.versions)
+        model.versions = NULL
+        raise MemoryError
+    memcpy(copy, key.data, key.size)
+    model.name.data = copy
+    model.name.size = key.size
+    model.hash = hash_name(&key)
+    model.default_index = -1
+    for number in sorted(versions):
+        scheduler = versions[number]
+        if number == default_version:
+            model.default_index = model.n_versions
+        model.versions[model.n_versions].version = number
+        model.versions[model.n_versions].scheduler = scheduler.state
+        retain_scheduler(scheduler.state)
+        model.n_versions += 1
+    if default_version and model.default_index < 0:
+        raise ValueError(f"default version {default_version} of '{name}' is not among {sorted(versions)}")
+    return 0

@@ -1,0 +1,121 @@
+# One model version's scheduler: the queue under one short lock, and the instances that pull from it.
+#
+# Life: open -> closed (takes nothing new, serves what is queued) -> freed with the last reference. References are held by
+# the Python object, by published route tables, and by every request that is queued or running.
+
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+
+from aiorch_server._core.batch_former cimport BatchPolicy
+from aiorch_server._core.histogram cimport HistogramState
+from aiorch_server._core.queue cimport Queue
+from aiorch_server._core.request cimport CompletionSink, Request, pthread_mutex_t
+from aiorch_server._core.spec cimport ModelSpec, SpecState
+
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_cond_t:
+        pass
+
+
+cdef enum:
+    MAX_LEVELS = 65536
+    N_PHASES = 6
+
+
+cdef enum Phase:
+    PHASE_QUEUE = 0         # enqueued -> an instance was free (or taken, if sooner)
+    PHASE_BATCH_WAIT = 1    # an instance was free and waited for company
+    PHASE_COMPUTE_INPUT = 2
+    PHASE_INFER = 3
+    PHASE_COMPUTE_OUTPUT = 4
+    PHASE_TOTAL = 5         # message complete -> answer encoded
+
+
+cdef enum FailureReason:
+    FAILURE_REJECTED = 0
+    FAILURE_CANCELED = 1
+    FAILURE_BACKEND = 2
+    FAILURE_OTHER = 3
+    N_REASONS = 4
+
+
+cdef struct BatchSizeCount:
+    uint64_t executions
+    uint64_t input_ns
+    uint64_t infer_ns
+    uint64_t output_ns
+
+
+cdef struct Counters:
+    uint64_t rows
+    uint64_t executions
+    uint64_t fail
+    uint64_t fail_ns
+    uint64_t failures[N_REASONS]
+    int64_t last_inference_ns       # CLOCK_MONOTONIC
+    HistogramState phases[N_PHASES]
+    BatchSizeCount *batch_sizes     # by rows, n_batch_sizes of them; what is larger counts in the last
+    int64_t n_batch_sizes
+
+
+cdef struct SchedulerState:
+    int references
+    pthread_mutex_t lock            # guards everything down to `waiting`; held for a few hundred nanoseconds
+    pthread_cond_t due              # instances wait here
+    pthread_cond_t idle             # wait_idle waits here
+    Queue queue
+    BatchPolicy policy
+    int64_t in_flight               # queued + running
+    int64_t max_requests
+    int64_t max_bytes
+    int64_t default_expiry_ns       # queue policy; 0: none
+    bint allow_expiry_override
+    uint64_t n_levels               # 0: priorities are not used
+    uint64_t default_level
+    bint is_closed
+    int waiting                     # instances inside take
+    # guarded by stats_lock
+    pthread_mutex_t stats_lock
+    Counters counters
+    # constant
+    const SpecState *spec           # owned by the ModelSpec that the Scheduler object and `keeper` keep alive
+    void *keeper                    # a strong reference to the ModelSpec (PyObject *)
+    # the router's list of schedulers that got something in this round; loop thread only
+    SchedulerState *next_touched
+    bint is_touched
+
+
+cdef enum EnqueueResult:
+    ENQUEUED = 0
+    REFUSED_FULL = 1
+    REFUSED_CLOSED = 2
+    REFUSED_LEVEL = 3       # a priority above the configured levels
+
+
+# Puts a bound request into the queue; priority and timeout as the caller gave them, 0 for none. On ENQUEUED the queue
+# owns it; else it is still the caller's. Wakes nobody.
+cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t priority, int64_t timeout_us,
+                           int64_t now) noexcept nogil
+# Wakes an instance if one waits; called after one or more enqueues.
+cdef void wake(SchedulerState *state) noexcept nogil
+# True: the request was still queued, has left the queue and is the caller's again (free it with free_request).
+# False: it is running or settled; it will come through its sink, and the caller may set `owner` to NULL meanwhile
+# (owner is only read and written by the sink's thread).
+cdef bint cancel_request(Request *request) noexcept nogil
+# Hands a chain of requests, answered or failed and no longer queued, to their sinks, one by one or in runs.
+cdef void settle_chain(SchedulerState *state, Request *first) noexcept nogil
+# Counts one failed request.
+cdef void count_failure(SchedulerState *state, const Request *request, FailureReason reason, int64_t now) noexcept nogil
+
+cdef void retain_scheduler(SchedulerState *state) noexcept nogil
+cdef void release_scheduler(SchedulerState *state) noexcept nogil
+
+# Blocks until a batch is due and gives its members as a chain in order of urgency, RUNNING now; NULL once the scheduler
+# is closed and empty. `free_since` is set to when this instance began to wait.
+cdef Request *take_batch(SchedulerState *state, int *members, int64_t *rows, int64_t *free_since) noexcept nogil
+
+
+cdef class Scheduler:
+    cdef SchedulerState *state
+    cdef readonly ModelSpec spec

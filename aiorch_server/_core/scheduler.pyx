@@ -1,0 +1,461 @@
+"""The scheduler of one model version: enqueue, cancel, take, settle; all of it callable without the interpreter."""
+
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from aiorch_server._core.batch_former cimport MAX_PREFERRED, FormedBatch, form_batch
+from aiorch_server._core.histogram cimport Histogram, N_BUCKETS, lower_bound, record
+from aiorch_server._core.queue cimport clear_queue, init_queue, push_request, remove_all, remove_expired, remove_request
+from aiorch_server._core.request cimport (
+    REQUEST_QUEUED,
+    REQUEST_RUNNING,
+    REQUEST_SETTLED,
+    now_ns,
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+    put_settled,
+    refuse_request,
+)
+
+import time
+
+from aiorch_server.types import BatchStatistics, Duration, PhaseHistogram, SchedulerCounters
+
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    ctypedef int clockid_t
+    clockid_t CLOCK_MONOTONIC
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_condattr_t:
+        pass
+    int pthread_condattr_init(pthread_condattr_t *)
+    int pthread_condattr_setclock(pthread_condattr_t *, clockid_t)
+    int pthread_condattr_destroy(pthread_condattr_t *)
+    int pthread_cond_init(pthread_cond_t *, pthread_condattr_t *)
+    int pthread_cond_destroy(pthread_cond_t *)
+    int pthread_cond_signal(pthread_cond_t *)
+    int pthread_cond_broadcast(pthread_cond_t *)
+    int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
+    int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
+
+cdef extern from * nogil:
+    """
+    static inline int aiorch_add_reference(int *count, int by) { return __atomic_add_fetch(count, by, __ATOMIC_ACQ_REL); }
+    """
+    int aiorch_add_reference(int *count, int by)
+
+cdef int INVALID_ARGUMENT = 3
+cdef int DEADLINE_EXCEEDED = 4
+cdef int UNAVAILABLE = 14
+
+# Requests and bytes that one queue holds when the configuration names no bound.
+DEFAULT_MAX_REQUESTS = 16384
+DEFAULT_MAX_BYTES = 1 << 30
+
+_PHASES = ("queue", "batch_wait", "compute_input", "infer", "compute_output", "total")
+_REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
+# Powers of two from 8 us to 69 s: edges of the log-linear buckets, so that the coarse counts are exact.
+_BOUNDS_NS = tuple(1 << bit for bit in range(13, 37))
+
+
+cdef void wait_until(pthread_cond_t *cond, pthread_mutex_t *lock, int64_t at_ns) noexcept nogil:
+    cdef timespec at
+    if at_ns == 0:
+        pthread_cond_wait(cond, lock)
+        return
+    at.tv_sec = at_ns // 1000000000
+    at.tv_nsec = at_ns % 1000000000
+    pthread_cond_timedwait(cond, lock, &at)
+
+
+cdef void retain_scheduler(SchedulerState *state) noexcept nogil:
+    aiorch_add_reference(&state.references, 1)
+
+
+cdef void release_scheduler(SchedulerState *state) noexcept nogil:
+    if aiorch_add_reference(&state.references, -1) > 0:
+        return
+    clear_queue(&state.queue)
+    pthread_cond_destroy(&state.due)
+    pthread_cond_destroy(&state.idle)
+    pthread_mutex_destroy(&state.lock)
+    pthread_mutex_destroy(&state.stats_lock)
+    with gil:
+        Py_DECREF(<object> state.keeper)
+    free(state.counters.batch_sizes)
+    free(state)
+
+
+cdef void drop_scheduler(void *state) noexcept nogil:
+    release_scheduler(<SchedulerState *> state)
+
+
+cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t priority, int64_t timeout_us,
+                           int64_t now) noexcept nogil:
+    cdef EnqueueResult result = ENQUEUED
+    if state.n_levels:
+        if priority > state.n_levels:
+            return REFUSED_LEVEL
+        request.level = <unsigned int> (priority or state.default_level)
+    request.expires_ns = now + state.default_expiry_ns if state.default_expiry_ns else 0
+    # Triton: a request may shorten the policy's time, never lengthen it
+    if timeout_us and state.allow_expiry_override:
+        if request.expires_ns == 0 or now + timeout_us * 1000 < request.expires_ns:
+            request.expires_ns = now + timeout_us * 1000
+    request.enqueued_ns = now
+    if request.received_ns == 0:
+        request.received_ns = now
+    pthread_mutex_lock(&state.lock)
+    if state.is_closed:
+        result = REFUSED_CLOSED
+    elif (state.queue.n >= state.max_requests
+          or state.queue.n_bytes + <int64_t> request.message_size > state.max_bytes and state.queue.n > 0
+          or not push_request(&state.queue, request)):
+        result = REFUSED_FULL
+    else:
+        request.state = REQUEST_QUEUED
+        request.scheduler = state
+        request.drop_scheduler = drop_scheduler
+        retain_scheduler(state)
+        state.in_flight += 1
+    pthread_mutex_unlock(&state.lock)
+    return result
+
+
+cdef void wake(SchedulerState *state) noexcept nogil:
+    cdef bint is_awaited
+    pthread_mutex_lock(&state.lock)
+    is_awaited = state.waiting > 0
+    pthread_mutex_unlock(&state.lock)
+    if is_awaited:
+        pthread_cond_signal(&state.due)
+
+
+cdef void leave(SchedulerState *state, int64_t n) noexcept nogil:
+    """Counts `n` requests out; the caller holds a reference, the requests may be freed already."""
+    cdef bint is_idle
+    pthread_mutex_lock(&state.lock)
+    state.in_flight -= n
+    is_idle = state.in_flight == 0
+    if is_idle:
+        pthread_cond_broadcast(&state.idle)
+    pthread_mutex_unlock(&state.lock)
+
+
+cdef bint cancel_request(Request *request) noexcept nogil:
+    cdef SchedulerState *state = <SchedulerState *> request.scheduler
+    cdef bint was_queued = False
+    cdef int64_t now
+    if state == NULL:       # refused at once: it is in its sink
+        return False
+    pthread_mutex_lock(&state.lock)
+    if request.state == REQUEST_QUEUED:
+        remove_request(&state.queue, request)
+        request.state = REQUEST_SETTLED
+        was_queued = True
+    else:
+        request.cancelled = True
+    pthread_mutex_unlock(&state.lock)
+    if was_queued:
+        now = now_ns()
+        count_failure(state, request, FAILURE_CANCELED, now)
+        leave(state, 1)
+    return was_queued
+
+
+cdef void count_failure(SchedulerState *state, const Request *request, FailureReason reason, int64_t now) noexcept nogil:
+    pthread_mutex_lock(&state.stats_lock)
+    state.counters.fail += 1
+    state.counters.fail_ns += <uint64_t> (now - request.received_ns)
+    state.counters.failures[<int> reason] += 1
+    pthread_mutex_unlock(&state.stats_lock)
+
+
+cdef void settle_chain(SchedulerState *state, Request *first) noexcept nogil:
+    cdef Request *last
+    cdef Request *following
+    cdef int64_t n = 0
+    retain_scheduler(state)     # the owners may free all requests, and with them the last reference, meanwhile
+    while first != NULL:
+        last = first
+        last.state = REQUEST_SETTLED
+        n += 1
+        # a run of one sink is handed over with one wake-up
+        while last.next != NULL and last.next.sink == first.sink:
+            last = last.next
+            last.state = REQUEST_SETTLED
+            n += 1
+        following = last.next
+        put_settled(first.sink, first, last)
+        first = following
+    leave(state, n)
+    release_scheduler(state)
+
+
+cdef void refuse_chain(SchedulerState *state, Request *first, int status, const char *text) noexcept nogil:
+    """Fails requests that were taken out of the queue unserved, each with its own words."""
+    cdef Request *request = first
+    cdef int64_t now = now_ns()
+    if first == NULL:
+        return
+    while request != NULL:
+        if status:
+            refuse_request(request, status, text)
+        elif request.deadline_ns and request.deadline_ns <= now:
+            refuse_request(request, DEADLINE_EXCEEDED, b"Deadline Exceeded")
+        else:
+            refuse_request(request, UNAVAILABLE, b"Request timeout expired")
+        count_failure(state, request, FAILURE_REJECTED, now)
+        request = request.next
+    settle_chain(state, first)
+
+
+cdef Request *take_batch(SchedulerState *state, int *members, int64_t *rows, int64_t *free_since) noexcept nogil:
+    cdef FormedBatch batch
+    cdef Request *request
+    cdef Request *expired
+    cdef int64_t now = now_ns()
+    cdef int64_t wake_ns
+    cdef bint another_is_due
+    free_since[0] = now
+    pthread_mutex_lock(&state.lock)
+    while True:
+        expired = remove_expired(&state.queue, now)
+        if expired != NULL:
+            request = expired
+            while request != NULL:
+                request.state = REQUEST_RUNNING     # no longer cancellable out of the queue
+                request = request.next
+            pthread_mutex_unlock(&state.lock)
+            refuse_chain(state, expired, 0, NULL)
+            now = now_ns()
+            pthread_mutex_lock(&state.lock)
+            continue
+        form_batch(&state.queue, &state.policy, now, &batch)
+        if batch.first != NULL:
+            break
+        if state.is_closed and state.queue.n == 0:
+            pthread_mutex_unlock(&state.lock)
+            return NULL
+        wake_ns = batch.wake_ns
+        if state.queue.next_expiry_ns and (wake_ns == 0 or state.queue.next_expiry_ns < wake_ns):
+            wake_ns = state.queue.next_expiry_ns
+        state.waiting += 1
+        wait_until(&state.due, &state.lock, wake_ns)
+        state.waiting -= 1
+        now = now_ns()
+    request = batch.first
+    while request != NULL:
+        request.state = REQUEST_RUNNING
+        request.taken_ns = now
+        request = request.next
+    # the baton: whoever got a batch wakes the next instance if there is more to do
+    another_is_due = state.waiting > 0 and state.queue.n > 0
+    pthread_mutex_unlock(&state.lock)
+    if another_is_due:
+        pthread_cond_signal(&state.due)
+    members[0] = batch.members
+    rows[0] = batch.rows
+    return batch.first
+
+
+cdef class Scheduler:
+    """Queue and batching policy of one model version; see docs/architecture.md for the Python contract.
+
+    ``max_queue_size`` 0 means the default bound of 16,384 requests; messages in the queue are bounded by
+    ``max_queue_bytes`` besides. ``priority_levels`` 0 means that priorities are not used.
+    """
+
+    def __cinit__(self, ModelSpec spec not None, *, int64_t max_queue_delay_us=0, preferred_batch_sizes=(),
+                  int64_t max_queue_size=0, int64_t max_queue_bytes=0, uint64_t priority_levels=0,
+                  uint64_t default_priority_level=0, int64_t default_timeout_us=0, bint allow_timeout_override=False):
+        cdef SchedulerState *state
+        cdef pthread_condattr_t attributes
+        sizes = sorted(set(preferred_batch_sizes))
+        if len(sizes) > MAX_PREFERRED:
+            raise ValueError(f"{len(sizes)} preferred batch sizes; at most {MAX_PREFERRED} work")
+        if sizes and not 1 <= min(sizes) <= max(sizes) <= max(1, spec.state.max_batch_size):
+            raise ValueError(f"preferred batch sizes {sizes} must lie within 1..{max(1, spec.state.max_batch_size)}")
+        if min(max_queue_delay_us, max_queue_size, max_queue_bytes, default_timeout_us) < 0:
+            raise ValueError("delays, sizes and timeouts must not be negative")
+        if priority_levels > MAX_LEVELS or default_priority_level > priority_levels:
+            raise ValueError(f"default priority level {default_priority_level} of {priority_levels} levels")
+        if priority_levels and not default_priority_level:
+            raise ValueError("priority levels need a default level of at least 1")
+        self.spec = spec
+        state = <SchedulerState *> calloc(1, sizeof(SchedulerState))
+        if state == NULL:
+            raise MemoryError
+        state.counters.n_batch_sizes = max(1, min(spec.state.max_batch_size, 4096))
+        state.counters.batch_sizes = <BatchSizeCount *> calloc(
+            <size_t> state.counters.n_batch_sizes, sizeof(BatchSizeCount))
+        if state.counters.batch_sizes == NULL:
+            free(state)
+            raise MemoryError
+        pthread_mutex_init(&state.lock, NULL)
+        pthread_mutex_init(&state.stats_lock, NULL)
+        pthread_condattr_init(&attributes)
+        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
+        pthread_cond_init(&state.due, &attributes)
+        pthread_cond_init(&state.idle, &attributes)
+        pthread_condattr_destroy(&attributes)
+        init_queue(&state.queue, spec.state.n_key)
+        state.references = 1
+        state.policy.max_rows = max(1, spec.state.max_batch_size)
+        state.policy.delay_ns = max_queue_delay_us * 1000
+        state.policy.n_preferred = len(sizes)
+        for i, size in enumerate(sizes):
+            state.policy.preferred[i] = size
+        state.max_requests = max_queue_size or <int64_t> DEFAULT_MAX_REQUESTS
+        state.max_bytes = max_queue_bytes or <int64_t> DEFAULT_MAX_BYTES
+        state.n_levels = priority_levels
+        state.default_level = default_priority_level
+        state.default_expiry_ns = default_timeout_us * 1000
+        state.allow_expiry_override = allow_timeout_override
+        state.spec = &spec.state
+        Py_INCREF(spec)
+        state.keeper = <void *> spec
+        self.state = state
+
+    def __dealloc__(self):
+        if self.state != NULL:
+            self.abandon(UNAVAILABLE, "Server is stopping, scheduler for model has stopped accepting new inference requests")
+            release_scheduler(self.state)
+
+    @property
+    def pending(self):
+        """Requests that wait in the queue now."""
+        cdef Py_ssize_t n
+        pthread_mutex_lock(&self.state.lock)
+        n = self.state.queue.n
+        pthread_mutex_unlock(&self.state.lock)
+        return n
+
+    @property
+    def in_flight(self):
+        """Requests that wait or run now: the leases on this version."""
+        cdef int64_t n
+        pthread_mutex_lock(&self.state.lock)
+        n = self.state.in_flight
+        pthread_mutex_unlock(&self.state.lock)
+        return n
+
+    @property
+    def is_closed(self):
+        """True once ``close`` or ``abandon`` was called."""
+        return bool(self.state.is_closed)
+
+    def take(self, batch not None):
+        """Fills ``batch`` with the next due requests; blocks without the interpreter lock.
+
+        False once the scheduler is closed and its queue is empty. Members of the previous batch that were not settled
+        are failed first. Called by an instance's own thread.
+        """
+        return batch._fill(self)
+
+    def close(self):
+        """Takes no new requests; instances serve what is queued, then ``take`` gives False."""
+        pthread_mutex_lock(&self.state.lock)
+        self.state.is_closed = True
+        pthread_cond_broadcast(&self.state.due)
+        pthread_mutex_unlock(&self.state.lock)
+
+    def abandon(self, int code, str text not None):
+        """Closes, and fails everything that is still queued with that gRPC code and text."""
+        cdef Request *chain
+        cdef Request *request
+        cdef bytes message = text.encode()
+        cdef const char *words = message
+        self.close()
+        with nogil:
+            pthread_mutex_lock(&self.state.lock)
+            chain = remove_all(&self.state.queue)
+            request = chain
+            while request != NULL:
+                request.state = REQUEST_RUNNING
+                request = request.next
+            pthread_mutex_unlock(&self.state.lock)
+            refuse_chain(self.state, chain, code, words)
+
+    def wait_idle(self, double timeout_s):
+        """Blocks, without the interpreter lock, until nothing is queued or running; False when the time is over first."""
+        cdef int64_t until = now_ns() + <int64_t> (max(0.0, timeout_s) * 1e9)
+        cdef bint is_idle
+        with nogil:
+            pthread_mutex_lock(&self.state.lock)
+            while self.state.in_flight > 0 and now_ns() < until:
+                wait_until(&self.state.idle, &self.state.lock, until)
+            is_idle = self.state.in_flight == 0
+            pthread_mutex_unlock(&self.state.lock)
+        return is_idle
+
+    def counters(self):
+        """A consistent ``SchedulerCounters`` snapshot."""
+        cdef Counters *copy = <Counters *> calloc(1, sizeof(Counters))
+        cdef BatchSizeCount *sizes = <BatchSizeCount *> calloc(
+            <size_t> self.state.counters.n_batch_sizes, sizeof(BatchSizeCount))
+        if copy == NULL or sizes == NULL:
+            free(copy)
+            free(sizes)
+            raise MemoryError
+        try:
+            with nogil:
+                pthread_mutex_lock(&self.state.stats_lock)
+                memcpy(copy, &self.state.counters, sizeof(Counters))
+                memcpy(sizes, self.state.counters.batch_sizes,
+                       <size_t> copy.n_batch_sizes * sizeof(BatchSizeCount))
+                pthread_mutex_unlock(&self.state.stats_lock)
+            return describe_counters(self, copy, sizes)
+        finally:
+            free(copy)
+            free(sizes)
+
+
+cdef object duration_of(const HistogramState *histogram):
+    return Duration(histogram.count, histogram.sum_ns)
+
+
+cdef object coarsen(const HistogramState *histogram):
+    cdef Histogram fine = Histogram.copy_of(histogram)
+    below = [fine.count_below(bound) for bound in _BOUNDS_NS]
+    counts = [after - before for before, after in zip([0, *below], [*below, fine.count])]
+    return PhaseHistogram(tuple([bound / 1e9 for bound in _BOUNDS_NS]), tuple(counts), histogram.sum_ns / 1e9)
+
+
+cdef object describe_counters(Scheduler scheduler, const Counters *counters, const BatchSizeCount *sizes):
+    queue = Duration(counters.phases[<int> PHASE_QUEUE].count,
+                     counters.phases[<int> PHASE_QUEUE].sum_ns + counters.phases[<int> PHASE_BATCH_WAIT].sum_ns)
+    last_ms = 0
+    if counters.last_inference_ns:
+        last_ms = int(time.time() * 1000) - (now_ns() - counters.last_inference_ns) // 1000000
+    return SchedulerCounters(
+        rows=counters.rows,
+        executions=counters.executions,
+        success=duration_of(&counters.phases[<int> PHASE_TOTAL]),
+        fail=Duration(counters.fail, counters.fail_ns),
+        failures={reason: counters.failures[i] for i, reason in enumerate(_REASONS)},
+        queue=queue,
+        compute_input=duration_of(&counters.phases[<int> PHASE_COMPUTE_INPUT]),
+        compute_infer=duration_of(&counters.phases[<int> PHASE_INFER]),
+        compute_output=duration_of(&counters.phases[<int> PHASE_COMPUTE_OUTPUT]),
+        batch_sizes=tuple([
+            BatchStatistics(
+                i + 1,
+                Duration(sizes[i].executions, sizes[i].input_ns),
+                Duration(sizes[i].executions, sizes[i].infer_ns),
+                Duration(sizes[i].executions, sizes[i].output_ns),
+            )
+            for i in range(counters.n_batch_sizes)
+            if sizes[i].executions
+        ]),
+        last_inference_ms=last_ms,
+        pending=scheduler.pending,
+        in_flight=scheduler.in_flight,
+        phases={phase: coarsen(&counters.phases[i]) for i, phase in enumerate(_PHASES)},
+    )

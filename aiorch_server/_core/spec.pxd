@@ -1,0 +1,49 @@
+# What a loaded model takes and gives, as the compiled path checks it.
+
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+
+from aiorch_server._core.request cimport Request
+from aiorch_server._core.wire cimport MAX_DIMS, MAX_TENSORS, InferScan, Slice
+
+
+cdef struct TensorLayout:
+    Slice name
+    Slice datatype
+    Slice head              # outputs: the encoded name and datatype fields of a response tensor
+    int itemsize            # 0: BYTES
+    int n_dims              # without the batch dimension
+    int64_t dims[MAX_DIMS]  # -1: any
+    bint is_optional
+    int key_at              # inputs: where its dimensions start in the shape key
+
+
+cdef struct SpecState:
+    int64_t max_batch_size  # 0: no batch dimension, a request is a batch
+    int n_inputs
+    int n_outputs
+    int n_required
+    int n_key
+    Slice response_head     # the encoded model_name and model_version fields of a response
+    TensorLayout inputs[MAX_TENSORS]
+    TensorLayout outputs[MAX_TENSORS]
+
+
+cdef enum:
+    ABSENT = -2             # in a shape key: an optional input that the request leaves out
+
+
+cdef class ModelSpec:
+    cdef SpecState state
+    cdef readonly str name
+    cdef readonly int version
+    cdef readonly object signature
+    cdef list _owned        # the bytes objects behind the slices
+
+    cdef object keep(self, bytes text, Slice *slice)
+    cdef object describe(self, tensor, TensorLayout *layout)
+
+
+# Checks a plain scan against the model and fills request.inputs, shape_key, output_mask, rows and id.
+# False: something is not as the model wants it (the Python plane finds the words); `request` is void then.
+cdef bint bind_request(const SpecState *spec, const InferScan *scan, Request *request) noexcept nogil

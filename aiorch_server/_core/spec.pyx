@@ -1,0 +1,149 @@
+"""What a model takes and gives, and the check of a request against it."""
+
+from libc.string cimport memset
+
+from aiorch_server._core.wire cimport TensorView, check_bytes_elements, encode_field, slice_equals
+
+
+cdef bint fits_shape(const TensorLayout *layout, const TensorView *tensor, int batch_dims) noexcept nogil:
+    cdef int64_t dim
+    cdef int i
+    if tensor.n_dims != layout.n_dims + batch_dims:
+        return False
+    for i in range(layout.n_dims):
+        dim = tensor.dims[i + batch_dims]
+        if dim < 0 or (layout.dims[i] >= 0 and dim != layout.dims[i]):
+            return False
+    return True
+
+
+cdef bint fits_size(const TensorLayout *layout, const TensorView *tensor) noexcept nogil:
+    """True if the raw content has exactly the bytes that the shape says; overflowing products do not fit."""
+    cdef uint64_t count = 1
+    cdef uint64_t bound = tensor.data.size + 1
+    cdef bint is_empty = False
+    for i in range(tensor.n_dims):
+        if tensor.dims[i] == 0:
+            is_empty = True
+    if is_empty:
+        return tensor.data.size == 0
+    for i in range(tensor.n_dims):
+        if <uint64_t> tensor.dims[i] > bound or count > bound // <uint64_t> tensor.dims[i]:
+            return False    # more elements than there are bytes
+        count *= <uint64_t> tensor.dims[i]
+    if layout.itemsize == 0:
+        return check_bytes_elements(tensor.data.data, tensor.data.size, <int64_t> count)
+    return count * <uint64_t> layout.itemsize == tensor.data.size
+
+
+cdef int find_tensor(const TensorLayout *layouts, int n, const Slice *name, int guess) noexcept nogil:
+    """Index of the tensor of that name, tried at `guess` first because clients keep the model's order; -1: none."""
+    if guess < n and slice_equals(&layouts[guess].name, name):
+        return guess
+    for i in range(n):
+        if slice_equals(&layouts[i].name, name):
+            return i
+    return -1
+
+
+cdef bint bind_request(const SpecState *spec, const InferScan *scan, Request *request) noexcept nogil:
+    cdef const TensorView *tensor
+    cdef const TensorLayout *layout
+    cdef int batch_dims = 1 if spec.max_batch_size > 0 else 0
+    cdef int n_required = 0
+    cdef int i, k, index
+    cdef uint64_t seen = 0
+    cdef int64_t rows = 1
+    if not scan.is_plain or scan.n_inputs == 0:
+        return False
+    for i in range(spec.n_key):
+        request.shape_key[i] = ABSENT
+    for i in range(scan.n_inputs):
+        tensor = &scan.inputs[i]
+        index = find_tensor(spec.inputs, spec.n_inputs, &tensor.name, i)
+        if index < 0 or seen >> index & 1:
+            return False
+        seen |= <uint64_t> 1 << index
+        layout = &spec.inputs[index]
+        if not slice_equals(&tensor.datatype, &layout.datatype) or not fits_shape(layout, tensor, batch_dims):
+            return False
+        if batch_dims:
+            if i == 0:
+                rows = tensor.dims[0]
+                if rows < 1 or rows > spec.max_batch_size:
+                    return False
+            elif tensor.dims[0] != rows:
+                return False
+        if not fits_size(layout, tensor):
+            return False
+        request.inputs[index] = tensor.data
+        if tensor.data.data == NULL:
+            request.inputs[index].data = request.message    # present but empty is not absent
+        for k in range(layout.n_dims):
+            request.shape_key[layout.key_at + k] = tensor.dims[k + batch_dims]
+        if layout.n_dims == 0:
+            request.shape_key[layout.key_at] = 0
+        if not layout.is_optional:
+            n_required += 1
+    if n_required != spec.n_required:
+        return False
+    request.output_mask = 0
+    for i in range(scan.n_outputs):
+        index = find_tensor(spec.outputs, spec.n_outputs, &scan.outputs[i], i)
+        if index < 0:
+            return False
+        request.output_mask |= <uint64_t> 1 << index
+    if scan.n_outputs == 0:
+        request.output_mask = <uint64_t> -1
+    request.rows = rows
+    request.id = scan.id
+    return True
+
+
+cdef class ModelSpec:
+    """A model version's name and signature in the form that the compiled path reads; immutable."""
+
+    def __cinit__(self, str name not None, int version, signature not None):
+        """Takes a ``ModelSignature``; ValueError where it exceeds what the compiled path can hold."""
+        memset(&self.state, 0, sizeof(self.state))
+        self._owned = []
+        self.name = name
+        self.version = version
+        self.signature = signature
+        if len(signature.inputs) > MAX_TENSORS or len(signature.outputs) > MAX_TENSORS:
+            raise ValueError(f"a model has at most {MAX_TENSORS} inputs and {MAX_TENSORS} outputs")
+        if not 0 <= signature.max_batch_size <= 1 << 20:
+            raise ValueError(f"max_batch_size is {signature.max_batch_size}; it must be within 0..{1 << 20}")
+        self.state.max_batch_size = signature.max_batch_size
+        self.state.n_inputs = len(signature.inputs)
+        self.state.n_outputs = len(signature.outputs)
+        self.keep(encode_field(0x0A, name.encode()) + encode_field(0x12, str(version).encode()),
+                  &self.state.response_head)
+        for i, tensor in enumerate(signature.inputs):
+            self.describe(tensor, &self.state.inputs[i])
+            self.state.inputs[i].key_at = self.state.n_key
+            # a scalar still needs one number, to tell present from absent
+            self.state.n_key += max(1, self.state.inputs[i].n_dims)
+            if not tensor.optional:
+                self.state.n_required += 1
+        for i, tensor in enumerate(signature.outputs):
+            self.describe(tensor, &self.state.outputs[i])
+
+    cdef object keep(self, bytes text, Slice *slice):
+        self._owned.append(text)
+        slice.data = <const uint8_t *> <char *> text
+        slice.size = <size_t> len(text)
+
+    cdef object describe(self, tensor, TensorLayout *layout):
+        # one dimension is kept free for the batch
+        if len(tensor.shape) >= MAX_DIMS:
+            raise ValueError(f"tensor '{tensor.name}' has {len(tensor.shape)} dimensions; at most {MAX_DIMS - 1} work")
+        datatype = tensor.datatype.value.encode()
+        self.keep(tensor.name.encode(), &layout.name)
+        self.keep(datatype, &layout.datatype)
+        self.keep(encode_field(0x0A, tensor.name.encode()) + encode_field(0x12, datatype), &layout.head)
+        layout.itemsize = tensor.datatype.itemsize
+        layout.n_dims = len(tensor.shape)
+        layout.is_optional = tensor.optional
+        for i, dim in enumerate(tensor.shape):
+            layout.dims[i] = dim

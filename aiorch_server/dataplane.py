@@ -1,0 +1,72 @@
+"""The desk of the control plane: prepares what the compiled path does not carry, and queues it beside the rest."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aiorch_server._core import Mailbox, decode_response, encode_request
+from aiorch_server.errors import CapacityError, DeadlineExpired, RequestError
+from aiorch_server.types import InferenceRequest, InferenceResponse, Tensor
+from aiorch_server.validation import check_request
+
+if TYPE_CHECKING:
+    from aiorch_server.lifecycle.manager import LifecycleManager
+    from aiorch_server.lifecycle.servable import Servable
+
+
+class DataPlane:
+    """Takes neutral requests from any door, finds the version, checks, queues and awaits; used on one event loop."""
+
+    def __init__(self, manager: LifecycleManager, mailbox: Mailbox) -> None:
+        self._manager = manager
+        self._mailbox = mailbox
+
+    async def infer(self, request: InferenceRequest, *, deadline_ns: int = 0) -> InferenceResponse:
+        """Runs one request; ``deadline_ns`` is absolute on the monotonic clock, 0 for none.
+
+        Raises UnknownModel, UnknownVersion, ModelNotReady, RequestError, UnsupportedRequest, CapacityError,
+        DeadlineExpired, or what the model raised. Cancelling it takes the request out of the queue. The response's
+        tensors keep its memory alive.
+        """
+        with self._manager.acquire(request.model_name, request.model_version) as servable:
+            try:
+                answer = await self._run(servable, request, deadline_ns)
+            except (RequestError, CapacityError) as error:
+                if str(error).startswith("[request id: "):  # the queue's own refusals carry it already
+                    raise
+                raise type(error)(f"[request id: {request.id or '<id_unknown>'}] {error}") from error.__cause__
+        name, version, _, outputs = decode_response(answer)
+        return InferenceResponse(
+            model_name=name,
+            model_version=version,
+            outputs=[Tensor(name, datatype, shape, data) for name, datatype, shape, data in outputs],
+            id=request.id,
+        )
+
+    async def _run(self, servable: Servable, request: InferenceRequest, deadline_ns: int) -> bytes:
+        terms = check_request(request, servable.name, servable.signature)
+        message = encode_request(
+            request.model_name,
+            request.model_version,
+            # the compiled path takes ASCII ids only; the answer's id is set from the request anyway
+            request.id if request.id.isascii() else "",
+            [(tensor.name, tensor.datatype, tensor.shape, tensor.data or b"") for tensor in request.inputs],
+            [output.name for output in request.outputs],
+        )
+        loop = asyncio.get_running_loop()
+        timeout = asyncio.timeout_at(deadline_ns / 1e9) if deadline_ns else asyncio.timeout(None)
+        if deadline_ns and loop.time() * 1e9 >= deadline_ns:
+            raise DeadlineExpired("Deadline Exceeded")
+        answer = self._mailbox.submit(
+            servable.scheduler,
+            message,
+            priority=terms.priority,
+            timeout_us=terms.timeout_us,
+            deadline_ns=deadline_ns,
+        )
+        try:
+            async with timeout:
+                return await answer
+        except TimeoutError:
+            raise DeadlineExpired("Deadline Exceeded") from None

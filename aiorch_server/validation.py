@@ -1,0 +1,171 @@
+"""Checks a request against a model's signature and says in words what is wrong.
+
+The compiled desk (`_core.spec.bind_request`) makes the same decisions without words; a request that it declines is
+looked at here. Texts follow those that Triton's clients and tests match on, where such a text exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from aiorch_server.errors import RequestError, UnsupportedRequest
+from aiorch_server.types import DataType, InferenceRequest, ModelSignature, Parameter, Tensor, TensorSpec
+
+#: Parameters of requests that mean something; other names are the model's own business.
+_ALLOWED_RESERVED = "triton_enable_empty_final_response"
+_RESERVED_PREFIX = "triton_"
+_BATCH_NOTE = (
+    "NOTE: this model batches (max_batch_size > 0), so each input carries the batch dimension in front of the dims "
+    "of its configuration."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueTerms:
+    """How a request wants to be queued: priority level (0: the default) and timeout in microseconds (0: none)."""
+
+    priority: int = 0
+    timeout_us: int = 0
+
+
+def check_request(request: InferenceRequest, model: str, signature: ModelSignature) -> QueueTerms:
+    """Raises RequestError or UnsupportedRequest if the model cannot take ``request``; else how to queue it."""
+    terms = _read_parameters(request)
+    given = _check_names(request.inputs, model, signature)
+    rows: int | None = None
+    for tensor, spec in given:
+        rows = _check_tensor(tensor, spec, model, signature.max_batch_size, rows)
+    known = {spec.name for spec in signature.outputs}
+    for output in request.outputs:
+        if output.name not in known:
+            raise RequestError(f"unexpected inference output '{output.name}' for model '{model}'")
+        _refuse_unsupported(output.parameters, f"output '{output.name}'")
+        if output.parameters.get("classification"):
+            raise UnsupportedRequest(f"classification of output '{output.name}' is not supported by this server")
+    return terms
+
+
+def _read_parameters(request: InferenceRequest) -> QueueTerms:
+    for name in request.parameters:
+        if name.startswith(_RESERVED_PREFIX) and name != _ALLOWED_RESERVED:
+            raise RequestError(
+                f"parameter '{name}' is refused: names that start with '{_RESERVED_PREFIX}' are reserved, only "
+                f"'{_ALLOWED_RESERVED}' is accepted"
+            )
+    return QueueTerms(_read_count(request, "priority"), _read_count(request, "timeout"))
+
+
+def _read_count(request: InferenceRequest, name: str) -> int:
+    value = request.parameters.get(name, 0)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 53:
+        raise RequestError(f"parameter '{name}' must be an integer of at least 0, got {value!r}")
+    return value
+
+
+def _check_names(inputs: Sequence[Tensor], model: str, signature: ModelSignature) -> list[tuple[Tensor, TensorSpec]]:
+    specs = {spec.name: spec for spec in signature.inputs}
+    names = [tensor.name for tensor in inputs]
+    required = [spec.name for spec in signature.inputs if not spec.optional]
+    missing = [name for name in required if name not in names]
+    if missing:
+        expected = f"expected {len(required)} inputs"
+        if len(required) != len(specs):
+            expected = f"expected number of inputs between {len(required)} and {len(specs)}"
+        raise RequestError(
+            f"{expected} but got {len(names)} inputs for model '{model}'. Got input(s) {names}, but missing required "
+            f"input(s) {missing}. Please provide all required input(s)."
+        )
+    for name in names:
+        if name not in specs:
+            raise RequestError(f"unexpected inference input '{name}' for model '{model}'")
+        if names.count(name) > 1:
+            raise RequestError(f"input '{name}' is given {names.count(name)} times for model '{model}'")
+    return [(tensor, specs[tensor.name]) for tensor in inputs]
+
+
+def _check_tensor(tensor: Tensor, spec: TensorSpec, model: str, max_batch_size: int, rows: int | None) -> int | None:
+    """Gives the number of rows of a batching model, None for another."""
+    _refuse_unsupported(tensor.parameters, f"input '{tensor.name}'")
+    if tensor.datatype != spec.datatype.value:
+        raise RequestError(
+            f"inference input '{tensor.name}' data-type is '{tensor.datatype}', but model '{model}' expects "
+            f"'{spec.datatype.value}'"
+        )
+    batch = (-1,) if max_batch_size else ()
+    expected = batch + spec.shape
+    shape = tuple(tensor.shape)
+    if (
+        len(shape) != len(expected)
+        or any(dim < 0 for dim in shape)
+        or (max_batch_size and shape[0] < 1)
+        or any(want >= 0 and want != got for want, got in zip(expected, shape, strict=True))
+    ):
+        note = _BATCH_NOTE if max_batch_size else ""
+        raise RequestError(
+            f"unexpected shape for input '{tensor.name}' for model '{model}'. Expected {_shape(expected)}, got "
+            f"{_shape(shape)}. {note}".rstrip()
+        )
+    if max_batch_size:
+        if shape[0] > max_batch_size:
+            raise RequestError(f"inference request batch-size must be <= {max_batch_size} for '{model}'")
+        if rows is not None and rows != shape[0]:
+            raise RequestError(
+                f"input '{tensor.name}' batch size does not match other inputs for '{model}': {shape[0]} against {rows}"
+            )
+        rows = shape[0]
+    _check_size(tensor, spec, model)
+    return rows
+
+
+def _check_size(tensor: Tensor, spec: TensorSpec, model: str) -> None:
+    if tensor.data is None:
+        raise RequestError(f"unable to find data for input tensor '{tensor.name}' for model '{model}' in request.")
+    data = memoryview(tensor.data).cast("B")
+    count = 1
+    for dim in tensor.shape:
+        count *= dim
+    if spec.datatype is DataType.BYTES:
+        _check_elements(tensor.name, data, count, model)
+    elif count * spec.datatype.itemsize != data.nbytes:
+        raise RequestError(
+            f"input byte size mismatch for input '{tensor.name}' for model '{model}'. Expected "
+            f"{count * spec.datatype.itemsize}, got {data.nbytes}"
+        )
+
+
+def _check_elements(name: str, data: memoryview, count: int, model: str) -> None:
+    """BYTES: each element is a 4-byte little-endian length and that many bytes."""
+    at = found = 0
+    while at < data.nbytes:
+        if data.nbytes - at < 4:
+            raise RequestError(
+                f"incomplete string length indicator for inference input '{name}' for model '{model}', expecting 4 "
+                f"bytes but only {data.nbytes - at} bytes available"
+            )
+        length = int.from_bytes(data[at : at + 4], "little")
+        at += 4
+        if length > data.nbytes - at:
+            raise RequestError(
+                f"incomplete string data for inference input '{name}' for model '{model}', expecting string of length "
+                f"{length} but only {data.nbytes - at} bytes available"
+            )
+        at += length
+        found += 1
+        if found > count:
+            break
+    if found != count:
+        more = "more than " if found > count else ""
+        raise RequestError(
+            f"unexpected number of string elements {more}{min(found, count)} for inference input '{name}' for model "
+            f"'{model}', expecting {count}"
+        )
+
+
+def _refuse_unsupported(parameters: Mapping[str, Parameter], where: str) -> None:
+    if "shared_memory_region" in parameters:
+        raise UnsupportedRequest(f"{where} is in shared memory, which is not supported by this server")
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "[" + ",".join(str(dim) for dim in shape) + "]"
