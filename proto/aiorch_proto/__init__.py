@@ -1,0 +1,1 @@
+"""Messages and methods of the served protocols, for clients and servers."""
