@@ -1,0 +1,167 @@
+"""Sections of a model configuration that choose a scheduler: dynamic, sequence, ensemble."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+
+from pydantic import Field, model_validator
+
+from aiorch_server.config.problems import Problem, raise_problems
+from aiorch_server.config.section import (
+    ConfigDataType,
+    Dim,
+    FileName,
+    Flag,
+    Int32,
+    Int64,
+    Microseconds,
+    Number,
+    Section,
+    UInt32,
+    UInt64,
+)
+
+
+class TimeoutAction(enum.StrEnum):
+    """What becomes of a request that waited too long: refused, or served after all others."""
+
+    REJECT = "REJECT"
+    DELAY = "DELAY"
+
+
+class QueuePolicy(Section):
+    """Bounds of a queue: 0 stands for no time-out and for no bound of its own."""
+
+    timeout_action: TimeoutAction = TimeoutAction.REJECT
+    default_timeout_microseconds: Microseconds = 0
+    allow_timeout_override: Flag = False
+    max_queue_size: UInt32 = 0
+
+
+class DynamicBatching(Section):
+    """Batches are formed from requests that wait at the same time; sizes count rows.
+
+    With ``priority_levels`` above 0, level 1 goes first and ``default_priority_level`` is for requests that name none.
+    """
+
+    preferred_batch_size: tuple[Int32, ...] = ()
+    max_queue_delay_microseconds: Microseconds = 0
+    preserve_ordering: Flag = False
+    priority_levels: UInt64 = Field(default=0, le=1024)
+    default_priority_level: UInt64 = 0
+    default_queue_policy: QueuePolicy | None = None
+    priority_queue_policy: Mapping[UInt64, QueuePolicy] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> DynamicBatching:
+        raise_problems(self._find_problems())
+        return self
+
+    def _find_problems(self) -> Iterator[Problem]:
+        for index, size in enumerate(self.preferred_batch_size):
+            if size < 1:
+                yield Problem(("preferred_batch_size", index), f"found {size}; a batch size must be at least 1")
+        levels, default = self.priority_levels, self.default_priority_level
+        if levels and not 1 <= default <= levels:
+            yield Problem(
+                ("default_priority_level",),
+                f"found {default}; with priority_levels {levels} it must be between 1 and {levels}",
+            )
+        if not levels and default:
+            yield Problem(("default_priority_level",), f"found {default}; it needs priority_levels above 0")
+        for level in self.priority_queue_policy:
+            if not 1 <= level <= levels:
+                yield Problem(("priority_queue_policy", level), f"found level {level}; priority_levels is {levels}")
+
+
+class ControlKind(enum.StrEnum):
+    """What a control tensor of a stateful model tells."""
+
+    CONTROL_SEQUENCE_START = "CONTROL_SEQUENCE_START"
+    CONTROL_SEQUENCE_READY = "CONTROL_SEQUENCE_READY"
+    CONTROL_SEQUENCE_END = "CONTROL_SEQUENCE_END"
+    CONTROL_SEQUENCE_CORRID = "CONTROL_SEQUENCE_CORRID"
+
+
+class SequenceControl(Section):
+    """One signal in a control tensor."""
+
+    kind: ControlKind = ControlKind.CONTROL_SEQUENCE_START
+    int32_false_true: tuple[Int32, ...] = ()
+    fp32_false_true: tuple[Number, ...] = ()
+    bool_false_true: tuple[Flag, ...] = ()
+    data_type: ConfigDataType | None = None
+
+
+class SequenceControlInput(Section):
+    """A control tensor and its signals."""
+
+    name: str = ""
+    control: tuple[SequenceControl, ...] = ()
+
+
+class SequenceInitialState(Section):
+    """What a state tensor holds at the start of a sequence."""
+
+    data_type: ConfigDataType
+    dims: tuple[Dim, ...] = ()
+    zero_data: Flag | None = None
+    data_file: FileName | None = None
+    name: str = ""
+
+
+class SequenceState(Section):
+    """A tensor that is carried from one request of a sequence to the next."""
+
+    input_name: str = ""
+    output_name: str = ""
+    data_type: ConfigDataType
+    dims: tuple[Dim, ...] = ()
+    initial_state: tuple[SequenceInitialState, ...] = ()
+    use_same_buffer_for_input_output: Flag = False
+    use_growable_memory: Flag = False
+
+
+class SequenceDirect(Section):
+    """Each sequence keeps one place in the batch."""
+
+    max_queue_delay_microseconds: Microseconds = 0
+    minimum_slot_utilization: Number = 0.0
+
+
+class SequenceOldest(Section):
+    """Requests of many sequences are batched dynamically, oldest first."""
+
+    max_candidate_sequences: Int32 = 0
+    preferred_batch_size: tuple[Int32, ...] = ()
+    max_queue_delay_microseconds: Microseconds = 0
+    preserve_ordering: Flag = False
+
+
+class SequenceBatching(Section):
+    """Requests of one sequence go to one instance, in order."""
+
+    direct: SequenceDirect | None = None
+    oldest: SequenceOldest | None = None
+    max_sequence_idle_microseconds: Microseconds = 0
+    control_input: tuple[SequenceControlInput, ...] = ()
+    state: tuple[SequenceState, ...] = ()
+    iterative_sequence: Flag = False
+
+
+class EnsembleStep(Section):
+    """One model in an ensemble and how its tensors are wired."""
+
+    model_name: str = ""
+    model_version: Int64 = 0
+    input_map: Mapping[str, str] = {}
+    output_map: Mapping[str, str] = {}
+    model_namespace: str = ""
+
+
+class EnsembleScheduling(Section):
+    """A model made of other models."""
+
+    step: tuple[EnsembleStep, ...] = ()
+    max_inflight_requests: UInt32 = 0

@@ -1,0 +1,141 @@
+"""Problems found in configurations: collected, given a path each, and told all at once."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+Location = tuple[int | str, ...]
+Model = TypeVar("Model", bound=BaseModel)
+_LONGEST_FOUND = 80
+_MOST_TOLD = 50
+_MOST_SUGGESTED = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: where, and a text that says what was found and what would be right."""
+
+    location: Location
+    text: str
+
+    @property
+    def path(self) -> str:
+        """The location as a reader writes it: ``input[0].dims``."""
+        return format_path(self.location)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}" if self.location else self.text
+
+
+class Inconsistent(ValueError):
+    """Raised inside validators to report several problems of one section, each with a path of its own."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(map(str, self.problems)))
+
+
+def raise_problems(problems: Iterable[Problem]) -> None:
+    """Raises Inconsistent when there is any problem."""
+    found = tuple(problems)
+    if found:
+        raise Inconsistent(found)
+
+
+def format_path(location: Location) -> str:
+    """``("input", 0, "dims")`` as ``input[0].dims``."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        else:
+            path += f".{step}" if path else step
+    return path
+
+
+def format_found(value: object) -> str:
+    """A short rendering of a value that was found."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_FOUND else text[: _LONGEST_FOUND - 3] + "..."
+
+
+def format_problems(problems: Iterable[Problem]) -> str:
+    """All problems in one line, for error texts; very many are cut off, with their number."""
+    texts = list(dict.fromkeys(map(str, problems)))
+    told = "; ".join(texts[:_MOST_TOLD])
+    return told if len(texts) <= _MOST_TOLD else f"{told}; and {len(texts) - _MOST_TOLD} more"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` or, where nothing is near, the known names unless they are many."""
+    names = sorted(known)
+    # Case and underscores are what people mix up most: maxBatchSize, max-batch-size.
+    near = difflib.get_close_matches(_fold(name), [_fold(each) for each in names], n=1, cutoff=0.7)
+    if near:
+        return f"; did you mean '{next(each for each in names if _fold(each) == near[0])}'?"
+    return f"; known here: {', '.join(names)}" if 0 < len(names) <= _MOST_SUGGESTED else ""
+
+
+def collect_problems(error: ValidationError, model: type[BaseModel]) -> Iterator[Problem]:
+    """Yields the problems in pydantic's ``error`` about a ``model``, in our words."""
+    for detail in error.errors(include_url=False):
+        location: Location = detail["loc"]
+        cause = detail.get("ctx", {}).get("error")
+        if isinstance(cause, Inconsistent):
+            for problem in cause.problems:
+                yield Problem((*location, *problem.location), problem.text)
+        elif detail["type"] == "extra_forbidden":
+            yield Problem(location, "unknown key" + suggest(str(location[-1]), _known_keys(model, location[:-1])))
+        elif detail["type"] == "missing":
+            yield Problem(location, "is missing and must be written")
+        else:
+            text = str(cause) if cause is not None else detail["msg"].removeprefix("Input ")
+            yield Problem(location, f"found {format_found(detail['input'])}; {text}")
+
+
+def validate_whole(model: type[Model], values: Mapping[str, Any]) -> tuple[Model | None, list[Problem]]:
+    """The validated ``model``, or None with all problems.
+
+    Rules between sections only run on sections that are right by themselves, so what is left when the wrong ones are
+    taken out is checked once more: the owner sees all problems at once, not one layer after the other. Validators
+    find the names of those taken out in ``context["unknown"]``.
+    """
+    try:
+        return model.model_validate(values), []
+    except ValidationError as error:
+        problems = list(collect_problems(error, model))
+    wrong = {problem.location[0] for problem in problems if problem.location}
+    try:
+        rest = {key: value for key, value in values.items() if key not in wrong}
+        model.model_validate(rest, context={"unknown": wrong})
+    except ValidationError as error:
+        known = set(problems)
+        problems += [problem for problem in collect_problems(error, model) if problem not in known]
+    return None, problems
+
+
+def _fold(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _known_keys(model: type[BaseModel], location: Location) -> tuple[str, ...]:
+    section: type[BaseModel] | None = model
+    for step in location:
+        if section is None:
+            return ()
+        if isinstance(step, str) and step in section.model_fields:
+            section = _section_in(section.model_fields[step].annotation)
+    return tuple(section.model_fields) if section is not None else ()
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field's annotation holds: itself, an optional one, or the element of a list or map."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _section_in(each)) is not None), None)

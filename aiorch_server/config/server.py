@@ -1,0 +1,237 @@
+"""The configuration of the server: one section per part, so that no part sees more than its own.
+
+Built by ``config.load``; in tests directly, ``ServerConfig(grpc={"port": 0})``.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+import ssl
+from collections.abc import Collection, Iterator
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, DirectoryPath, Field, FilePath, ValidationInfo, model_validator
+
+from aiorch_server.config.names import check_name
+from aiorch_server.config.problems import Problem, raise_problems
+from aiorch_server.config.section import Flag, Number, Section, Whole
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_MESSAGE_BYTES = 64 * 1024 * 1024
+_PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.ASCII)
+
+
+def _check_plugin(text: str) -> str:
+    if not _PLUGIN.fullmatch(text):
+        raise ValueError("should be written 'module:attribute', for example 'my_package.backends:MyBackend'")
+    return text
+
+
+Host = Annotated[str, Field(min_length=1)]
+Port = Annotated[Whole, Field(ge=0, le=65535)]
+Bytes = Annotated[Whole, Field(ge=1024, le=2**31 - 1)]
+Count = Annotated[Whole, Field(ge=1, le=100_000)]
+Seconds = Annotated[Number, Field(ge=0, le=7 * 24 * 3600)]
+Plugin = Annotated[str, AfterValidator(_check_plugin)]
+
+
+class Transport(enum.StrEnum):
+    """What carries gRPC: the compiled door over libnghttp2, or grpcio's own server."""
+
+    NATIVE = "native"
+    GRPCIO = "grpcio"
+
+
+class ControlMode(enum.StrEnum):
+    """Who decides what is loaded: all at start, load calls, or the repository as it changes."""
+
+    NONE = "none"
+    EXPLICIT = "explicit"
+    POLL = "poll"
+
+
+class LogLevel(enum.StrEnum):
+    """The least severe records that are written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(enum.StrEnum):
+    """One line of text or one JSON object per record."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class TlsConfig(Section):
+    """PEM files of a door that speaks TLS; nothing written means plain text.
+
+    ``root`` holds the authorities that clients' certificates are checked against.
+    """
+
+    certificate: FilePath | None = None
+    key: FilePath | None = None
+    root: FilePath | None = None
+    require_client_auth: Flag = False
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether there is a certificate to show."""
+        return self.certificate is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        raise_problems(self._find_problems())
+        return self
+
+    def _find_problems(self) -> Iterator[Problem]:
+        if self.certificate is not None and self.key is None:
+            yield Problem(("key",), "is missing; a certificate needs its key")
+        if self.key is not None and self.certificate is None:
+            yield Problem(("certificate",), "is missing; a key needs its certificate")
+        if self.require_client_auth and self.root is None:
+            yield Problem(("root",), "is missing; clients' certificates cannot be checked without it")
+        if self.root is not None and self.certificate is None:
+            yield Problem(("certificate",), "is missing; a root without it has no use")
+        if self.certificate is not None and self.key is not None:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, password="")
+            except (ssl.SSLError, OSError, ValueError) as error:
+                yield Problem(("certificate",), f"does not load with its key: {error}")
+
+
+class GrpcConfig(Section):
+    """The gRPC door; port 0 takes any free one."""
+
+    enabled: Flag = True
+    host: Host = LOOPBACK
+    port: Port = 8001
+    transport: Transport = Transport.NATIVE
+    max_message_bytes: Bytes = DEFAULT_MESSAGE_BYTES
+    tls: TlsConfig = TlsConfig()
+
+
+class HttpConfig(Section):
+    """The REST door; port 0 takes any free one."""
+
+    enabled: Flag = True
+    host: Host = LOOPBACK
+    port: Port = 8000
+    max_body_bytes: Bytes = DEFAULT_MESSAGE_BYTES
+
+
+class MetricsConfig(Section):
+    """The door that Prometheus reads; port 0 takes any free one."""
+
+    enabled: Flag = True
+    host: Host = LOOPBACK
+    port: Port = 8002
+
+
+class RepositoryConfig(Section):
+    """Folders that hold models."""
+
+    paths: tuple[DirectoryPath, ...] = ()
+
+
+class LifecycleConfig(Section):
+    """Which models are served and how they come and go.
+
+    ``load_models`` is for control mode explicit; ``*`` stands for all. ``poll_secs`` is for control mode poll.
+    ``exit_timeout_secs`` bounds how long requests in flight may take when the server stops. With
+    ``is_readiness_strict`` the server is ready only while every model that should serve does.
+    """
+
+    control_mode: ControlMode = ControlMode.NONE
+    load_models: tuple[str, ...] = ()
+    poll_secs: Annotated[Number, Field(gt=0, le=24 * 3600)] = 15.0
+    exit_timeout_secs: Seconds = 30.0
+    is_readiness_strict: Flag = True
+    load_timeout_secs: Annotated[Number, Field(gt=0, le=24 * 3600)] = 300.0
+    concurrent_loads: Count = 4
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        raise_problems(self._find_problems())
+        return self
+
+    def _find_problems(self) -> Iterator[Problem]:
+        if self.load_models and self.control_mode is not ControlMode.EXPLICIT:
+            text = f"found {list(self.load_models)}; it needs control_mode explicit, found {self.control_mode}"
+            yield Problem(("load_models",), text)
+        if "*" in self.load_models and len(self.load_models) > 1:
+            yield Problem(("load_models",), f"found {list(self.load_models)}; '*' must stand alone")
+        for index, name in enumerate(self.load_models):
+            try:
+                check_name(name)
+            except ValueError as error:
+                yield Problem(("load_models", index), f"found {name!r}; {error}")
+
+
+class ExecutionConfig(Section):
+    """How models are run where their own configuration does not say.
+
+    ``instances`` per model; ``default_max_batch_size`` for models whose artefact can batch (0: never).
+    ``allow_pickle`` permits artefacts that run code when they are opened. ``backends`` adds backends written
+    ``module:attribute`` to those installed as plug-ins.
+    """
+
+    instances: Annotated[Whole, Field(ge=1, le=1024)] = 1
+    default_max_batch_size: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 32
+    allow_pickle: Flag = False
+    backends: tuple[Plugin, ...] = ()
+
+
+class LimitsConfig(Section):
+    """Bounds that protect the server, for all doors together.
+
+    ``max_queue_size`` holds per model where its own configuration gives no bound.
+    """
+
+    max_concurrent_streams: Count = 1024
+    max_header_bytes: Annotated[Whole, Field(ge=1024, le=1024 * 1024)] = 16 * 1024
+    max_queue_size: Annotated[Whole, Field(ge=1, le=2**31 - 1)] = 100_000
+
+
+class LogConfig(Section):
+    """What the server writes about itself, to standard error."""
+
+    level: LogLevel = LogLevel.INFO
+    format: LogFormat = LogFormat.TEXT
+
+
+class ServerConfig(Section):
+    """Everything the server can be told; every value has a default that is safe on a laptop."""
+
+    grpc: GrpcConfig = GrpcConfig()
+    http: HttpConfig = HttpConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    repository: RepositoryConfig = RepositoryConfig()
+    lifecycle: LifecycleConfig = LifecycleConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    limits: LimitsConfig = LimitsConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> Self:
+        raise_problems(self._find_problems((info.context or {}).get("unknown", ())))
+        return self
+
+    def _find_problems(self, unknown: Collection[str]) -> Iterator[Problem]:
+        """``unknown`` are sections that hold a default because what was written is wrong: nothing follows from them."""
+        taken: dict[tuple[str, int], str] = {}
+        doors = (("grpc", self.grpc), ("http", self.http), ("metrics", self.metrics))
+        for name, door in doors:
+            address = (door.host, door.port)
+            if not door.enabled or door.port == 0 or name in unknown:
+                continue
+            if address in taken:
+                text = f"found {door.port}, which {taken[address]}.port on {door.host} has already; ports must differ"
+                yield Problem((name, "port"), text)
+            taken.setdefault(address, name)
+        if not self.grpc.enabled and not self.http.enabled:
+            yield Problem(("grpc", "enabled"), "found false, and http.enabled too; at least one door must be open")
