@@ -9,6 +9,7 @@ from libc.string cimport memcpy
 from aiorch_server._core.request cimport (
     CompletionSink,
     Request,
+    abandon_sink,
     drain_sink,
     free_request,
     new_request,
@@ -34,17 +35,22 @@ from aiorch_server._core.wire cimport SCAN_OK, InferScan, scan_request
 from aiorch_server.errors import InternalError, QueueFull, RequestError, ServerStopping, error_from_code
 
 
+cdef class Mailbox
+
+
 cdef class Ticket:
     """One submitted request and the future that waits for it."""
 
     cdef Request *request       # valid until it was drained or taken back; then NULL
     cdef object future
+    cdef Mailbox mailbox
 
     def on_done(self, future):
         """A waiter that gave up takes its request back; one that runs already is dropped when it comes."""
         if self.request != NULL and future.cancelled() and cancel_request(self.request):
             free_request(self.request)
             self.request = NULL
+            self.mailbox.outstanding.discard(self)
             Py_DECREF(self)     # the reference that request.owner held
 
 
@@ -53,11 +59,13 @@ cdef class Mailbox:
 
     cdef CompletionSink *sink
     cdef object loop
+    cdef set outstanding        # tickets whose request is queued, running or in the sink
 
     def __cinit__(self, loop not None):
         self.sink = new_sink()
         if self.sink == NULL:
             raise MemoryError("no memory or no descriptor for a mailbox")
+        self.outstanding = set()
         self.loop = loop
         loop.add_reader(self.sink.wake_fd, self.collect)
 
@@ -66,11 +74,24 @@ cdef class Mailbox:
             release_sink(self.sink)
 
     def close(self):
-        """Stops listening to the loop; what is still in flight fails with ServerStopping when it arrives."""
-        if self.loop is not None:
-            self.loop.remove_reader(self.sink.wake_fd)
-            self.loop = None
-            self.collect()
+        """Stops listening to the loop: answers that are there are given, all else fails with ServerStopping now."""
+        cdef Ticket ticket
+        cdef Request *request
+        if self.loop is None:
+            return
+        self.loop.remove_reader(self.sink.wake_fd)
+        self.loop = None
+        self.collect()
+        for ticket in list(self.outstanding):
+            request, ticket.request = ticket.request, NULL
+            request.owner = NULL
+            if cancel_request(request):
+                free_request(request)
+            if not ticket.future.done():
+                ticket.future.set_exception(ServerStopping("the server is stopping"))
+            Py_DECREF(ticket)   # the reference that request.owner held
+        self.outstanding.clear()
+        abandon_sink(self.sink)
 
     def submit(self, Scheduler scheduler not None, bytes message not None, *, uint64_t priority=0,
                int64_t timeout_us=0, int64_t deadline_ns=0):
@@ -108,6 +129,7 @@ cdef class Mailbox:
             raise InternalError(f"the data plane queued a message that does not fit model '{scheduler.spec.name}'")
         ticket.future = self.loop.create_future()
         ticket.request = request
+        ticket.mailbox = self
         with nogil:
             result = enqueue(scheduler.state, request, priority, timeout_us, now)
         if result != ENQUEUED:
@@ -125,6 +147,7 @@ cdef class Mailbox:
                 f"'{scheduler.spec.name}'")
         # Still on the loop's thread: nobody drains before this returns, so the owner's reference is in time.
         Py_INCREF(ticket)
+        self.outstanding.add(ticket)
         ticket.future.add_done_callback(ticket.on_done)
         with nogil:
             wake(scheduler.state)
@@ -141,6 +164,7 @@ cdef class Mailbox:
             following = request.next
             ticket = <Ticket> request.owner
             ticket.request = NULL
+            self.outstanding.discard(ticket)
             try:
                 if not ticket.future.done():
                     if request.status:

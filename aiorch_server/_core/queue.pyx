@@ -1,7 +1,49 @@
 """Requests that wait, by shape and urgency."""
 
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdio cimport fprintf, stderr
+from libc.stdlib cimport abort, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
+
+cdef extern from * nogil:
+    """
+    #ifndef AIORCH_DEBUG
+    #define AIORCH_DEBUG 0
+    #endif
+    """
+    const int AIORCH_DEBUG      # a debug build checks the whole queue after each change
+
+
+cdef void require(bint is_true, const char *what) noexcept nogil:
+    if not is_true:
+        fprintf(stderr, b"aiorch: broken queue: %s\n", what)
+        abort()
+
+
+cdef void check_queue(const Queue *queue) noexcept nogil:
+    """Invariants: counts add up, each heap is ordered, each member knows its place, and both orders hold the same."""
+    cdef const Bucket *bucket = queue.buckets
+    cdef const Request *request
+    cdef Py_ssize_t n = 0, linked, index
+    cdef int64_t rows
+    while bucket != NULL:
+        require(bucket.n > 0, b"an empty bucket is listed")
+        n += bucket.n
+        rows = 0
+        for index in range(bucket.n):
+            request = bucket.heap[index]
+            rows += request.rows
+            require(request.heap_index == index and request.bucket == bucket, b"a member does not know its place")
+            require(index == 0 or not precedes(request, bucket.heap[(index - 1) // 2]), b"a heap is not ordered")
+        require(rows == bucket.rows, b"rows do not add up")
+        linked = 0
+        request = bucket.oldest
+        while request != NULL:
+            linked += 1
+            require(request.newer != NULL or request == bucket.newest, b"the order of arrival has a loose end")
+            request = request.newer
+        require(linked == bucket.n, b"the heap and the order of arrival differ")
+        bucket = bucket.next
+    require(n == queue.n, b"requests do not add up")
 
 
 cdef void init_queue(Queue *queue, int n_key) noexcept nogil:
@@ -144,6 +186,8 @@ cdef bint push_request(Queue *queue, Request *request) noexcept nogil:
     end = earliest_end(request)
     if end and (queue.next_expiry_ns == 0 or end < queue.next_expiry_ns):
         queue.next_expiry_ns = end
+    if AIORCH_DEBUG:
+        check_queue(queue)
     return True
 
 
@@ -174,6 +218,8 @@ cdef void remove_request(Queue *queue, Request *request) noexcept nogil:
         retire_bucket(queue, bucket)
     if queue.n == 0:
         queue.next_expiry_ns = 0
+    if AIORCH_DEBUG:
+        check_queue(queue)
 
 
 cdef Request *remove_expired(Queue *queue, int64_t now_ns) noexcept nogil:

@@ -79,6 +79,7 @@ cdef struct CompletionSink:
     Request *tail
     int wake_fd             # owned: closed with the last reference
     bint signalled
+    bint is_abandoned       # nobody drains any more: what is settled is freed at once
     int references
 
 
@@ -88,6 +89,9 @@ cdef void retain_sink(CompletionSink *sink) noexcept nogil
 cdef void release_sink(CompletionSink *sink) noexcept nogil
 # Takes over a chain of settled requests linked by `next`, all of this sink, and wakes the owner once.
 cdef void put_settled(CompletionSink *sink, Request *first, Request *last) noexcept nogil
+# The owner goes away: frees what waits in the sink, and what will still be put there. The owner must have taken back
+# (set to NULL) the `owner` of each of its requests before; it still releases its reference.
+cdef void abandon_sink(CompletionSink *sink) noexcept nogil
 # Clears the eventfd and gives the chain of settled requests (NULL: none); the caller owns them now.
 cdef Request *drain_sink(CompletionSink *sink) noexcept nogil
 

@@ -62,22 +62,47 @@ cdef void release_sink(CompletionSink *sink) noexcept nogil:
 
 
 cdef void put_settled(CompletionSink *sink, Request *first, Request *last) noexcept nogil:
-    cdef bint must_wake
+    cdef bint must_wake = False
+    cdef bint is_abandoned
     cdef uint64_t one = 1
     # The chain's own references go away as soon as the owner drains it, which may be before this returns.
     retain_sink(sink)
     last.next = NULL
     pthread_mutex_lock(&sink.lock)
-    if sink.tail == NULL:
-        sink.head = first
-    else:
-        sink.tail.next = first
-    sink.tail = last
-    must_wake = not sink.signalled
-    sink.signalled = True
+    is_abandoned = sink.is_abandoned
+    if not is_abandoned:
+        if sink.tail == NULL:
+            sink.head = first
+        else:
+            sink.tail.next = first
+        sink.tail = last
+        must_wake = not sink.signalled
+        sink.signalled = True
     pthread_mutex_unlock(&sink.lock)
-    if must_wake:
+    if is_abandoned:
+        free_chain(first)
+    elif must_wake:
         write(sink.wake_fd, &one, sizeof(one))
+    release_sink(sink)
+
+
+cdef void free_chain(Request *request) noexcept nogil:
+    cdef Request *following
+    while request != NULL:
+        following = request.next
+        free_request(request)
+        request = following
+
+
+cdef void abandon_sink(CompletionSink *sink) noexcept nogil:
+    cdef Request *chain
+    retain_sink(sink)       # the requests may hold the last references
+    pthread_mutex_lock(&sink.lock)
+    sink.is_abandoned = True
+    chain = sink.head
+    sink.head = sink.tail = NULL
+    pthread_mutex_unlock(&sink.lock)
+    free_chain(chain)
     release_sink(sink)
 
 

@@ -173,3 +173,18 @@ async def test_a_batch_that_is_dropped_leaves_nobody_waiting(scheduler: Schedule
     del batch
     with pytest.raises(ModelExecutionError, match="unanswered"):
         await asyncio.wait_for(future, 10)
+
+
+async def test_a_mailbox_that_closes_leaves_nobody_waiting(scheduler: Scheduler, instance: HandDriven) -> None:
+    box = Mailbox(asyncio.get_running_loop())
+    running = box.submit(scheduler, message(1))
+    await instance.until_taken()
+    queued = box.submit(scheduler, message(2))
+    box.close()
+    for future in (running, queued):
+        with pytest.raises(ServerStopping):
+            await asyncio.wait_for(future, 10)
+    with pytest.raises(ServerStopping):
+        box.submit(scheduler, message(3))
+    instance.go()
+    assert await asyncio.to_thread(scheduler.wait_idle, 10)

@@ -1,0 +1,208 @@
+"""Renders docs/benchmarks.md from the stored results; no figure on that page is typed.
+
+``report.py`` writes the page, ``report.py --check`` fails when it is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+OURS = "aiorch"
+#: Cores used by other programs above which a point says more about the machine than about the servers.
+QUIET_CORES = 0.15
+COLUMNS = (
+    "req/s",
+    "cores",
+    "req/s/core",
+    "CPU us/req",
+    "p50 us",
+    "p99 us",
+    "load/other",
+    "x req/s",
+    "x per core",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedRow:
+    """One server at one point, with ours divided by it (None without ours, or for ours)."""
+
+    workload: str
+    shape: str
+    title: str
+    is_ours: bool
+    row: Mapping[str, Any]
+    rate_ratio: float | None
+    core_ratio: float | None
+
+    @property
+    def point(self) -> tuple[str, str]:
+        return self.workload, self.shape
+
+    def cells(self) -> list[str]:
+        row = self.row
+        return [
+            f"{row['req_per_s']:,.0f} ±{50 * (row['req_per_s_max'] - row['req_per_s_min']) / row['req_per_s']:.0f}%",
+            f"{row['server_cores']:.2f}",
+            f"{row['req_per_s_per_core']:,.0f}",
+            f"{row['cpu_us_per_request']:,.1f}",
+            f"{row['p50_us']:,.0f}",
+            f"{row['p99_us']:,.0f}",
+            f"{row['load_cores']:.2f}/{row['other_cores']:.2f}",
+            format_ratio(self.rate_ratio),
+            format_ratio(self.core_ratio),
+        ]
+
+
+def compare(result: Mapping[str, Any]) -> Iterator[ComparedRow]:
+    """The result's rows in their order, each beside our server's figures at the same point of the same run."""
+    ours = {_point(row): row for row in result["rows"] if row["server"] == OURS}
+    for row in result["rows"]:
+        mine = ours.get(_point(row)) if row["server"] != OURS else None
+        yield ComparedRow(
+            workload=row["workload"],
+            shape=f"{row['connections']}x{row['streams']}",
+            title=result["servers"][row["server"]]["title"],
+            is_ours=row["server"] == OURS,
+            row=row,
+            rate_ratio=mine["req_per_s"] / row["req_per_s"] if mine else None,
+            core_ratio=mine["req_per_s_per_core"] / row["req_per_s_per_core"] if mine else None,
+        )
+
+
+def _point(row: Mapping[str, Any]) -> tuple[str, int, int]:
+    return row["workload"], row["connections"], row["streams"]
+
+
+def format_ratio(ratio: float | None) -> str:
+    """``4.2x``, or a dash where there is nothing to divide."""
+    return "-" if ratio is None else f"{ratio:.1f}x"
+
+
+def warn_if_noisy(result: Mapping[str, Any]) -> str:
+    """What to say when other programs were busy during the run; empty on a quiet machine."""
+    noisy = sum(row["other_cores"] > QUIET_CORES for row in result["rows"])
+    if not noisy:
+        return ""
+    return (
+        f"The machine was not quiet: in {noisy} of {len(result['rows'])} rows other programs used more than "
+        f"{QUIET_CORES} cores. Servers suffer from that unequally, so neither figures nor ratios are final."
+    )
+
+
+def render(peers: Mapping[str, Any], micro: Mapping[str, Any] | None = None) -> str:
+    """The whole page as Markdown."""
+    parts = [_render_head(), _render_machine(peers["machine"], peers["settings"]), _render_servers(peers["servers"])]
+    parts += [_render_workload(peers, name) for name in dict.fromkeys(row["workload"] for row in peers["rows"])]
+    if warning := warn_if_noisy(peers):
+        parts.insert(1, f"**{warning}**")
+    if peers["void"]:
+        parts.append("## Void\n\n" + "\n".join(f"- {text.splitlines()[0]}" for text in peers["void"]))
+    if micro is not None:
+        parts.append(_render_micro(micro))
+    return "\n\n".join(parts) + "\n"
+
+
+def _render_head() -> str:
+    return """# Benchmarks
+
+<!-- Rendered by benchmarks/report.py from benchmarks/results; do not edit. -->
+
+The servers share one core and take turns, the others idle meanwhile; `h2load` posts the same serialised ModelInfer
+frames from another core. All figures of a page are from one run; compare latencies only within one point, because
+every caller sends its next request when the last is answered. Answers are checked by a real client before and after
+each point, and every run must get exactly the bytes of a right answer per request.
+
+- *cores*: how much of its core the server's whole process tree used; *req/s/core* is req/s divided by that, and *CPU
+  us/req* the same thing upside down: the figures to compare, because they do not depend on which side saturates first.
+- *±*: half the distance between the slowest and the fastest run.
+- *load/other*: cores that `h2load` and everything else on the machine used. Near 1.00 for the load, `h2load` was the
+  limit and the server could do more; near 0 for the others, the machine was quiet.
+- *x req/s*, *x per core*: AIOrchestrator's figure divided by the one in the row; above 1, AIOrchestrator is faster.
+- With several streams per connection `h2load` sends many requests in one segment, which favours servers that handle a
+  whole read at once; one stream on each of 32 connections is closest to independent callers.
+- *p50*, *p99*: from a run of their own that logs every request, which costs the load generator some of its speed."""
+
+
+def _render_machine(machine: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    state = " with uncommitted changes" if machine["has_uncommitted_changes"] else ""
+    loads = " / ".join(f"{value:.2f}" for value in machine["load_average"])
+    lines = [
+        f"- {machine['cpu']}, {machine['cores'] or machine['logical_cores']} cores, {machine['memory_gib']} GiB, "
+        f"{machine['system']}, kernel {machine['kernel']}, Python {machine['python']}",
+        f"- {packages}",
+        f"- commit {machine['commit'] or 'unknown'}{state}, {machine['date']}, load average before the run {loads}",
+        f"- {settings['runs']} runs of about {settings['seconds']:g} s per server and point, the median is shown",
+    ]
+    return "## Measured on\n\n" + "\n".join(lines)
+
+
+def _render_servers(servers: Mapping[str, Mapping[str, str]]) -> str:
+    return "## Servers\n\n" + _make_grid(
+        ["server", "settings"], [[entry["title"], entry["settings"]] for entry in servers.values()], numbers=False
+    )
+
+
+def _render_workload(peers: Mapping[str, Any], workload: str) -> str:
+    rows = [row for row in compare(peers) if row.workload == workload]
+    grid = _make_grid(["conns x streams", "server", *COLUMNS], [[r.shape, r.title, *r.cells()] for r in rows], names=2)
+    longest = max(row.row["req_per_s_per_core"] for row in rows)
+    bars = [
+        f"{row.shape:>5}  {row.title:<15} {'#' * max(1, round(40 * row.row['req_per_s_per_core'] / longest)):<40} "
+        f"{row.row['req_per_s_per_core']:>9,.0f}"
+        for row in rows
+    ]
+    return (
+        f"## {workload.capitalize()}\n\n{grid}\n\nRequests/s per server core:\n\n```text\n" + "\n".join(bars) + "\n```"
+    )
+
+
+def _render_micro(micro: Mapping[str, Any]) -> str:
+    rows = [
+        [row["operation"], f"{row['ns']:,.0f}", f"{row['ns_min']:,.0f}-{row['ns_max']:,.0f}"] for row in micro["rows"]
+    ]
+    return (
+        "## The compiled core alone\n\nNanoseconds per request, one thread, no sockets "
+        f"(commit {micro['machine']['commit'] or 'unknown'}, {micro['machine']['date']}).\n\n"
+        + _make_grid(["operation", "ns", "min-max"], rows)
+    )
+
+
+def _make_grid(header: Sequence[str], rows: Sequence[Sequence[str]], *, names: int = 1, numbers: bool = True) -> str:
+    rules = ["---" if column < names or not numbers else "---:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rules, *rows])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare the page with the results")
+    options = parser.parse_args()
+    peers, micro = RESULTS / "peers.json", RESULTS / "micro.json"
+    if not peers.exists():
+        print(f"no results at {peers}: run 'make bench-peers' first", file=sys.stderr)
+        return 1
+    text = render(
+        json.loads(peers.read_text(encoding="utf-8")),
+        json.loads(micro.read_text(encoding="utf-8")) if micro.exists() else None,
+    )
+    if options.check:
+        is_current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
+        print("docs/benchmarks.md is current" if is_current else "docs/benchmarks.md differs: run benchmarks/report.py")
+        return 0 if is_current else 1
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"written: {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
