@@ -1,0 +1,149 @@
+"""What ``aiorch serve`` tells: models as they load, then what serves where, with lines to paste."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from aiorch_server.cli.output import Output
+from aiorch_server.cli.status import STATE_STYLES, write_reasons
+from aiorch_server.config.model import ModelConfig
+from aiorch_server.types import ModelIndexEntry, ModelMetadata, ModelState, TensorMetadata
+
+#: The largest tensor that a line to paste writes out.
+_MAX_PASTED = 64
+_DTYPES = {"FP16": "float16", "BF16": "float32", "FP32": "float32", "FP64": "float64", "BOOL": "bool"}
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A row of the final table; ``config`` and ``metadata`` are there for models that are ready."""
+
+    entry: ModelIndexEntry
+    config: ModelConfig | None = None
+    metadata: ModelMetadata | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The row as plain values."""
+        described: dict[str, Any] = {
+            "name": self.entry.name,
+            "version": self.entry.version,
+            "state": self.entry.state.value,
+            "reason": self.entry.reason,
+        }
+        if self.config is not None:
+            described["backend"] = self.config.backend
+            described["max_batch_size"] = self.config.max_batch_size or 0
+            described["instances"] = sum(group.count for group in self.config.instance_group)
+        return described
+
+
+class Announcer:
+    """Shows the start and the end of a server; for the event loop's thread."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._loading: dict[str, None] = {}
+        self._done = 0
+        # A spinner is for terminals; elsewhere each model gets a line.
+        self._status: Status | None = None
+        if not output.is_json and output.console.is_terminal:
+            self._status = output.console.status("loading models")
+
+    def begin(self) -> None:
+        """The models start to load."""
+        if self._status is not None:
+            self._status.start()
+
+    def end(self) -> None:
+        """Nothing loads any more; may be called twice."""
+        if self._status is not None:
+            self._status.stop()
+
+    def on_model(self, entry: ModelIndexEntry) -> None:
+        """A model version has a new state."""
+        name = f"{entry.name} {entry.version}".strip()
+        if entry.state is ModelState.LOADING:
+            self._loading[name] = None
+        elif self._loading.pop(name, self) is not self:
+            self._done += 1
+        event = {"event": "model", "name": entry.name, "version": entry.version, "state": entry.state.value}
+        if self._status is not None:
+            self._status.update(Text(f"{self._done} done, loading {', '.join(self._loading) or 'models'}"))
+        else:
+            text = f"{entry.state.value.lower()} {name}" + (f": {entry.reason}" if entry.reason else "")
+            self._output.show({**event, "reason": entry.reason}, text)
+
+    def on_ready(self, addresses: Mapping[str, str], models: Sequence[ServedModel], *, has_tls: bool) -> None:
+        """The server takes requests at ``addresses`` (by door: grpc, http, metrics)."""
+        self.end()
+        table = Table("model", "version", "state", "backend", box=None, header_style="bold")
+        table.add_column("batch", justify="right")
+        table.add_column("instances", justify="right")
+        rows = [model.describe() for model in models]
+        for row in rows:
+            numbers = [str(row[key]) if key in row else "" for key in ("max_batch_size", "instances")]
+            state = Text(row["state"], STATE_STYLES.get(row["state"], ""))
+            table.add_row(Text(row["name"]), row["version"], state, row.get("backend", ""), *numbers)
+        document = {"event": "ready", "addresses": dict(addresses), "models": rows}
+        where = "\nserving: " + "  ".join(f"{door} {address}" for door, address in addresses.items()) + "\n"
+        examples = write_examples(addresses, models, has_tls=has_tls)
+        self._output.show(document, table, *write_reasons(rows), where, *examples)
+
+    def on_stop(self) -> None:
+        """The server has answered what was under way and gone."""
+        self.end()
+        self._output.show({"event": "stopped"}, "stopped")
+
+
+def write_examples(addresses: Mapping[str, str], models: Sequence[ServedModel], *, has_tls: bool) -> list[str]:
+    """Lines to paste into a shell: a call in Python, one with curl, a load test; for the model with the least input."""
+    ready = [(model.entry.name, model.metadata) for model in models if model.metadata is not None]
+    if not ready:
+        return []
+    name, metadata = min(ready, key=lambda each: sum(math.prod(_fill(tensor)) for tensor in each[1].inputs))
+    lines = []
+    grpc_address, http_address = addresses.get("grpc"), addresses.get("http")
+    if grpc_address is not None and not has_tls:
+        arrays = ", ".join(f'"{tensor.name}": {_write_array(tensor)}' for tensor in metadata.inputs)
+        call = f'c.Client("{grpc_address}").infer("{name}", {{{arrays}}}).outputs'
+        lines.append(f"python -c 'import numpy as np, aiorch_client as c; print({call})'")
+    if http_address is not None:
+        url = f"http://{http_address}/v2/models/{name}"
+        body = _write_body(metadata)
+        lines.append(f"curl -s {url}/infer -d '{body}'" if body else f"curl -s {url}")
+    if grpc_address is not None:
+        tls = " --tls-root-cert ROOT.pem" if has_tls else ""
+        lines.append(f"aiorch bench {name} --url {grpc_address} --concurrency 16 --duration 5{tls}")
+    return lines
+
+
+def _fill(tensor: TensorMetadata) -> list[int]:
+    return [1 if size == -1 else size for size in tensor.shape]
+
+
+def _write_array(tensor: TensorMetadata) -> str:
+    shape = tuple(_fill(tensor))
+    if tensor.datatype == "BYTES":
+        return f'np.full({shape}, "text", object)'
+    return f"np.zeros({shape}, np.{_DTYPES.get(tensor.datatype, tensor.datatype.lower())})"
+
+
+def _write_body(metadata: ModelMetadata) -> str:
+    """The JSON of a REST request with zeros; empty where it would be long or JSON cannot carry the type."""
+    tensors = []
+    for tensor in metadata.inputs:
+        count = math.prod(_fill(tensor))
+        if count > _MAX_PASTED or tensor.datatype in ("FP16", "BF16"):
+            return ""
+        value: Any = {"BYTES": "text", "BOOL": False}.get(tensor.datatype, 0)
+        shape = {"name": tensor.name, "shape": _fill(tensor), "datatype": tensor.datatype}
+        tensors.append({**shape, "data": [value] * count})
+    return json.dumps({"inputs": tensors}, separators=(",", ":"))

@@ -1,0 +1,60 @@
+"""The options by which a command finds its server, and the client made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from aiorch_client import Client, RequestError, TlsConfig
+
+from aiorch_server.cli.output import UsageError
+
+DEFAULT_URL = "127.0.0.1:8001"
+_CONNECT_S = 5.0
+
+Json = Annotated[bool, typer.Option("--json", help="Write JSON, one document a line.")]
+Url = Annotated[str, typer.Option("--url", "-u", help="Where the server's gRPC listens: host:port.")]
+TimeoutSecs = Annotated[float, typer.Option("--timeout-secs", min=0.001, max=86_400, help="Longest time of one call.")]
+UseTls = Annotated[bool, typer.Option("--tls", help="Connect with TLS; implied by the other TLS options.")]
+TlsRoot = Annotated[Path | None, typer.Option("--tls-root-cert", help="PEM of authorities to trust, not the system's.")]
+TlsCert = Annotated[Path | None, typer.Option("--tls-cert", help="PEM of the client's own certificate.")]
+TlsKey = Annotated[Path | None, typer.Option("--tls-key", help="PEM of the client's own key.")]
+TokenFile = Annotated[Path | None, typer.Option("--token-file", help="File with a bearer token for every call.")]
+
+
+def make_tls(use_tls: bool, root: Path | None, certificate: Path | None, key: Path | None) -> TlsConfig | None:
+    """The TLS settings; None for a plain connection."""
+    if not use_tls and root is None and certificate is None and key is None:
+        return None
+    try:
+        return TlsConfig(root=root, certificate=certificate, key=key)
+    except RequestError as error:
+        raise UsageError(error.details) from error
+
+
+def read_token(path: Path | None) -> str | None:
+    """The token in a file: files do not show in the list of processes, command lines do."""
+    if path is None:
+        return None
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--token-file {path} cannot be read: {error}") from error
+    if not token or not token.isascii() or not token.isprintable():
+        raise UsageError(f"--token-file {path} holds no token: expected one line of printable ASCII")
+    return token
+
+
+@contextmanager
+def open_client(url: str, *, timeout_s: float, tls: TlsConfig | None, token: str | None) -> Iterator[Client]:
+    """A connected client; UnreachableError where nobody answers."""
+    try:
+        made = Client(url, tls=tls, token=token, timeout_s=timeout_s)
+    except RequestError as error:  # nothing was sent yet: the address or the files are wrong
+        raise UsageError(error.details) from error
+    with made as client:
+        client.connect(min(timeout_s, _CONNECT_S))
+        yield client

@@ -1,0 +1,104 @@
+"""What the commands write, and the exit codes they end with.
+
+People get short texts and tables; with ``--json`` standard output carries JSON documents, one a line, and nothing else.
+Errors go to standard error as text, with ``--json`` to standard output as ``{"error": {...}}``.
+"""
+
+from __future__ import annotations
+
+import base64
+import enum
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from aiorch_client import ClientError, UnreachableError
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+_FILE_COLUMNS = 200
+
+
+class ExitCode(enum.IntEnum):
+    """How a command ended."""
+
+    OK = 0
+    REFUSED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+
+
+class CommandError(Exception):
+    """A failure to tell the user; ``str(error)`` says what would be right."""
+
+    def __init__(self, text: str, exit_code: ExitCode) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class UsageError(CommandError):
+    """The command line asks for what cannot be."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, ExitCode.USAGE)
+
+
+class Output:
+    """Writes a command's results for a person or, where ``is_json``, for a program."""
+
+    def __init__(self, is_json: bool) -> None:
+        self.is_json = is_json
+        is_terminal = sys.stdout.isatty()
+        # Tables in files and pipes are not squeezed into the 80 columns of a terminal that is not there.
+        self.console = Console(highlight=False, width=None if is_terminal else _FILE_COLUMNS)
+
+    def show(self, document: Mapping[str, Any], *people: RenderableType) -> None:
+        """Writes ``document`` as a line of JSON, or ``people`` to the terminal."""
+        if self.is_json:
+            typer.echo(json.dumps(to_json(document), allow_nan=False))
+        else:
+            for part in people:
+                # Pasted lines and messages of servers must not be broken up or read as markup.
+                self.console.print(
+                    Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str | Text)
+                )
+
+    def fail(self, text: str, code: str) -> None:
+        """Writes an error."""
+        if self.is_json:
+            typer.echo(json.dumps({"error": {"code": code, "text": text}}))
+        else:
+            Console(stderr=True, highlight=False).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turns expected failures within into a text and the exit code for them."""
+        try:
+            yield
+        except CommandError as error:
+            self.fail(str(error), error.exit_code.name)
+            raise typer.Exit(error.exit_code) from None
+        except ClientError as error:
+            self.fail(error.details, error.code.name)
+            is_unreachable = isinstance(error, UnreachableError)
+            raise typer.Exit(ExitCode.UNREACHABLE if is_unreachable else ExitCode.REFUSED) from None
+
+
+def to_json(value: Any) -> Any:
+    """``value`` with what JSON lacks replaced: NaN and infinities by their names, bytes by text or base64."""
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return {"base64": base64.b64encode(value).decode()}
+    return value

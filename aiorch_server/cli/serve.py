@@ -1,0 +1,234 @@
+"""``aiorch serve``: the server in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO, cast
+
+import typer
+
+from aiorch_server.cli.announce import Announcer, ServedModel
+from aiorch_server.cli.connection import Json
+from aiorch_server.cli.output import CommandError, ExitCode, Output
+from aiorch_server.cli.settings import build_config
+from aiorch_server.errors import AiorchError, CapacityError, NotFoundError, RequestError
+
+if TYPE_CHECKING:
+    from aiorch_server.app import Application
+    from aiorch_server.config.server import ServerConfig
+
+_BOOLEAN = "true|false"
+
+
+class ControlModeName(enum.StrEnum):
+    """Who decides what is loaded."""
+
+    NONE = "none"
+    EXPLICIT = "explicit"
+    POLL = "poll"
+
+
+class TransportName(enum.StrEnum):
+    """What carries gRPC."""
+
+    NATIVE = "native"
+    GRPCIO = "grpcio"
+
+
+class LogLevelName(enum.StrEnum):
+    """The least severe records."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormatName(enum.StrEnum):
+    """How records are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def serve(
+    model_repository: Annotated[
+        list[str] | None,
+        typer.Option("--model-repository", "--model-store", help="Folder with one folder per model; repeatable."),
+    ] = None,
+    model_control_mode: Annotated[
+        ControlModeName | None,
+        typer.Option(help="none: load all at start; explicit: on request; poll: as the repository changes."),
+    ] = None,
+    load_model: Annotated[
+        list[str] | None, typer.Option(help="A model to load at start in mode explicit, * for all; repeatable.")
+    ] = None,
+    repository_poll_secs: Annotated[float | None, typer.Option(help="Seconds between two looks in mode poll.")] = None,
+    strict_readiness: Annotated[
+        str | None, typer.Option(metavar=_BOOLEAN, help="Ready only while every model is that should be.")
+    ] = None,
+    exit_timeout_secs: Annotated[
+        float | None, typer.Option(help="Longest wait for requests under way when stopping.")
+    ] = None,
+    model_load_timeout_secs: Annotated[float | None, typer.Option(help="Longest time for one model to load.")] = None,
+    model_load_thread_count: Annotated[int | None, typer.Option(help="Models that load at the same time.")] = None,
+    allow_grpc: Annotated[str | None, typer.Option(metavar=_BOOLEAN, help="Whether to listen for gRPC.")] = None,
+    grpc_address: Annotated[str | None, typer.Option(help="Address to listen on; loopback by default.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port, 8001 by default; 0 takes a free one.")] = None,
+    transport: Annotated[TransportName | None, typer.Option(help="What carries gRPC.")] = None,
+    grpc_use_ssl: Annotated[str | None, typer.Option(metavar=_BOOLEAN, help="Whether gRPC speaks TLS.")] = None,
+    grpc_server_cert: Annotated[Path | None, typer.Option(help="PEM of the server's certificate.")] = None,
+    grpc_server_key: Annotated[Path | None, typer.Option(help="PEM of the server's key.")] = None,
+    grpc_root_cert: Annotated[Path | None, typer.Option(help="PEM of authorities for clients' certificates.")] = None,
+    grpc_use_ssl_mutual: Annotated[
+        str | None, typer.Option(metavar=_BOOLEAN, help="Whether clients must show a certificate.")
+    ] = None,
+    allow_http: Annotated[str | None, typer.Option(metavar=_BOOLEAN, help="Whether to listen for REST.")] = None,
+    http_address: Annotated[str | None, typer.Option(help="Address to listen on; loopback by default.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Port, 8000 by default; 0 takes a free one.")] = None,
+    allow_metrics: Annotated[str | None, typer.Option(metavar=_BOOLEAN, help="Whether to serve metrics.")] = None,
+    metrics_address: Annotated[str | None, typer.Option(help="Address to listen on; loopback by default.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Port, 8002 by default; 0 takes a free one.")] = None,
+    instances: Annotated[
+        int | None, typer.Option(help="Instances of a model whose configuration does not say.")
+    ] = None,
+    default_max_batch_size: Annotated[
+        int | None, typer.Option(help="Batch size of a model that can batch and does not say; 0: never.")
+    ] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="A further backend, MODULE:ATTRIBUTE; repeatable.")] = None,
+    backend_config: Annotated[
+        list[str] | None, typer.Option(help="default-max-batch-size=N; anything else belongs to the model.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool | None, typer.Option("--allow-pickle", help="Open artefacts that run code when they are read.")
+    ] = None,
+    log_level: Annotated[LogLevelName | None, typer.Option(help="The least severe records to write.")] = None,
+    log_verbose: Annotated[int | None, typer.Option(help="Above 0: the same as --log-level debug.")] = None,
+    log_format: Annotated[LogFormatName | None, typer.Option(help="Text or JSON lines, to standard error.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or TOML with these and all other settings.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="NAME=VALUE for any setting, for example grpc_max_message_bytes=1048576; repeatable."
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Serves the models of a repository over gRPC and REST until it is told to stop."""
+    options = {
+        "model_repository": model_repository,
+        "model_control_mode": model_control_mode,
+        "load_model": load_model,
+        "repository_poll_secs": repository_poll_secs,
+        "strict_readiness": strict_readiness,
+        "exit_timeout_secs": exit_timeout_secs,
+        "model_load_timeout_secs": model_load_timeout_secs,
+        "model_load_thread_count": model_load_thread_count,
+        "allow_grpc": allow_grpc,
+        "grpc_address": grpc_address,
+        "grpc_port": grpc_port,
+        "transport": transport,
+        "grpc_server_cert": grpc_server_cert,
+        "grpc_server_key": grpc_server_key,
+        "grpc_root_cert": grpc_root_cert,
+        "grpc_use_ssl_mutual": grpc_use_ssl_mutual,
+        "allow_http": allow_http,
+        "http_address": http_address,
+        "http_port": http_port,
+        "allow_metrics": allow_metrics,
+        "metrics_address": metrics_address,
+        "metrics_port": metrics_port,
+        "instances": instances,
+        "default_max_batch_size": default_max_batch_size,
+        "backends": backend,
+        "allow_pickle": allow_pickle,
+        "log_level": log_level,
+        "log_format": log_format,
+    }
+    output = Output(json)
+    with output.guard():
+        server_config = build_config(
+            options,
+            file=config,
+            use_ssl=grpc_use_ssl,
+            log_verbose=log_verbose,
+            backend_config=backend_config or [],
+            others=setting or [],
+        )
+        _run(server_config, Announcer(output))
+
+
+class _CurrentStderr:
+    """Writes to what ``sys.stderr`` is at that moment: the spinner puts itself there while it turns."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def _run(config: ServerConfig, announcer: Announcer) -> None:
+    """Serves until a signal ends it; CommandError where it cannot start."""
+    from aiorch_server.observability.logging import configure_logging
+
+    # A record on the same terminal must not break into the spinner's line.
+    stream = cast("TextIO", _CurrentStderr()) if sys.stderr.isatty() else None
+    configure_logging(config.log.level, config.log.format.value, stream)
+    try:
+        with asyncio.Runner(loop_factory=_choose_loop()) as runner:
+            runner.run(_serve(config, announcer))
+    except AiorchError as error:
+        raise CommandError(str(error), ExitCode.REFUSED) from error
+    except OSError as error:
+        hint = "ports are chosen with --grpc-port, --http-port and --metrics-port; 0 takes a free one"
+        raise CommandError(f"{error.strerror or error}; {hint}", ExitCode.REFUSED) from error
+
+
+def _choose_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # there is none for Windows
+        return None
+    return cast("Callable[[], asyncio.AbstractEventLoop]", uvloop.new_event_loop)
+
+
+async def _serve(config: ServerConfig, announcer: Announcer) -> None:
+    # Imported here: it brings the web framework and the compiled core, which no other command needs.
+    from aiorch_server.app import Application
+
+    application = Application(config, observe=announcer.on_model)
+    announcer.begin()
+    try:
+        await application.run(lambda: announcer.on_ready(*_look_at(application), has_tls=config.grpc.tls.is_enabled))
+    finally:
+        announcer.end()
+    announcer.on_stop()
+
+
+def _look_at(application: Application) -> tuple[dict[str, str], list[ServedModel]]:
+    """Where the application listens, by door, and what it serves."""
+    config, control = application.config, application.controlplane
+    doors = {
+        "grpc": (config.grpc.host, application.grpc_port),
+        "http": (config.http.host, application.http_port),
+        "metrics": (config.metrics.host, application.metrics_port),
+    }
+    addresses = {
+        name: f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        for name, (host, port) in doors.items()
+        if port is not None
+    }
+    models = []
+    for entry in control.repository_index():
+        try:
+            found = (control.model_config(entry.name, entry.version), control.model_metadata(entry.name, entry.version))
+        except (NotFoundError, RequestError, CapacityError):  # it does not serve: its state and reason tell
+            models.append(ServedModel(entry))
+        else:
+            models.append(ServedModel(entry, *found))
+    return addresses, models

@@ -1,0 +1,82 @@
+"""From the options of ``aiorch serve`` to settings by the names that ``config.load`` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aiorch_server.cli.output import UsageError
+from aiorch_server.config.load import load_server_config
+from aiorch_server.config.server import ServerConfig
+from aiorch_server.errors import InvalidSettings
+
+_TLS_SETTINGS = ("grpc_server_cert", "grpc_server_key", "grpc_root_cert", "grpc_use_ssl_mutual")
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+def build_config(
+    options: Mapping[str, Any],
+    *,
+    file: Path | None,
+    use_ssl: str | None,
+    log_verbose: int | None,
+    backend_config: Sequence[str],
+    others: Sequence[str],
+) -> ServerConfig:
+    """The server's configuration from all sources; UsageError with every problem.
+
+    ``options`` are settings by name, None where not given. The others are options of Triton that have no setting of
+    their own: ``use_ssl`` false leaves the TLS files unused, ``log_verbose`` above 0 means level debug,
+    ``backend_config`` entries are refused unless there is a setting that means the same. ``others`` are NAME=VALUE.
+    """
+    settings = {name: value for name, value in options.items() if value is not None and value != []}
+    for name, value in [*_split(others, "--set"), *_translate(backend_config)]:
+        if settings.setdefault(name, value) != value:
+            raise UsageError(f"setting {name} is given twice, as {settings[name]} and as {value}")
+    if log_verbose:
+        settings.setdefault("log_level", "debug")
+    wants_ssl = None if use_ssl is None else _parse_flag(use_ssl, "--grpc-use-ssl")
+    if wants_ssl is False:
+        for name in _TLS_SETTINGS:
+            settings.pop(name, None)
+    try:
+        config = load_server_config(settings, file=file)
+    except InvalidSettings as error:
+        raise UsageError(str(error)) from error
+    if wants_ssl and not config.grpc.tls.is_enabled:
+        raise UsageError("--grpc-use-ssl true needs --grpc-server-cert FILE and --grpc-server-key FILE")
+    if wants_ssl is False and config.grpc.tls.is_enabled:
+        raise UsageError("--grpc-use-ssl false contradicts the certificate in the configuration file or environment")
+    if not config.repository.paths:
+        raise UsageError("no model repository is given: add --model-repository FOLDER (it holds one folder per model)")
+    return config
+
+
+def _translate(entries: Sequence[str]) -> list[tuple[str, str]]:
+    """Entries of ``--backend-config``: the one for all backends is a setting here, those for one belong to models."""
+    translated = []
+    for key, value in _split(entries, "--backend-config"):
+        if key not in ("default-max-batch-size", "default_max_batch_size"):
+            raise UsageError(
+                f"--backend-config {key}={value} has no effect in this server and is refused: write backend settings "
+                "into the model's configuration (parameters), or use --backend-config default-max-batch-size=N"
+            )
+        translated.append(("default_max_batch_size", value))
+    return translated
+
+
+def _split(entries: Sequence[str], option: str) -> list[tuple[str, str]]:
+    pairs = []
+    for entry in entries:
+        key, separator, value = entry.partition("=")
+        if not separator or not key:
+            raise UsageError(f"{option} {entry}: expected NAME=VALUE")
+        pairs.append((key, value))
+    return pairs
+
+
+def _parse_flag(text: str, option: str) -> bool:
+    if text.lower() not in (*_TRUE, *_FALSE):
+        raise UsageError(f"{option} {text}: expected true or false")
+    return text.lower() in _TRUE

@@ -1,0 +1,284 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, overload
+
+import grpc
+import grpc.aio
+from aiorch_proto.v2.service import InferenceStub
+
+from aiorch_client.calls import Pause, RequestLayer, Send, Steps
+from aiorch_client.channel import TlsConfig, call_metadata, channel_options, check_target, unreachable
+from aiorch_client.client import STREAM_STATUS
+from aiorch_client.errors import ClientError, RequestError, from_rpc_error, from_status
+from aiorch_client.retry import RetryPolicy
+from aiorch_client.types import (
+    InferRequest,
+    InferResult,
+    Inputs,
+    ModelIndexEntry,
+    ModelMetadata,
+    ModelStatistics,
+    Parameter,
+    ServerMetadata,
+)
+
+T = TypeVar("T")
+_Status = tuple[grpc.StatusCode, str, Any]
+
+
+class AsyncClient:
+    """``Client`` for asyncio: the same calls and arguments, awaited. Belongs to the event loop of its first call.
+
+    Cancelling a call cancels it at the server.
+    """
+
+    def __init__(
+        self,
+        target: str = "127.0.0.1:8001",
+        *,
+        tls: TlsConfig | None = None,
+        token: str | None = None,
+        metadata: Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]] = (),
+        timeout_s: float = 60.0,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        self.target = check_target(target)
+        self._metadata = call_metadata(token, metadata)
+        self._layer = RequestLayer(
+            timeout_s=timeout_s, retry=retry or RetryPolicy(), clock_s=time.monotonic, draw=random.random
+        )
+        self._options = channel_options(tls)
+        self._credentials = None if tls is None else tls.credentials()
+        # A grpc.aio channel belongs to the running loop, so it is opened by the first call.
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: InferenceStub | None = None
+        self._is_closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection and every call that is under way; may be called twice."""
+        self._is_closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def connect(self, timeout_s: float = 5.0) -> None:
+        """Connects now; UnreachableError as soon as that fails, or after ``timeout_s``. Calls do not need it."""
+        self._open()
+        try:
+            async with asyncio.timeout(timeout_s):
+                channel: Any = self._channel
+                state = channel.get_state(try_to_connect=True)
+                while state is not grpc.ChannelConnectivity.READY:
+                    if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+                        raise unreachable(self.target, "connecting failed")
+                    await channel.wait_for_state_change(state)
+                    state = channel.get_state(try_to_connect=True)
+        except TimeoutError:
+            raise unreachable(self.target, f"no connection within {timeout_s:g} s") from None
+
+    async def infer(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: str = "",
+        outputs: Sequence[str] | None = None,
+        parameters: Mapping[str, Parameter] | None = None,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> InferResult:
+        """As ``Client.infer``."""
+        request = InferRequest(model, inputs, version, outputs, parameters or {}, request_id)
+        return await self._run(self._layer.infer(request, timeout_s))
+
+    @overload
+    def stream(
+        self,
+        requests: Iterable[InferRequest] | AsyncIterable[InferRequest],
+        *,
+        timeout_s: float | None = None,
+        raise_errors: Literal[True] = True,
+    ) -> AsyncIterator[InferResult]: ...
+
+    @overload
+    def stream(
+        self,
+        requests: Iterable[InferRequest] | AsyncIterable[InferRequest],
+        *,
+        timeout_s: float | None = None,
+        raise_errors: Literal[False],
+    ) -> AsyncIterator[InferResult | ClientError]: ...
+
+    async def stream(
+        self,
+        requests: Iterable[InferRequest] | AsyncIterable[InferRequest],
+        *,
+        timeout_s: float | None = None,
+        raise_errors: bool = True,
+    ) -> AsyncIterator[InferResult | ClientError]:
+        """As ``Client.stream``; ``requests`` may be asynchronous as well and is consumed in a task of its own."""
+        stub = self._open()
+        deadline_s = self._layer.start_deadline(timeout_s)
+        failures: list[Exception] = []
+        call = stub.ModelStreamInfer(
+            self._prepare_all(requests, deadline_s, failures),
+            timeout=deadline_s - time.monotonic(),
+            metadata=(*self._metadata, STREAM_STATUS) if raise_errors else self._metadata,
+        )
+        statuses: list[_Status] = []
+        call.add_done_callback(lambda done: statuses.append(_read_status(done)))
+        try:
+            async for reply in call:
+                item = self._layer.read_stream_reply(reply)
+                if raise_errors and isinstance(item, ClientError):
+                    raise item
+                yield item
+        except grpc.RpcError as error:
+            raise _choose_error(statuses, error) from error
+        finally:
+            call.cancel()
+        if failures:
+            raise failures[0]
+
+    async def metadata(self, model: str, version: str = "", *, timeout_s: float | None = None) -> ModelMetadata:
+        """As ``Client.metadata``."""
+        return await self._run(self._layer.metadata(model, version, timeout_s=timeout_s))
+
+    async def config(self, model: str, version: str = "", *, timeout_s: float | None = None) -> dict[str, Any]:
+        """As ``Client.config``."""
+        return await self._run(self._layer.config(model, version, timeout_s=timeout_s))
+
+    async def statistics(
+        self, model: str = "", version: str = "", *, timeout_s: float | None = None
+    ) -> tuple[ModelStatistics, ...]:
+        """As ``Client.statistics``."""
+        return await self._run(self._layer.statistics(model, version, timeout_s))
+
+    async def is_live(self, *, timeout_s: float | None = None) -> bool:
+        """As ``Client.is_live``."""
+        return await self._run(self._layer.is_live(timeout_s))
+
+    async def is_ready(self, *, timeout_s: float | None = None) -> bool:
+        """As ``Client.is_ready``."""
+        return await self._run(self._layer.is_ready(timeout_s))
+
+    async def is_model_ready(self, model: str, version: str = "", *, timeout_s: float | None = None) -> bool:
+        """As ``Client.is_model_ready``."""
+        return await self._run(self._layer.is_model_ready(model, version, timeout_s))
+
+    async def server_metadata(self, *, timeout_s: float | None = None) -> ServerMetadata:
+        """As ``Client.server_metadata``."""
+        return await self._run(self._layer.server_metadata(timeout_s))
+
+    async def index(self, *, ready_only: bool = False, timeout_s: float | None = None) -> tuple[ModelIndexEntry, ...]:
+        """As ``Client.index``."""
+        return await self._run(self._layer.index(ready_only, timeout_s))
+
+    async def load(
+        self,
+        model: str,
+        *,
+        config: Mapping[str, Any] | str | None = None,
+        files: Mapping[str, bytes] | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        """As ``Client.load``."""
+        await self._run(self._layer.load(model, config, files, timeout_s))
+
+    async def unload(self, model: str, *, unload_dependents: bool = False, timeout_s: float | None = None) -> None:
+        """As ``Client.unload``."""
+        await self._run(self._layer.unload(model, unload_dependents, timeout_s))
+
+    async def _run(self, steps: Steps[T]) -> T:
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    reply = await self._perform(step)
+                except grpc.RpcError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(reply)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        finally:
+            steps.close()
+
+    async def _perform(self, step: Send | Pause) -> Any:
+        if isinstance(step, Pause):
+            return await asyncio.sleep(step.seconds)
+        call = getattr(self._open(), step.method)(step.request, timeout=step.timeout_s, metadata=self._metadata)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._is_closed and task is not None and not task.cancelling():
+                # Nobody cancelled this task: close() ended its call, which the caller must not take for a cancellation.
+                self._open()
+            raise
+
+    async def _prepare_all(
+        self,
+        requests: Iterable[InferRequest] | AsyncIterable[InferRequest],
+        deadline_s: float,
+        failures: list[Exception],
+    ) -> AsyncIterator[Any]:
+        try:
+            if isinstance(requests, AsyncIterable):
+                async for request in requests:
+                    yield await self._run(self._layer.prepare(request, deadline_s))
+            else:
+                for request in requests:
+                    yield await self._run(self._layer.prepare(request, deadline_s))
+        except Exception as error:  # kept for the reader: in gRPC's task nobody would see it
+            failures.append(error)
+
+    def _open(self) -> InferenceStub:
+        if self._is_closed:
+            raise RequestError("this client is closed; make a new one", code=grpc.StatusCode.CANCELLED)
+        if self._stub is None:
+            if self._credentials is None:
+                self._channel = grpc.aio.insecure_channel(self.target, self._options)
+            else:
+                self._channel = grpc.aio.secure_channel(self.target, self._credentials, self._options)
+            self._stub = InferenceStub(self._channel)
+        return self._stub
+
+
+def _read_status(call: Any) -> _Status:
+    """The status of a call that is over: grpc.aio gives it through coroutines, which then have nothing to wait for."""
+    parts: list[Any] = []
+    for coroutine in (call.code(), call.details(), call.trailing_metadata()):
+        try:
+            coroutine.send(None)
+        except StopIteration as end:
+            parts.append(end.value)
+        finally:
+            coroutine.close()
+    code, details, trailing_metadata = parts
+    return code, details, trailing_metadata
+
+
+def _choose_error(statuses: list[_Status], error: grpc.RpcError) -> ClientError:
+    """The server's status of a stream.
+
+    A message that is written while the server ends the stream fails, and grpc.aio then puts an INTERNAL of its own in
+    the place of the server's status (https://github.com/grpc/grpc/issues/36066). Each status is announced, so of two
+    the server's is the one that is not INTERNAL.
+    """
+    told = [status for status in statuses if status[0] is not grpc.StatusCode.INTERNAL] or statuses
+    return from_status(*told[0]) if told else from_rpc_error(error)

@@ -1,0 +1,136 @@
+"""What the SDK raises, sorted by whose move it is next.
+
+::
+
+    ClientError
+    |- RequestError        change the call: names, dtypes, shapes, rights; sending it again unchanged cannot help
+    |- NotFoundError       name a model or version that the server has
+    |- UnavailableError    try again later (``retryable`` tells whether at once is sensible)
+    |  `- UnreachableError    nothing answers at that address: start the server or correct the address
+    `- ServerError         the model's owner or the server's operator must act
+
+Status codes: https://grpc.io/docs/guides/status-codes/. No error is told apart by its text.
+"""
+
+from __future__ import annotations
+
+import grpc
+
+#: Trailing metadata by which a server says when (milliseconds) or whether (negative: no) to try again, from
+#: https://github.com/grpc/proposal/blob/master/A6-client-retries.md#pushback
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
+
+class ClientError(Exception):
+    """Root of all errors that the SDK raises on purpose.
+
+    ``code`` is the gRPC status, ``details`` the text (the server's own where it answered), ``request_id`` the id of the
+    request where the server named one. ``retryable`` is true where the same call may succeed a moment later;
+    ``retry_after_s`` is the pause the server asked for, None where it asked for none.
+    """
+
+    def __init__(
+        self,
+        details: str,
+        *,
+        code: grpc.StatusCode,
+        retryable: bool = False,
+        retry_after_s: float | None = None,
+        request_id: str = "",
+    ) -> None:
+        super().__init__(f"{code.name}: {details}")
+        self.code = code
+        self.details = details
+        self.retryable = retryable
+        self.retry_after_s = retry_after_s
+        self.request_id = request_id
+
+
+class RequestError(ClientError):
+    """The call is wrong or not allowed; it has to be changed."""
+
+    def __init__(
+        self,
+        details: str,
+        *,
+        code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT,
+        retryable: bool = False,
+        retry_after_s: float | None = None,
+        request_id: str = "",
+    ) -> None:
+        super().__init__(details, code=code, retryable=retryable, retry_after_s=retry_after_s, request_id=request_id)
+
+
+class NotFoundError(ClientError):
+    """The server has no such model, version or method argument."""
+
+
+class UnavailableError(ClientError):
+    """The server cannot take the call now, or did not answer in time."""
+
+
+class UnreachableError(UnavailableError):
+    """No server answers at that address."""
+
+
+class ServerError(ClientError):
+    """The model or the server failed; the caller did nothing wrong."""
+
+
+_CLASSES: dict[grpc.StatusCode, type[ClientError]] = {
+    grpc.StatusCode.CANCELLED: RequestError,
+    grpc.StatusCode.UNKNOWN: ServerError,
+    grpc.StatusCode.INVALID_ARGUMENT: RequestError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: UnavailableError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.ALREADY_EXISTS: RequestError,
+    grpc.StatusCode.PERMISSION_DENIED: RequestError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: RequestError,
+    grpc.StatusCode.FAILED_PRECONDITION: RequestError,
+    grpc.StatusCode.ABORTED: UnavailableError,
+    grpc.StatusCode.OUT_OF_RANGE: RequestError,
+    grpc.StatusCode.UNIMPLEMENTED: RequestError,
+    grpc.StatusCode.INTERNAL: ServerError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DATA_LOSS: ServerError,
+    grpc.StatusCode.UNAUTHENTICATED: RequestError,
+}
+
+
+def from_rpc_error(error: grpc.RpcError) -> ClientError:
+    """The SDK's error for a failed RPC of ``grpc`` or ``grpc.aio``."""
+    return from_status(error.code(), error.details(), error.trailing_metadata())
+
+
+def from_status(code: grpc.StatusCode, details: str | None, trailing_metadata: object) -> ClientError:
+    """The SDK's error for the status of a call.
+
+    UNAVAILABLE is retryable unless the server says no; RESOURCE_EXHAUSTED (a message over a limit, as a rule) only
+    where the server names a pause.
+    """
+    pushback_ms = _read_pushback_ms(trailing_metadata)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        retryable = pushback_ms is None or pushback_ms >= 0
+    else:
+        retryable = code is grpc.StatusCode.RESOURCE_EXHAUSTED and pushback_ms is not None and pushback_ms >= 0
+    error_class = UnavailableError if retryable else _CLASSES[code]
+    return error_class(
+        details or "the server gave no reason",
+        code=code,
+        retryable=retryable,
+        retry_after_s=pushback_ms / 1000 if retryable and pushback_ms is not None else None,
+    )
+
+
+def _read_pushback_ms(metadata: object) -> int | None:
+    """The pause in the trailing metadata; -1 (do not retry) where it is no number, as the gRPC proposal rules."""
+    if metadata is None:
+        return None
+    for key, value in metadata:  # type: ignore[attr-defined]
+        if key == PUSHBACK_KEY:
+            text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
+            try:
+                return int(text)
+            except ValueError:
+                return -1
+    return None

@@ -1,0 +1,58 @@
+import ast
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+from aiorch_server.cli.announce import ServedModel, write_examples
+from aiorch_server.types import ModelIndexEntry, ModelMetadata, ModelState, TensorMetadata
+
+ADDRESSES = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
+
+
+def served(name, *inputs, state=ModelState.READY):
+    tensors = tuple(TensorMetadata(f"x{i}", datatype, shape) for i, (datatype, shape) in enumerate(inputs))
+    metadata = ModelMetadata(name, ("1",), "", tensors, ()) if inputs else None
+    return ServedModel(ModelIndexEntry(name, "1", state), metadata=metadata)
+
+
+def test_the_model_with_the_least_input_is_shown():
+    models = [
+        served("broken", state=ModelState.UNAVAILABLE),
+        served("big", ("FP32", (-1, 3, 9))),
+        served("b", ("FP32", (-1, 2))),
+    ]
+    assert all(
+        " b " in line or '"b"' in line or "/b/" in line for line in write_examples(ADDRESSES, models, has_tls=False)
+    )
+    assert write_examples(ADDRESSES, models[:1], has_tls=False) == []
+
+
+@pytest.mark.parametrize("datatype", ["BOOL", "UINT8", "INT64", "FP16", "FP32", "FP64", "BF16", "BYTES"])
+def test_lines_are_valid_for_every_datatype(datatype):
+    python, curl, bench = write_examples(ADDRESSES, [served("m", (datatype, (-1, 2)))], has_tls=False)
+    code = shlex.split(python)[-1]
+    ast.parse(code)
+    array = code.partition('"x0": ')[2].rpartition("}")[0]
+    assert eval(array, {"np": np}).shape == (1, 2)
+    words = shlex.split(curl)
+    if datatype in ("FP16", "BF16"):  # JSON cannot carry them
+        assert words[-1] == "http://127.0.0.1:8000/v2/models/m"
+    else:
+        (tensor,) = json.loads(words[-1])["inputs"]
+        assert (tensor["datatype"], tensor["shape"], len(tensor["data"])) == (datatype, [1, 2], 2)
+    assert shlex.split(bench)[:3] == ["aiorch", "bench", "m"]
+
+
+def test_doors_that_are_shut_are_not_advertised():
+    model = [served("m", ("FP32", (-1, 2)))]
+    assert [line.split()[0] for line in write_examples({"http": "h:1"}, model, has_tls=False)] == ["curl"]
+    assert [line.split()[0] for line in write_examples({"grpc": "h:1"}, model, has_tls=False)] == ["python", "aiorch"]
+    (bench,) = write_examples({"grpc": "h:1"}, model, has_tls=True)
+    assert "--tls-root-cert" in bench
+
+
+def test_long_inputs_are_not_written_out():
+    lines = write_examples(ADDRESSES, [served("m", ("FP32", (-1, 2048)))], has_tls=False)
+    assert all(len(line) < 200 for line in lines)
