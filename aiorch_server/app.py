@@ -1,0 +1,302 @@
+"""The composition root: builds all parts from one configuration, starts them in order, and takes them down again.
+
+The only module that knows every part. Frameworks of the doors are imported when a door is opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from aiorch_server._core import Mailbox, Router
+from aiorch_server.config.server import GrpcConfig, ServerConfig, TlsConfig, Transport
+from aiorch_server.controlplane import EXTENSIONS, ControlPlane
+from aiorch_server.dataplane import DataPlane
+from aiorch_server.lifecycle.backends import BackendRegistry
+from aiorch_server.lifecycle.loader import Loader
+from aiorch_server.lifecycle.manager import LifecycleManager
+from aiorch_server.lifecycle.model import Observer
+from aiorch_server.repository import FilesystemRepository
+from aiorch_server.types import ModelIndexEntry
+
+if TYPE_CHECKING:
+    from aiorch_server.frontends.grpc import ServerCredentials
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Application:
+    """One server: models, planes and doors on the running event loop.
+
+    Either ``await Application(config).run()``, which serves until a signal, or ``async with Application(config)``.
+    ``observe`` is called on the loop with each step of a model version. The ports are those bound, None where the door
+    is not open. ``manager``, ``dataplane`` and ``controlplane`` exist from ``start`` on.
+    """
+
+    manager: LifecycleManager
+    dataplane: DataPlane
+    controlplane: ControlPlane
+    router: Router
+
+    def __init__(self, config: ServerConfig, *, observe: Observer | None = None) -> None:
+        self.config = config
+        self.grpc_port: int | None = None
+        self.http_port: int | None = None
+        self.metrics_port: int | None = None
+        self._observers: list[Observer] = [observe] if observe is not None else []
+        self._mailbox: Mailbox | None = None
+        self._grpc: Any = None
+        self._rest: Any = None
+        self._metrics: Any = None
+        self._health: Any = None
+        self._health_task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._stop_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Opens REST and metrics, loads the start set, then opens gRPC: who connects there finds the models.
+
+        Raises OSError when a port cannot be had and ModelLoadError when the repository cannot be read; what was
+        started is stopped then. A model that does not load is no reason: the index and the readiness tell.
+        """
+        try:
+            self._build()
+            await self._open_metrics()
+            await self._open_rest()
+            server = await self._build_grpc()
+            await self.manager.start()
+            if server is not None:
+                await server.start()
+            self._health_task = asyncio.create_task(self._follow_readiness())
+        except BaseException:
+            await self.stop(0.0)
+            raise
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Refuses new requests, answers those under way within ``grace_s`` (default: the configuration's), unloads.
+
+        May be called again, and while a first call runs: both return when all is down.
+        """
+        if self._stop_task is None:
+            grace_s = self.config.lifecycle.exit_timeout_secs if grace_s is None else grace_s
+            self._stop_task = asyncio.create_task(self._stop(grace_s))
+        await asyncio.shield(self._stop_task)
+
+    async def run(self, on_ready: Callable[[], None] | None = None) -> None:
+        """Serves until SIGTERM or SIGINT, then drains and returns; a second signal ends the process at once.
+
+        ``on_ready`` is called once, when all doors are open. A signal during the start gives the start up.
+        """
+        asked = asyncio.Event()
+        with _catching_signals(asked):
+            starting = asyncio.create_task(self.start())
+            waiting = asyncio.create_task(asked.wait())
+            try:
+                await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+                if starting.done():
+                    starting.result()
+                    if on_ready is not None:
+                        on_ready()
+                    await waiting
+            finally:
+                waiting.cancel()
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                await self.stop()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    def _build(self) -> None:
+        config = self.config
+        self.router = Router()
+        self.manager = LifecycleManager(
+            FilesystemRepository(config.repository.paths),
+            Loader(
+                BackendRegistry(config.execution.backends),
+                default_max_batch_size=config.execution.default_max_batch_size,
+                default_instances=config.execution.instances,
+                allow_pickle=config.execution.allow_pickle,
+                default_queue_size=config.limits.max_queue_size,
+                startup_timeout_s=config.lifecycle.load_timeout_secs,
+                concurrency=config.lifecycle.concurrent_loads,
+            ),
+            self.router,
+            control_mode=config.lifecycle.control_mode,
+            load_models=config.lifecycle.load_models,
+            poll_interval_s=config.lifecycle.poll_secs,
+            drain_timeout_s=config.lifecycle.exit_timeout_secs,
+            observe=self._observe,
+        )
+        self._mailbox = Mailbox(asyncio.get_running_loop())
+        self.dataplane = DataPlane(self.manager, self._mailbox)
+        extensions = (*EXTENSIONS, "binary_tensor_data") if config.http.enabled else EXTENSIONS
+        self.controlplane = ControlPlane(self.manager, config.lifecycle, extensions=extensions)
+
+    async def _open_metrics(self) -> None:
+        config = self.config.metrics
+        if not config.enabled:
+            return
+        from aiorch_server.frontends.metrics import MetricsServer
+
+        self._metrics = MetricsServer(self.manager.servables, host=config.host, port=config.port)
+        self.metrics_port = await self._metrics.start()
+
+    async def _open_rest(self) -> None:
+        config = self.config.http
+        if not config.enabled:
+            return
+        from aiorch_server.frontends.rest import RestServer
+        from aiorch_server.frontends.rest.planes import RestLimits
+
+        limits = RestLimits(max_body_bytes=config.max_body_bytes)
+        self._rest = RestServer(self.dataplane, self.controlplane, host=config.host, port=config.port, limits=limits)
+        self.http_port = await self._rest.start()
+
+    async def _build_grpc(self) -> Any:
+        """The gRPC server with all services, its port bound and not yet served; None if the door stays shut."""
+        config = self.config.grpc
+        if not config.enabled:
+            return None
+        from aiorch_server.frontends.grpc.health import add_health_service
+        from aiorch_server.frontends.grpc.reflection import add_reflection_service
+        from aiorch_server.frontends.grpc.servicer import InferenceServicer, add_inference_service
+
+        server = self._grpc = self._make_grpc_server(config)
+        self.grpc_port = _bind(server, config)
+        add_inference_service(InferenceServicer(self.dataplane, self.controlplane), server)
+        add_reflection_service(server)
+        self._health = await add_health_service(server)
+        return server
+
+    def _make_grpc_server(self, config: GrpcConfig) -> Any:
+        from aiorch_server.frontends import grpc as door
+
+        limits = self.config.limits
+        is_native = config.transport is Transport.NATIVE
+        if is_native and not door.is_native_available():
+            logger.warning("built without libnghttp2: gRPC is served by grpcio, which is several times slower")
+            is_native = False
+        if not is_native:
+            return door.create_grpcio_server(
+                max_message_bytes=config.max_message_bytes, max_concurrent_streams=limits.max_concurrent_streams
+            )
+        return door.NativeGrpcServer(
+            router=self.router,
+            max_message_bytes=config.max_message_bytes,
+            limits=door.ConnectionLimits(
+                max_concurrent_streams=limits.max_concurrent_streams, max_header_list_bytes=limits.max_header_bytes
+            ),
+        )
+
+    def _observe(self, entry: ModelIndexEntry) -> None:
+        self._changed.set()
+        for observe in self._observers:
+            observe(entry)
+
+    async def _follow_readiness(self) -> None:
+        """Keeps the standard health service in step with the models."""
+        said: bool | None = None
+        while self._health is not None:
+            self._changed.clear()
+            is_ready = not self.manager.is_stopping and self.controlplane.is_ready()
+            if is_ready != said:
+                await self._health.set_serving(is_ready)
+                said = is_ready
+            await self._changed.wait()
+
+    async def _stop(self, grace_s: float) -> None:
+        """Readiness first, then doors and models side by side: the doors wait for answers of the models."""
+        if self._health_task is not None:
+            self._health_task.cancel()
+            await asyncio.gather(self._health_task, return_exceptions=True)
+        if self._mailbox is None:
+            return
+        # Its first step, before it waits for anything, is to refuse new requests and to say "not ready".
+        draining = asyncio.create_task(self.manager.stop(grace_s))
+        await asyncio.sleep(0)
+        jobs: list[Any] = [draining]
+        if self._health is not None:
+            jobs.append(self._health.set_serving(False))
+        if self._grpc is not None:
+            jobs.append(self._grpc.stop(grace_s))
+        if self._rest is not None:
+            jobs.append(self._rest.stop(grace_s))
+        problems = await asyncio.gather(*jobs, return_exceptions=True)
+        # Metrics last: the drain can be watched.
+        if self._metrics is not None:
+            problems += await asyncio.gather(self._metrics.stop(1.0), return_exceptions=True)
+        for problem in problems:
+            if isinstance(problem, BaseException):
+                logger.error("a part did not stop in order", exc_info=problem)
+        self._mailbox.close()
+
+
+def _bind(server: Any, config: GrpcConfig) -> int:
+    """Binds the gRPC port and gives its number; OSError when it cannot be had."""
+    from aiorch_server.frontends import grpc as door
+
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    address = f"{host}:{config.port}"
+    port: int
+    try:
+        if not config.tls.is_enabled:
+            port = server.add_insecure_port(address)
+        else:
+            credentials: Any = _read_credentials(config.tls)
+            if not isinstance(server, door.NativeGrpcServer):
+                credentials = door.make_grpcio_credentials(credentials)
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError as error:  # grpcio has no errno to tell
+        raise OSError(f"cannot listen on {address}: {error}") from error
+    return port
+
+
+def _read_credentials(tls: TlsConfig) -> ServerCredentials:
+    from aiorch_server.frontends.grpc import ServerCredentials
+
+    assert tls.certificate is not None and tls.key is not None  # both are there, or the configuration is refused
+    return ServerCredentials(
+        private_key=tls.key.read_bytes(),
+        certificate_chain=tls.certificate.read_bytes(),
+        root_certificates=tls.root.read_bytes() if tls.root is not None else None,
+        require_client_auth=tls.require_client_auth,
+    )
+
+
+@contextlib.contextmanager
+def _catching_signals(asked: asyncio.Event) -> Iterator[None]:
+    """Sets ``asked`` at the first signal; ends the process at the second. Off the main thread, catches nothing."""
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if asked.is_set():
+            logger.warning("%s again: ending at once", number.name)
+            os._exit(128 + number)
+        logger.info("%s: draining", number.name)
+        asked.set()
+
+    caught = []
+    try:
+        for number in SIGNALS:
+            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+                loop.add_signal_handler(number, on_signal, number)
+                caught.append(number)
+        yield
+    finally:
+        for number in caught:
+            loop.remove_signal_handler(number)

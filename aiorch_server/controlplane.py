@@ -1,0 +1,121 @@
+"""What the doors ask besides inference: readiness, metadata, configuration, statistics, and changes of models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from aiorch_server import __version__
+from aiorch_server.config.model import ModelConfig
+from aiorch_server.config.server import LifecycleConfig
+from aiorch_server.errors import RequestError, ServerStopping
+from aiorch_server.lifecycle.manager import LifecycleManager, parse_version
+from aiorch_server.types import (
+    ModelIndexEntry,
+    ModelMetadata,
+    ModelSignature,
+    ModelStatistics,
+    ServerMetadata,
+    TensorMetadata,
+    TensorSpec,
+)
+
+SERVER_NAME = "aiorchestrator"
+#: The protocol's extensions that work through every door.
+EXTENSIONS = ("model_configuration", "model_repository", "schedule_policy", "statistics")
+
+
+class ControlPlane:
+    """The management side of the server; all methods are for the event loop's thread and none blocks it.
+
+    The texts of its errors are Triton's, because clients' tests look at them.
+    """
+
+    def __init__(
+        self, manager: LifecycleManager, config: LifecycleConfig, *, extensions: Sequence[str] = EXTENSIONS
+    ) -> None:
+        self._manager = manager
+        self._is_strict = config.is_readiness_strict
+        self._extensions = tuple(extensions)
+
+    def server_metadata(self) -> ServerMetadata:
+        """Name, version and the extensions that work."""
+        return ServerMetadata(SERVER_NAME, __version__, self._extensions)
+
+    def is_live(self) -> bool:
+        """True while the server runs; ServerStopping once it drains."""
+        self._check_running("Server exiting")
+        return True
+
+    def is_ready(self) -> bool:
+        """Whether the start is over and, if readiness is strict, every model serves that should. Raises as is_live."""
+        self._check_running("Server exiting")
+        return self._manager.is_started and not (self._is_strict and self._manager.problems())
+
+    def model_ready(self, name: str, version: str = "") -> bool:
+        """Whether that version (any, if empty) takes requests; RequestError for a bad version string."""
+        self._check_running("Server not ready")
+        return self._manager.is_ready(name, version)
+
+    def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
+        """Tensors of one version and all ready versions; shapes are whole, -1 first where the model batches.
+
+        Raises UnknownModel, UnknownVersion, ModelNotReady, ServerStopping or RequestError.
+        """
+        self._check_running("Server not ready")
+        servable = self._manager.find(name, version)
+        return ModelMetadata(
+            name=name,
+            versions=tuple(map(str, self._manager.versions(name))),
+            platform=servable.platform,
+            inputs=tuple(_describe(spec, servable.signature) for spec in servable.signature.inputs),
+            outputs=tuple(_describe(spec, servable.signature) for spec in servable.signature.outputs),
+        )
+
+    def model_config(self, name: str, version: str = "") -> ModelConfig:
+        """The completed configuration of a loaded version; raises as model_metadata."""
+        self._check_running("Server not ready")
+        return self._manager.find(name, version).config
+
+    def statistics(self, name: str = "", version: str = "") -> list[ModelStatistics]:
+        """Counts since load: of all that is loaded, of all loaded versions of a model, or of one version.
+
+        RequestError for a model or version that is not loaded. Works while the server drains: that can be watched.
+        """
+        number = parse_version(version)
+        servables = self._manager.servables()
+        if name:
+            if not self._manager.is_known(name):
+                raise RequestError(f"requested model '{name}' is not available")
+            servables = [each for each in servables if each.name == name and number in (0, each.version)]
+            if not servables:
+                raise RequestError(f"requested model version is not available for model '{name}'")
+        return [each.statistics() for each in servables]
+
+    def repository_index(self, ready_only: bool = False) -> list[ModelIndexEntry]:
+        """All models that are managed or stored, with state and reason."""
+        self._check_running("Server not ready")
+        return self._manager.index(ready_only)
+
+    async def load_model(
+        self, name: str, config_json: str | bytes | None = None, files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Loads or reloads a model; returns when it serves. Raises as LifecycleManager.load."""
+        self._check_running("Server not ready")
+        await self._manager.load(name, config_json, files)
+
+    async def unload_model(self, name: str, unload_dependents: bool = False) -> None:
+        """Unloads all versions and returns when they are drained. Raises as LifecycleManager.unload.
+
+        ``unload_dependents`` changes nothing: no model depends on another in this version.
+        """
+        self._check_running("Server not ready")
+        await self._manager.unload(name)
+
+    def _check_running(self, text: str) -> None:
+        if self._manager.is_stopping:
+            raise ServerStopping(text)
+
+
+def _describe(spec: TensorSpec, signature: ModelSignature) -> TensorMetadata:
+    shape = (-1, *spec.shape) if signature.max_batch_size else spec.shape
+    return TensorMetadata(spec.name, spec.datatype.value, shape)

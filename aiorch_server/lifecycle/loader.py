@@ -1,0 +1,187 @@
+"""From an opened repository model to a warm Servable: configuration, artefact, signature, scheduler, instances."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+
+from aiorch_server._core import ModelSpec
+from aiorch_server.backend import Backend, LoadContext
+from aiorch_server.config.model import ModelConfig
+from aiorch_server.errors import AiorchError, ModelLoadError
+from aiorch_server.execution.placement import Place, count_cpus, place_instances
+from aiorch_server.execution.thread_executor import InstanceGroup, describe_error
+from aiorch_server.execution.warmup import make_samples
+from aiorch_server.lifecycle.backends import BackendRegistry
+from aiorch_server.lifecycle.servable import Servable
+from aiorch_server.lifecycle.threads import run_blocking
+from aiorch_server.repository import BackendNames, RepositoryModel
+from aiorch_server.scheduling import build_scheduler
+from aiorch_server.types import ModelSignature
+
+logger = logging.getLogger(__name__)
+
+#: How long a version may take to load and warm up.
+STARTUP_TIMEOUT_S = 300.0
+#: How many versions load at the same time.
+CONCURRENT_LOADS = 4
+
+
+class Source:
+    """An opened repository model, shared by the versions loaded from it; closed with the last of them. Thread-safe."""
+
+    def __init__(self, model: RepositoryModel) -> None:
+        self.model = model
+        self._lock = threading.Lock()
+        self._references = 1
+
+    def retain(self) -> None:
+        """One more user."""
+        with self._lock:
+            self._references += 1
+
+    def release(self) -> None:
+        """One user less; the last one closes the model, which may block on files."""
+        with self._lock:
+            self._references -= 1
+            is_last = self._references == 0
+        if is_last:
+            try:
+                self.model.close()
+            except Exception:
+                logger.exception("closing the repository's model '%s' failed", self.model.name)
+
+
+class Loader:
+    """Loads model versions; blocking work runs in threads, at most ``concurrency`` loads at a time."""
+
+    def __init__(
+        self,
+        backends: BackendRegistry,
+        *,
+        default_max_batch_size: int = 32,
+        default_instances: int = 1,
+        allow_pickle: bool = False,
+        default_queue_size: int = 0,
+        startup_timeout_s: float = STARTUP_TIMEOUT_S,
+        concurrency: int = CONCURRENT_LOADS,
+    ) -> None:
+        self._backends = backends
+        self._default_max_batch_size = default_max_batch_size
+        self._default_instances = default_instances
+        self._allow_pickle = allow_pickle
+        self._default_queue_size = default_queue_size
+        self._startup_timeout_s = startup_timeout_s
+        self._slots = asyncio.Semaphore(concurrency)
+
+    async def load(self, source: Source, version: int, fingerprint: str) -> Servable:
+        """A warm servable whose instances pull already; the caller owns it.
+
+        Raises ModelLoadError. When cancelled or out of time, what still loads is closed as soon as it is loaded.
+        """
+        label = f"{source.model.name}:{version}"
+        async with self._slots:
+            source.retain()  # for the thread, which may outlive this call
+
+            def load() -> Servable:
+                try:
+                    return self._load(source, version, fingerprint)
+                except AiorchError:
+                    raise
+                except Exception as error:
+                    logger.exception("loading '%s' failed", label)
+                    raise ModelLoadError(f"'{label}' does not load: {describe_error(error)}") from error
+                finally:
+                    source.release()
+
+            try:
+                return await run_blocking(
+                    f"load {label}",
+                    load,
+                    # The instances have the same limit; this one is for what comes before them.
+                    timeout_s=self._startup_timeout_s + 1.0,
+                    discard=lambda servable: servable.abandon(f"the load of '{label}' was given up"),
+                )
+            except TimeoutError:
+                raise ModelLoadError(f"'{label}' did not load within {self._startup_timeout_s:g} s") from None
+
+    def _load(self, source: Source, version: int, fingerprint: str) -> Servable:
+        model, started = source.model, time.monotonic()
+        names = BackendNames(artefacts=self._backends.artefact_names(), platforms=self._backends.platforms())
+        artefact = model.locate(version, names)
+        backend = self._backends.get(artefact.backend)
+        parameters = model.config.to_strings()
+        places = place_instances(
+            model.config.instance_group,
+            cpus=count_cpus(),
+            default_count=self._default_instances,
+            threads=_read_threads(parameters.get("cpu_threads")),
+        )
+        contexts = [
+            LoadContext(
+                model_name=model.name,
+                model_version=version,
+                model_directory=model.directory,
+                artefact=artefact.path,
+                declared=model.declared,
+                instance_index=index,
+                threads=place.threads,
+                device=place.device,
+                parameters=parameters,
+                allow_pickle=self._allow_pickle,
+                default_max_batch_size=self._default_max_batch_size,
+            )
+            for index, place in enumerate(places)
+        ]
+        signature = backend.inspect(contexts[0])
+        config = _complete_config(model.config, signature, backend, places)
+        try:
+            spec = ModelSpec(model.name, version, signature)
+        except (ValueError, OverflowError) as error:
+            raise ModelLoadError(f"'{model.name}' version {version} cannot be served: {error}") from error
+        scheduler = build_scheduler(config, spec, default_queue_size=self._default_queue_size)
+        instances = InstanceGroup(
+            f"{model.name}:{version}",
+            scheduler,
+            backend,
+            signature,
+            contexts,
+            make_samples(config, signature, model.directory),
+            isolate_failures=parameters.get("isolate_failures", "true").strip().lower() != "false",
+        )
+        source.retain()
+        instances.ended.add_done_callback(lambda _: source.release())
+        instances.start(max(0.0, self._startup_timeout_s - (time.monotonic() - started)))
+        seconds = time.monotonic() - started
+        for note in model.config.notes():
+            logger.info("configuration of '%s': %s", model.name, note)
+        return Servable(
+            model.name,
+            version,
+            config=config,
+            signature=signature,
+            platform=config.platform,
+            spec=spec,
+            scheduler=scheduler,
+            instances=instances,
+            fingerprint=fingerprint,
+            load_seconds=seconds,
+        )
+
+
+def _complete_config(
+    config: ModelConfig, signature: ModelSignature, backend: Backend, places: tuple[Place, ...]
+) -> ModelConfig:
+    """The configuration as served: what the artefact says, where the owner wrote nothing."""
+    platform = backend.platforms[0] if backend.platforms else ""
+    return config.with_signature(signature, backend.name, platform, instances=len(places))
+
+
+def _read_threads(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.strip().isdecimal() or not 1 <= int(text) <= 1024:
+        raise ModelLoadError(f"parameter 'cpu_threads' is '{text}', a whole number from 1 to 1024 is right")
+    return int(text)

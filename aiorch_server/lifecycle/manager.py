@@ -1,0 +1,382 @@
+"""The lifecycle of all models: what the repository holds -> what is aspired -> what is loaded and routed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
+
+from aiorch_server._core import Router
+from aiorch_server.config.server import ControlMode
+from aiorch_server.errors import (
+    AiorchError,
+    BackendError,
+    LoadNotAllowed,
+    ModelLoadError,
+    ModelNotReady,
+    RequestError,
+    ServerStopping,
+    UnknownModel,
+    UnknownVersion,
+)
+from aiorch_server.lifecycle.loader import Loader, Source
+from aiorch_server.lifecycle.model import STOPPING_TEXT, ManagedModel, Observer
+from aiorch_server.lifecycle.servable import Servable, ServableHandle
+from aiorch_server.lifecycle.threads import run_blocking
+from aiorch_server.lifecycle.version_policy import choose_aspired, find_missing
+from aiorch_server.repository import ModelRepository, ModelSnapshot, RepositoryModel
+from aiorch_server.types import ModelIndexEntry, ModelState
+
+logger = logging.getLogger(__name__)
+
+NOT_ALLOWED_TEXT = "explicit model load / unload is not allowed if polling is enabled"
+_MAX_VERSION_DIGITS = 18
+
+
+def parse_version(text: str) -> int:
+    """The version that a request names: 0 for "" (the policy's choice). RequestError for what is no number > 0."""
+    if not text:
+        return 0
+    if text.isascii() and text.isdecimal() and len(text) <= _MAX_VERSION_DIGITS and int(text) > 0:
+        return int(text)
+    detail = "not within range" if text.isascii() and text.isdecimal() else "not a positive whole number"
+    raise RequestError(
+        f"failed to get model version from specified version string '{text[:100]}' (details: {detail}), version should "
+        "be an integral value > 0"
+    )
+
+
+class LifecycleManager:
+    """Brings models up and down and publishes what serves. All methods are for one event loop's thread.
+
+    Every change of a model runs in a task of the manager: whoever asked for it may be cancelled without leaving a model
+    half loaded or half drained.
+    """
+
+    def __init__(
+        self,
+        repository: ModelRepository,
+        loader: Loader,
+        router: Router,
+        *,
+        control_mode: str = ControlMode.NONE,
+        load_models: Sequence[str] = (),
+        poll_interval_s: float = 15.0,
+        drain_timeout_s: float = 30.0,
+        observe: Observer | None = None,
+    ) -> None:
+        self.control_mode = ControlMode(control_mode)
+        self._repository = repository
+        self._loader = loader
+        self._router = router
+        self._load_models = tuple(load_models)
+        self._poll_interval_s = poll_interval_s
+        self._drain_timeout_s = drain_timeout_s
+        self._observe = observe or (lambda entry: None)
+        self._models: dict[str, ManagedModel] = {}
+        self._routes: dict[str, tuple[int, dict[int, Servable]]] = {}
+        self._snapshots: Mapping[str, ModelSnapshot] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._poller: asyncio.Task[None] | None = None
+        self._polling = asyncio.Lock()
+        self._overrides = 0
+        self._is_started = False
+        self._is_stopping = False
+
+    # what the planes ask
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the models of the start set are loaded or have failed."""
+        return self._is_started
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the manager drains or has drained."""
+        return self._is_stopping
+
+    def acquire(self, name: str, version: str = "") -> ServableHandle:
+        """A lease on a version that is ready; ``version`` "" is the policy's choice.
+
+        Raises UnknownModel, UnknownVersion, ModelNotReady, ServerStopping, or RequestError for a bad version string.
+        """
+        return self.find(name, version).acquire()
+
+    def find(self, name: str, version: str = "") -> Servable:
+        """Like ``acquire``, without a lease: for looking at what does not change."""
+        number = parse_version(version)
+        if self._is_stopping:
+            raise ServerStopping(STOPPING_TEXT)
+        route = self._routes.get(name)
+        if route is not None:
+            default, servables = route
+            servable = servables.get(number or default)
+            if servable is not None:
+                return servable
+        raise self._explain_missing(name, number)
+
+    def is_ready(self, name: str, version: str = "") -> bool:
+        """Whether requests for that version are taken; RequestError for a bad version string."""
+        try:
+            self.find(name, version)
+        except (UnknownModel, UnknownVersion, ModelNotReady, ServerStopping):
+            return False
+        return True
+
+    def servables(self) -> list[Servable]:
+        """What serves or drains, by name and version."""
+        return [servable for name in sorted(self._models) for servable in self._models[name].servables()]
+
+    def versions(self, name: str) -> list[int]:
+        """The ready versions of a model, lowest first."""
+        return sorted(self._routes[name][1]) if name in self._routes else []
+
+    def is_known(self, name: str) -> bool:
+        """Whether a version of the model was ever tried."""
+        return name in self._models and bool(self._models[name].versions)
+
+    def index(self, ready_only: bool = False) -> list[ModelIndexEntry]:
+        """All models that are managed or were seen in the repository, by name and version."""
+        entries = [entry for name in sorted(self._models) for entry in self._models[name].index()]
+        if ready_only:
+            return [entry for entry in entries if entry.state is ModelState.READY]
+        for name, snapshot in self._snapshots.items():
+            if name not in self._models:
+                entries.append(ModelIndexEntry(name, "", ModelState.UNKNOWN, snapshot.problem))
+        return sorted(entries, key=lambda entry: (entry.name, int(entry.version or 0)))
+
+    def problems(self) -> dict[str, str]:
+        """Models that should be ready and are not, with the reason."""
+        return {name: problem for name, model in self._models.items() if (problem := model.problem())}
+
+    # what changes models
+
+    async def start(self) -> None:
+        """Loads the start set and returns when each model of it is ready or has failed.
+
+        Raises ModelLoadError only where the repository itself cannot be read and the mode needs all of it.
+        """
+        needs_all = self.control_mode is not ControlMode.EXPLICIT or "*" in self._load_models
+        try:
+            await self._scan()
+        except ModelLoadError as error:
+            if needs_all:
+                raise
+            logger.warning("%s", error)
+        names = list(self._snapshots) if needs_all else list(dict.fromkeys(self._load_models))
+        for name in names:
+            self._model(name).is_wanted = True
+        if names:
+            await asyncio.gather(*(self._run(self._attempt(name)) for name in names))
+        self._is_started = True
+        if self.control_mode is not ControlMode.NONE and not self._is_stopping:
+            self._poller = asyncio.create_task(self._poll_forever())
+
+    async def load(
+        self, name: str, config_override: str | bytes | None = None, files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Loads or reloads a model as the repository, or the given configuration and files, say.
+
+        Only in explicit mode (LoadNotAllowed). Raises BackendError when there is no such model, ModelLoadError with the
+        reasons when a version does not load (what served before goes on serving), RequestError for a bad name.
+        """
+        self._check_explicit()
+        await self._run(self._load(name, config_override, files or {}, is_asked=True))
+
+    async def unload(self, name: str) -> None:
+        """Takes a model away and returns when it is drained; UnknownModel if it is neither loaded nor stored."""
+        self._check_explicit()
+        if name not in self._models:
+            if await run_blocking(f"look at {name}", lambda: self._repository.look(name)) is None:
+                raise UnknownModel(f"failed to unload '{name}', it is neither loaded nor in the model repository")
+            return
+        await self._run(self._unload(self._models[name]))
+
+    async def poll(self) -> None:
+        """Looks at the repository once and follows what was added, changed or removed since the last look.
+
+        Problems of models end in the index. Raises ModelLoadError when the repository cannot be read: nothing changes.
+        """
+        async with self._polling:
+            await self._scan()
+            if self.control_mode is not ControlMode.POLL:
+                return
+            jobs = []
+            for name, snapshot in self._snapshots.items():
+                model = self._models.get(name)
+                if model is None or model.seen != snapshot:
+                    jobs.append(self._run(self._attempt(name)))
+            for name, model in list(self._models.items()):
+                if name not in self._snapshots:
+                    jobs.append(self._run(self._unload(model, forget=True)))
+            await asyncio.gather(*jobs)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new requests, answers those under way within ``grace_s``, fails the rest, unloads everything."""
+        self._is_stopping = True
+        self._publish()
+        tasks = [*self._tasks, *([self._poller] if self._poller is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(model.stop(grace_s) for model in self._models.values()))
+
+    # the work behind
+
+    def _model(self, name: str) -> ManagedModel:
+        model = self._models.get(name)
+        if model is None:
+            model = ManagedModel(name, self._publish, self._observe, self._drain_timeout_s)
+            self._models[name] = model
+        return model
+
+    async def _scan(self) -> None:
+        self._snapshots = await run_blocking("scan repository", self._repository.scan)
+
+    async def _attempt(self, name: str) -> None:
+        """Loads what the repository holds; a failure is recorded and logged, never raised."""
+        try:
+            await self._load(name, None, {}, is_asked=False)
+        except AiorchError as error:
+            logger.error("%s", error)
+        except Exception as error:
+            logger.exception("loading '%s' failed unexpectedly", name)
+            self._model(name).fail(f"load failed for model '{name}': unexpected {type(error).__name__}")
+
+    async def _load(
+        self, name: str, config_json: str | bytes | None, files: Mapping[str, bytes], *, is_asked: bool
+    ) -> None:
+        is_new = name not in self._models
+        model = self._model(name)
+        async with model.changing():
+            try:
+                opened, aspired = await self._open(model, config_json, files, is_asked=is_asked)
+            except AiorchError as error:
+                if is_new and is_asked and model.is_untouched():
+                    self._models.pop(name, None)  # a request with a wrong name must leave no trace
+                else:
+                    model.fail(str(error))
+                raise
+            source = Source(opened)
+
+            async def load(version: int, fingerprint: str) -> Servable:
+                return await self._loader.load(source, version, fingerprint)
+
+            try:
+                await model.reconcile(aspired, load, is_asked=is_asked, force=config_json is not None)
+            finally:
+                await run_blocking(f"release {name}", source.release)
+            if missing := find_missing(opened.config.version_policy, opened.snapshot.versions):
+                text = _explain_missing_versions(name, missing)
+                model.fail(text)
+                raise ModelLoadError(text)
+
+    async def _open(
+        self, model: ManagedModel, config_json: str | bytes | None, files: Mapping[str, bytes], *, is_asked: bool
+    ) -> tuple[RepositoryModel, dict[int, str]]:
+        """The model as the repository holds it now, and the fingerprint of each version that it wants served."""
+        name = model.name
+        # Whatever comes of it: only what changes after this look is tried again by itself.
+        model.seen = self._snapshots.get(name) if config_json is None else None
+        try:
+            opened = await run_blocking(
+                f"open {name}", lambda: self._repository.open(name, config_json, files), discard=RepositoryModel.close
+            )
+        except UnknownModel:
+            raise BackendError(f"failed to load '{name}', failed to poll from model repository") from None
+        except ModelLoadError as error:
+            raise ModelLoadError(f"load failed for model '{name}': {error}") from error
+        snapshot, policy = opened.snapshot, opened.config.version_policy
+        prefix = snapshot.fingerprint
+        if config_json is None:
+            model.seen = snapshot
+        else:
+            # Unlike anything in the repository, so that a later plain load goes back to what is stored.
+            self._overrides += 1
+            prefix = f"override {self._overrides}: {prefix}"
+        aspired = {v: f"{prefix}/{snapshot.versions[v]}" for v in choose_aspired(policy, snapshot.versions)}
+        if not aspired:
+            await run_blocking(f"close {name}", opened.close)
+            if not is_asked and not snapshot.versions:  # all versions were removed; a wrong policy removes nothing
+                await model.unload()
+            raise ModelLoadError(_explain_missing_versions(name, find_missing(policy, snapshot.versions)))
+        return opened, aspired
+
+    async def _unload(self, model: ManagedModel, *, forget: bool = False) -> None:
+        async with model.changing():
+            await model.unload()
+            if forget and not model.is_contended:
+                self._models.pop(model.name, None)
+
+    def _publish(self) -> None:
+        routes: dict[str, tuple[int, dict[int, Servable]]] = {}
+        if not self._is_stopping:
+            for name, model in self._models.items():
+                if ready := model.ready():
+                    routes[name] = (max(ready), ready)
+        self._routes = routes
+        self._router.publish(
+            {
+                name: (default, {version: servable.scheduler for version, servable in servables.items()})
+                for name, (default, servables) in routes.items()
+            }
+        )
+
+    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Awaits ``work`` in a task of the manager's own; cancelling the caller leaves the work running."""
+        if self._is_stopping:
+            work.close()
+            raise ServerStopping(STOPPING_TEXT)
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if task.cancelled() and self.is_stopping and current is not None and not current.cancelling():
+                raise ServerStopping(STOPPING_TEXT) from None
+            raise
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        # Seen here even where whoever asked is gone. What is expected is logged where it is recorded.
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, AiorchError):
+            logger.error("a change of a model failed unexpectedly", exc_info=error)
+
+    async def _poll_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._poll_interval_s)
+            try:
+                await self.poll()
+            except ServerStopping:
+                return
+            except Exception:
+                logger.exception("the look at the model repository failed; the next one comes in due time")
+
+    def _check_explicit(self) -> None:
+        if self.control_mode is not ControlMode.EXPLICIT:
+            raise LoadNotAllowed(NOT_ALLOWED_TEXT)
+        if self._is_stopping:
+            raise ServerStopping(STOPPING_TEXT)
+
+    def _explain_missing(self, name: str, version: int) -> AiorchError:
+        """Why there is no route, in Triton's words (WIRE 3.4)."""
+        text = f"Request for unknown model: '{name}'"
+        model = self._models.get(name)
+        if model is None or not model.versions:
+            return UnknownModel(f"{text} is not found")
+        if not version:
+            return UnknownVersion(f"{text} has no available versions")
+        if version not in model.versions:
+            return UnknownVersion(f"{text} version {version} is not found")
+        return ModelNotReady(f"{text} version {version} is not at ready state")
+
+
+def _explain_missing_versions(name: str, missing: Sequence[int]) -> str:
+    if missing:
+        wanted = ", ".join(map(str, missing))
+        return f"load failed for model '{name}': version_policy asks for version {wanted}, which is not there"
+    return f"load failed for model '{name}': it has no version folder (a folder named 1, 2, ...)"

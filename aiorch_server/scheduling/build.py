@@ -1,0 +1,32 @@
+"""Builds the core's scheduler from a model's configuration."""
+
+from __future__ import annotations
+
+from aiorch_server._core import ModelSpec, Scheduler
+from aiorch_server.config.batching import DynamicBatching, QueuePolicy
+from aiorch_server.config.model import ModelConfig
+from aiorch_server.errors import ModelLoadError
+
+
+def build_scheduler(config: ModelConfig, spec: ModelSpec, *, default_queue_size: int = 0) -> Scheduler:
+    """A scheduler for ``spec`` with the policy of ``config``; ModelLoadError where the two contradict each other.
+
+    A model that batches but has no ``dynamic_batching`` section gets the section's defaults: what waits when an
+    instance becomes free is run together, nothing is delayed. ``default_queue_size`` bounds the queue, in requests,
+    where the configuration does not (0: the core's own bound).
+    """
+    batching = config.dynamic_batching or DynamicBatching()
+    queue = batching.default_queue_policy or QueuePolicy()
+    try:
+        return Scheduler(
+            spec,
+            max_queue_delay_us=batching.max_queue_delay_microseconds,
+            preferred_batch_sizes=batching.preferred_batch_size,
+            max_queue_size=queue.max_queue_size or default_queue_size,
+            priority_levels=batching.priority_levels,
+            default_priority_level=batching.default_priority_level,
+            default_timeout_us=queue.default_timeout_microseconds,
+            allow_timeout_override=queue.allow_timeout_override,
+        )
+    except ValueError as error:
+        raise ModelLoadError(f"dynamic_batching of model '{config.name}': {error}") from error
