@@ -1,0 +1,72 @@
+"""The metrics door: GET /metrics for Prometheus, on a port of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from typing import Any
+
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import CollectorRegistry
+
+from aiorch_server.frontends.rest.body import Receive, Send, choose_coding, encode_body, find_header
+from aiorch_server.frontends.rest.listener import HttpListener
+from aiorch_server.observability.collector import MachineCollector, MeasuredModel, ModelCollector
+from aiorch_server.observability.exposition import render_metrics
+
+logger = logging.getLogger(__name__)
+
+#: Scrapers are few; a limit of its own keeps a flood here away from the other doors' descriptors.
+_MAX_CONNECTIONS = 64
+
+
+class MetricsServer:
+    """Serves the metrics of ``list_models()`` on ``host``:``port`` (0 picks a free port) in the running event loop."""
+
+    def __init__(
+        self,
+        list_models: Callable[[], Iterable[MeasuredModel]],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8002,
+    ) -> None:
+        # Not the library's global registry: two servers in one process (tests) must not share their numbers.
+        self.registry = CollectorRegistry()
+        self.registry.register(ModelCollector(list_models))
+        self.registry.register(MachineCollector())
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self._listener = HttpListener(self._serve, host, port, max_connections=_MAX_CONNECTIONS)
+
+    async def start(self) -> int:
+        """Listens and returns the bound port; OSError if the address cannot be had."""
+        return await self._listener.start()
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Closes the port; a scrape that runs may end within ``grace_s``."""
+        await self._listener.stop(grace_s)
+
+    async def _serve(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        headers: list[tuple[bytes, bytes]] = [(b"content-type", b"text/plain; charset=utf-8")]
+        if scope["path"] != "/metrics":
+            status, body = HTTPStatus.NOT_FOUND, b"Not Found; metrics are at /metrics\n"
+        elif scope["method"] not in ("GET", "HEAD"):
+            status, body = HTTPStatus.METHOD_NOT_ALLOWED, b"Method Not Allowed\n"
+            headers.append((b"allow", b"GET, HEAD"))
+        else:
+            status, body = HTTPStatus.OK, b""
+            try:
+                body, content_type = render_metrics(self.registry, find_header(scope["headers"], b"accept"))
+                headers = [(b"content-type", content_type.encode("ascii"))]
+                coding = choose_coding(find_header(scope["headers"], b"accept-encoding"))
+                body, coding = await encode_body(body, coding)
+                if coding is not None:
+                    headers.append((b"content-encoding", coding.encode("ascii")))
+            except Exception:
+                logger.exception("a scrape failed on a fault of this server")
+                status, body = HTTPStatus.INTERNAL_SERVER_ERROR, b"the metrics could not be collected\n"
+        headers.append((b"content-length", b"%d" % len(body)))
+        await send({"type": "http.response.start", "status": status.value, "headers": headers})
+        await send({"type": "http.response.body", "body": body})

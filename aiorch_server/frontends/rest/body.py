@@ -1,0 +1,150 @@
+"""Bodies of requests and responses: reading under a limit, and the content codings gzip and deflate."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from aiorch_server.errors import PayloadTooLarge, RequestCancelled, RequestError, UnsupportedRequest
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = Iterable[tuple[bytes, bytes]]
+
+#: "deflate" is the zlib container (RFC 9110, 8.4.1.2), not a bare deflate stream.
+_WINDOW_BITS = {"gzip": 31, "deflate": 15}
+#: Fast rather than small: tensors hardly shrink, and the time is taken from inference.
+_COMPRESSION_LEVEL = 1
+#: Below, the coding's own bytes and time outweigh what is saved.
+_SMALLEST_COMPRESSED_BYTES = 256
+#: Above, zlib runs on a thread (it releases the interpreter lock) instead of holding up the event loop.
+_LARGEST_INLINE_BYTES = 128 * 1024
+#: A gzip body may be several members one after the other (RFC 1952, 2.2), each of which costs a copy of the rest.
+_MOST_MEMBERS = 16
+_ACCEPTED = re.compile(r"\s*([\w*-]+)\s*(?:;\s*q\s*=\s*([0-9.]+)\s*)?\Z")
+
+
+class BodyTimeout(RequestError):
+    """The body stood still for longer than the limit."""
+
+
+class ClientGone(RequestCancelled):
+    """The client closed its connection: nobody is left to answer."""
+
+
+class UnsupportedCoding(UnsupportedRequest):
+    """The body has a Content-Encoding that this server does not read."""
+
+
+def find_header(headers: Headers, name: bytes) -> str | None:
+    """The value of the first header called ``name`` (lower case), or None."""
+    for key, value in headers:
+        if key == name:
+            return value.decode("latin-1").strip()
+    return None
+
+
+async def read_body(receive: Receive, headers: Headers, *, max_bytes: int, idle_timeout_s: float) -> bytes:
+    """The whole body as sent.
+
+    Raises PayloadTooLarge (as soon as that is known, without keeping more), BodyTimeout, and ClientGone.
+    """
+    declared = find_header(headers, b"content-length")
+    if declared is not None and declared.isdecimal() and int(declared[:20]) > max_bytes:
+        raise _too_large(f"the request body of {declared} bytes", max_bytes)
+    chunks: list[bytes] = []
+    size = 0
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(idle_timeout_s) as timer:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone("the client closed the connection before the request was complete")
+                chunk: bytes = message.get("body", b"")
+                size += len(chunk)
+                if size > max_bytes:
+                    raise _too_large("the request body", max_bytes)
+                chunks.append(chunk)
+                if not message.get("more_body", False):
+                    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+                timer.reschedule(loop.time() + idle_timeout_s)
+    except TimeoutError:
+        raise BodyTimeout(f"no part of the request body arrived for {idle_timeout_s:g} s") from None
+
+
+async def decode_body(body: bytes, coding: str | None, *, max_bytes: int) -> bytes:
+    """``body`` without its Content-Encoding; never makes more than ``max_bytes`` of it.
+
+    Raises UnsupportedRequest for other codings, PayloadTooLarge, and RequestError if the stream is broken.
+    """
+    name = (coding or "identity").strip().lower()
+    if name in ("", "identity"):
+        return body
+    if name not in _WINDOW_BITS:
+        raise UnsupportedCoding(f"unsupported Content-Encoding '{coding}'; supported are gzip and deflate")
+    if len(body) > _LARGEST_INLINE_BYTES:
+        return await asyncio.to_thread(_decompress, body, name, max_bytes)
+    return _decompress(body, name, max_bytes)
+
+
+def _decompress(body: bytes, name: str, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    rest = body
+    for _ in range(_MOST_MEMBERS):
+        stream = zlib.decompressobj(_WINDOW_BITS[name])
+        try:
+            part = stream.decompress(rest, max_bytes - size + 1)
+        except zlib.error as error:
+            raise RequestError(f"the request body is not valid {name} data: {error}") from None
+        size += len(part)
+        if size > max_bytes:
+            raise _too_large(f"the request body, unpacked with {name},", max_bytes)
+        parts.append(part)
+        if not stream.eof:
+            raise RequestError(f"the request body is not valid {name} data: it ends too early")
+        rest = stream.unused_data
+        if not rest:
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        if name != "gzip":
+            raise RequestError(f"the request body has {len(rest)} bytes after the end of its {name} data")
+    raise RequestError(f"the request body has more than {_MOST_MEMBERS} gzip members")
+
+
+def choose_coding(accept_encoding: str | None) -> str | None:
+    """The coding of the answer: the first of the highest weight among gzip, deflate and identity (None)."""
+    best, best_weight = "identity", 0.0
+    for item in (accept_encoding or "").split(","):
+        matched = _ACCEPTED.match(item)
+        if matched is None or matched[1].lower() not in ("gzip", "deflate", "identity"):
+            continue
+        try:
+            weight = 1.0 if matched[2] is None else float(matched[2])
+        except ValueError:
+            continue
+        if weight > best_weight:
+            best, best_weight = matched[1].lower(), weight
+    return None if best == "identity" else best
+
+
+async def encode_body(body: bytes, coding: str | None) -> tuple[bytes, str | None]:
+    """``body`` in ``coding``, and the coding really used: small bodies are left as they are."""
+    if coding is None or len(body) < _SMALLEST_COMPRESSED_BYTES:
+        return body, None
+    if len(body) > _LARGEST_INLINE_BYTES:
+        return await asyncio.to_thread(_compress, body, coding), coding
+    return _compress(body, coding), coding
+
+
+def _compress(body: bytes, coding: str) -> bytes:
+    stream = zlib.compressobj(_COMPRESSION_LEVEL, zlib.DEFLATED, _WINDOW_BITS[coding])
+    return stream.compress(body) + stream.flush()
+
+
+def _too_large(what: str, max_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"{what} exceeds the maximum allowed size of {max_bytes} bytes")

@@ -1,0 +1,213 @@
+"""Every route but inference: health, metadata, configuration, statistics, the model repository."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from aiorch_server.errors import AiorchError, InternalError, NotFoundError, RequestError, UnsupportedRequest
+from aiorch_server.frontends.rest.body import decode_body, find_header, read_body
+from aiorch_server.frontends.rest.documents import show_index, show_model, show_server, show_statistics
+from aiorch_server.frontends.rest.infer_json import parse_document
+from aiorch_server.frontends.rest.planes import ManagementPlane, RestLimits
+from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
+from aiorch_server.frontends.rest.tensor_json import name_json_type
+
+logger = logging.getLogger(__name__)
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+_FILE_PREFIX = "file:"
+#: Paths of Triton that this server knows, but does not serve: the answer is 501 with a text instead of a bare 404.
+_UNSUPPORTED_PATHS = {
+    "/v2/models/{model}/generate": "the generate extension",
+    "/v2/models/{model}/versions/{version:version}/generate": "the generate extension",
+    "/v2/models/{model}/generate_stream": "the generate extension",
+    "/v2/models/{model}/versions/{version:version}/generate_stream": "the generate extension",
+    "/v2/models/{model}/trace/setting": "the trace extension",
+    "/v2/trace/setting": "the trace extension",
+    "/v2/logging": "the logging extension",
+    "/v2/systemsharedmemory/{rest:path}": "the system shared memory extension",
+    "/v2/cudasharedmemory/{rest:path}": "the CUDA shared memory extension",
+}
+
+
+class VersionConvertor(StringConvertor):
+    """A version in a path is decimal digits; "latest" or "-1" is no such path (404), as in Triton."""
+
+    regex = "[0-9]+"
+
+
+register_url_convertor("version", VersionConvertor())
+
+
+class ControlRoutes:
+    """The endpoints over one control plane."""
+
+    def __init__(self, controlplane: ManagementPlane, limits: RestLimits) -> None:
+        self._controlplane = controlplane
+        self._limits = limits
+
+    def build_app(self) -> FastAPI:
+        """The application with all routes; answers are written by hand because the protocol fixes their shape."""
+        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+        app.add_exception_handler(HTTPException, _show_http_error)
+        model = "/v2/models/{model}"
+        version = model + "/versions/{version:version}"
+        repository = "/v2/repository/{repository}"
+        for method, paths, endpoint in (
+            ("GET", ("/v2",), self._server_metadata),
+            ("GET", ("/v2/health/live",), self._server_live),
+            ("GET", ("/v2/health/ready",), self._server_ready),
+            ("GET", ("/v2/models/stats", f"{model}/stats", f"{version}/stats"), self._statistics),
+            ("GET", (f"{model}/ready", f"{version}/ready"), self._model_ready),
+            ("GET", (f"{model}/config", f"{version}/config"), self._model_config),
+            ("GET", (model, version), self._model_metadata),
+            ("POST", ("/v2/repository/index", f"{repository}/index"), self._index),
+            ("POST", ("/v2/repository/models/{model}/load",), self._load),
+            ("POST", ("/v2/repository/models/{model}/unload",), self._unload),
+            (
+                "POST",
+                (f"{repository}/models/{{model}}/load", f"{repository}/models/{{model}}/unload"),
+                _named_repository,
+            ),
+        ):
+            for path in paths:
+                app.add_route(path, _guard(endpoint), methods=[method], include_in_schema=False)
+        for path, what in _UNSUPPORTED_PATHS.items():
+            app.add_route(path, _guard(_refuse(what)), methods=["GET", "POST"], include_in_schema=False)
+        return app
+
+    async def _server_metadata(self, request: Request) -> Response:
+        return _json(show_server(self._controlplane.server_metadata()))
+
+    async def _server_live(self, request: Request) -> Response:
+        return _readiness(self._controlplane.is_live())
+
+    async def _server_ready(self, request: Request) -> Response:
+        return _readiness(self._controlplane.is_ready())
+
+    async def _model_ready(self, request: Request) -> Response:
+        try:
+            return _readiness(self._controlplane.model_ready(*_target(request)))
+        except NotFoundError:
+            return _readiness(False)
+
+    async def _model_metadata(self, request: Request) -> Response:
+        return _json(show_model(self._controlplane.model_metadata(*_target(request))))
+
+    async def _model_config(self, request: Request) -> Response:
+        return _json(self._controlplane.model_config(*_target(request)).to_dict())
+
+    async def _statistics(self, request: Request) -> Response:
+        return _json(show_statistics(self._controlplane.statistics(*_target(request))))
+
+    async def _index(self, request: Request) -> Response:
+        document = await self._read_document(request)
+        ready = document.get("ready", False)
+        if type(ready) is not bool:
+            raise RequestError(f"ready: must be a boolean, but is {name_json_type(ready)}")
+        return _json(show_index(self._controlplane.repository_index(ready)))
+
+    async def _load(self, request: Request) -> Response:
+        config: str | None = None
+        files: dict[str, bytes] = {}
+        for key, value in _read_parameters(await self._read_document(request)).items():
+            path = f"parameters.{key}"
+            if key != "config" and not key.startswith(_FILE_PREFIX):
+                raise RequestError(f"{path}: is unknown; expected 'config' or 'file:<version>/<file name>'")
+            if type(value) is not str:
+                raise RequestError(f"{path}: must be a string, but is {name_json_type(value)}")
+            if key == "config":
+                config = value
+                continue
+            try:
+                files[key.removeprefix(_FILE_PREFIX)] = base64.b64decode(value, validate=True)
+            except (binascii.Error, ValueError):
+                raise RequestError(f"{path}: is not valid base64") from None
+        if files and config is None:
+            raise RequestError(
+                "parameters: 'file:...' needs 'config' as well, because such files stand in for the whole model"
+            )
+        await self._controlplane.load_model(request.path_params["model"], config, files)
+        return _json(None)
+
+    async def _unload(self, request: Request) -> Response:
+        dependents = _read_parameters(await self._read_document(request)).get("unload_dependents", False)
+        if type(dependents) is not bool:
+            raise RequestError(f"parameters.unload_dependents: must be a boolean, but is {name_json_type(dependents)}")
+        await self._controlplane.unload_model(request.path_params["model"], dependents)
+        return _json(None)
+
+    async def _read_document(self, request: Request) -> dict[str, Any]:
+        limits = self._limits
+        headers = request.scope["headers"]
+        body = await read_body(
+            request.receive, headers, max_bytes=limits.max_body_bytes, idle_timeout_s=limits.body_idle_timeout_s
+        )
+        body = await decode_body(body, find_header(headers, b"content-encoding"), max_bytes=limits.max_body_bytes)
+        # A load request carries files in base64: cheap to parse, so the body's own limit holds here.
+        return parse_document(body, limits.max_body_bytes) if body else {}
+
+
+def _guard(endpoint: Endpoint) -> Endpoint:
+    """``endpoint`` with its errors as error documents; a fault of ours is logged and not shown."""
+
+    async def serve(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except AiorchError as error:
+            return Response(error_body(str(error)), status_of(error), headers_of(error), "application/json")
+        except Exception:
+            logger.exception("%s %s failed on a fault of this server", request.method, request.url.path)
+            fault = InternalError("internal error while serving the request; the server's log says more")
+            return Response(error_body(str(fault)), status_of(fault), media_type="application/json")
+
+    return serve
+
+
+def _refuse(what: str) -> Endpoint:
+    async def refuse(request: Request) -> Response:
+        raise UnsupportedRequest(f"{what} is not supported by this server")
+
+    return refuse
+
+
+async def _named_repository(request: Request) -> Response:
+    raise UnsupportedRequest("'repository_name' specification is not supported")
+
+
+async def _show_http_error(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else HTTPStatus.INTERNAL_SERVER_ERROR.value
+    headers = error.headers if isinstance(error, HTTPException) else None
+    return Response(error_body(HTTPStatus(status).phrase), status, headers=headers, media_type="application/json")
+
+
+def _target(request: Request) -> tuple[str, str]:
+    return request.path_params.get("model", ""), request.path_params.get("version", "")
+
+
+def _read_parameters(document: dict[str, Any]) -> dict[str, Any]:
+    parameters = document.get("parameters", {})
+    if type(parameters) is not dict:
+        raise RequestError(f"parameters: must be an object, but is {name_json_type(parameters)}")
+    return parameters
+
+
+def _readiness(is_ready: bool) -> Response:
+    return Response(status_code=HTTPStatus.OK.value if is_ready else HTTPStatus.BAD_REQUEST.value)
+
+
+def _json(document: object) -> Response:
+    body = b"" if document is None else json.dumps(document, separators=(",", ":")).encode("ascii")
+    return Response(body, media_type="application/json")

@@ -1,0 +1,127 @@
+"""POST /v2/models/{model}[/versions/{version}]/infer as a bare ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from aiorch_server.errors import AiorchError, InternalError, ServerStopping
+from aiorch_server.frontends.rest.body import (
+    ClientGone,
+    Receive,
+    Send,
+    choose_coding,
+    decode_body,
+    encode_body,
+    find_header,
+    read_body,
+)
+from aiorch_server.frontends.rest.infer_json import parse_infer, render_infer
+from aiorch_server.frontends.rest.planes import InferencePlane, RestLimits
+from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
+from aiorch_server.types import InferenceRequest, InferenceResponse
+
+logger = logging.getLogger(__name__)
+_JSON = (b"content-type", b"application/json")
+_BINARY = (b"content-type", b"application/octet-stream")
+
+
+class InferRoute:
+    """Answers inference requests; every request is answered once, unless its client went away."""
+
+    def __init__(self, dataplane: InferencePlane, limits: RestLimits) -> None:
+        self._dataplane = dataplane
+        self._limits = limits
+        self._running: set[asyncio.Future[InferenceResponse]] = set()
+        self._is_abandoned = False
+
+    async def __call__(
+        self, scope: Mapping[str, Any], receive: Receive, send: Send, model_name: str, model_version: str
+    ) -> None:
+        """Reads the request, has it inferred and sends the answer or the error document."""
+        headers: list[tuple[bytes, bytes]] = [_JSON]
+        try:
+            if scope["method"] != "POST":
+                headers.append((b"allow", b"POST"))
+                await _respond(send, HTTPStatus.METHOD_NOT_ALLOWED, headers, error_body("Method Not Allowed"))
+                return
+            body, headers = await self._answer(scope["headers"], receive, model_name, model_version)
+            status: int = HTTPStatus.OK
+        except ClientGone:
+            return
+        except AiorchError as error:
+            status, body = status_of(error), error_body(str(error))
+            headers.extend((key.encode("ascii"), value.encode("ascii")) for key, value in headers_of(error).items())
+        except Exception:
+            logger.exception("inference over REST failed on a fault of this server")
+            fault = InternalError("internal error while serving the request; the server's log says more")
+            status, body = status_of(fault), error_body(str(fault))
+        await _respond(send, status, headers, body)
+
+    def abandon(self) -> None:
+        """Answers everything that is still running with ServerStopping; for the end of a drain's patience."""
+        self._is_abandoned = True
+        for inference in self._running:
+            inference.cancel()
+
+    async def _answer(
+        self, headers: list[tuple[bytes, bytes]], receive: Receive, model_name: str, model_version: str
+    ) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+        limits = self._limits
+        body = await read_body(
+            receive, headers, max_bytes=limits.max_body_bytes, idle_timeout_s=limits.body_idle_timeout_s
+        )
+        body = await decode_body(body, find_header(headers, b"content-encoding"), max_bytes=limits.max_body_bytes)
+        header_length = find_header(headers, b"inference-header-content-length")
+        call = parse_infer(body, header_length, model_name, model_version, limits.max_json_bytes)
+        response = await self._infer(call.request, receive)
+        answer, json_bytes = render_infer(response, call)
+        answer, coding = await encode_body(answer, choose_coding(find_header(headers, b"accept-encoding")))
+        answer_headers = [_JSON if json_bytes is None else _BINARY]
+        if json_bytes is not None:
+            answer_headers.append((b"inference-header-content-length", b"%d" % json_bytes))
+        if coding is not None:
+            answer_headers.append((b"content-encoding", coding.encode("ascii")))
+        return answer, answer_headers
+
+    async def _infer(self, request: InferenceRequest, receive: Receive) -> InferenceResponse:
+        """Waits for the answer or for the client to go away, which takes the request back from the data plane."""
+        if self._is_abandoned:
+            raise ServerStopping("Server is stopping and has stopped accepting new inference requests")
+        inference = asyncio.ensure_future(self._dataplane.infer(request))
+        departure = asyncio.ensure_future(_await_departure(receive))
+        self._running.add(inference)
+        try:
+            await asyncio.wait((inference, departure), return_when=asyncio.FIRST_COMPLETED)
+            if not inference.done():
+                raise ClientGone("the client closed the connection")
+            if inference.cancelled() and self._is_abandoned:
+                raise ServerStopping("Server is stopping; the request was not finished in time")
+            if inference.cancelled():
+                raise InternalError("the request was cancelled inside the server")
+            return inference.result()
+        finally:
+            self._running.discard(inference)
+            for task in (inference, departure):
+                task.cancel()
+                task.add_done_callback(_take_outcome)
+
+
+async def _await_departure(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _take_outcome(task: asyncio.Future[Any]) -> None:
+    """Reads an outcome that nobody waits for any more, so that asyncio does not report it as lost."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _respond(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": int(status), "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,128 @@
+"""An HTTP/1.1 server for one ASGI application inside a running event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 1024
+_KEEP_ALIVE_S = 75
+_TICK_S = 1.0
+#: How long answers that were given up at the end of the grace may take to leave.
+_FLUSH_S = 1.0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: signals belong to the process, which has other doors too."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_listening = asyncio.Event()
+        self.is_stopping = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self.is_listening.set()
+
+    async def main_loop(self) -> None:
+        # uvicorn's own loop wakes ten times a second to look for should_exit; once a second is enough for its clock.
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.is_stopping.wait(), _TICK_S)
+
+    def request_stop(self) -> None:
+        self.should_exit = True
+        self.is_stopping.set()
+
+
+class HttpListener:
+    """Serves ``app`` on ``host``:``port`` (0 picks a free port) with at most ``max_connections`` at a time."""
+
+    def __init__(self, app: Callable[..., Any], host: str, port: int, *, max_connections: int = 4096) -> None:
+        self._host = host
+        self._port = port
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                loop="none",
+                interface="asgi3",
+                lifespan="off",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                limit_concurrency=max_connections,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                backlog=_BACKLOG,
+            )
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Listens and returns the bound port; OSError, naming the address, if that is impossible."""
+        listener = await self._bind()
+        port: int = listener.getsockname()[1]
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name=f"http:{port}")
+        listening = asyncio.ensure_future(self._server.is_listening.wait())
+        try:
+            await asyncio.wait((self._serving, listening), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            listening.cancel()
+        if self._serving.done():
+            listener.close()
+            self._serving.result()
+            raise OSError(f"the HTTP server on {self._host}:{port} ended while it started")
+        return port
+
+    async def stop(self, grace_s: float, on_impatience: Callable[[], None] | None = None) -> None:
+        """Takes no new connections, lets running requests end for ``grace_s``, then closes what is left.
+
+        ``on_impatience`` is called at the end of the grace; answers that it brings about are still sent.
+        """
+        if self._serving is None:
+            return
+        self._server.request_stop()
+        await asyncio.wait({self._serving}, timeout=grace_s)
+        if not self._serving.done() and on_impatience is not None:
+            on_impatience()
+            await asyncio.wait({self._serving}, timeout=_FLUSH_S)
+        if not self._serving.done():
+            await self._abort()
+        serving, self._serving = self._serving, None
+        await serving
+
+    async def _abort(self) -> None:
+        state = self._server.server_state
+        logger.warning("closing %d HTTP connections at the end of the grace", len(state.connections))
+        self._server.force_exit = True
+        tasks = set(state.tasks)
+        for connection in list(state.connections):
+            connection.transport.abort()
+        if tasks:
+            _, stuck = await asyncio.wait(tasks, timeout=_FLUSH_S)
+            for task in stuck:
+                task.cancel()
+
+    async def _bind(self) -> socket.socket:
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, _, _, _, address = found[0]
+            listener = socket.create_server((address[0], address[1]), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen on {self._host}:{self._port}: {error.strerror}") from None
+        listener.setblocking(False)
+        return listener

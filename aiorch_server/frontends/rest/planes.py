@@ -1,0 +1,92 @@
+"""What the REST door needs from the planes behind it, and the limits it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from aiorch_server.types import (
+    InferenceRequest,
+    InferenceResponse,
+    ModelIndexEntry,
+    ModelMetadata,
+    ModelStatistics,
+    ServerMetadata,
+)
+
+
+class InferencePlane(Protocol):
+    """The data plane's side: one request in, one answer or one ``AiorchError`` out; cancelling it frees its place."""
+
+    async def infer(self, request: InferenceRequest, *, deadline_ns: int = 0) -> InferenceResponse:
+        """Answers ``request``; ``deadline_ns`` is absolute on the monotonic clock, 0 for none."""
+        ...
+
+
+class JsonConfig(Protocol):
+    """A model configuration that can be shown as a document."""
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """The configuration with Triton's keys, in values that JSON knows."""
+        ...
+
+
+class ManagementPlane(Protocol):
+    """The control plane's side; unknown names raise the errors of ``aiorch_server.errors``."""
+
+    def server_metadata(self) -> ServerMetadata:
+        """Name, version and working extensions of this server."""
+        ...
+
+    def is_live(self) -> bool:
+        """Whether the process answers at all."""
+        ...
+
+    def is_ready(self) -> bool:
+        """Whether inference requests can be sent."""
+        ...
+
+    def model_ready(self, name: str, version: str) -> bool:
+        """Whether that version (empty: any) serves."""
+        ...
+
+    def model_metadata(self, name: str, version: str) -> ModelMetadata:
+        """Inputs, outputs and ready versions."""
+        ...
+
+    def model_config(self, name: str, version: str) -> JsonConfig:
+        """The completed configuration of a loaded version."""
+        ...
+
+    def statistics(self, name: str = "", version: str = "") -> Sequence[ModelStatistics]:
+        """Counts since load; all models if ``name`` is empty."""
+        ...
+
+    def repository_index(self, ready_only: bool) -> Sequence[ModelIndexEntry]:
+        """What the repository holds, and in which state."""
+        ...
+
+    async def load_model(
+        self, name: str, config_json: str | None = None, files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Loads or reloads a model, perhaps with another configuration or other files."""
+        ...
+
+    async def unload_model(self, name: str, unload_dependents: bool = False) -> None:
+        """Unloads all versions of a model."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RestLimits:
+    """Bounds on one request.
+
+    ``max_body_bytes`` holds before and after decompression. ``max_json_bytes`` bounds the JSON part alone: parsing
+    it stops the event loop, and Python objects take about twenty times the memory of the text; large tensors belong
+    into the binary part. ``body_idle_timeout_s`` is how long a body may stand still while it is received.
+    """
+
+    max_body_bytes: int = 64 * 1024 * 1024
+    max_json_bytes: int = 16 * 1024 * 1024
+    body_idle_timeout_s: float = 30.0

@@ -1,0 +1,52 @@
+"""The REST server: the V2 HTTP protocol over one data plane and one control plane."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from aiorch_server.frontends.rest.body import Receive, Send
+from aiorch_server.frontends.rest.control import ControlRoutes
+from aiorch_server.frontends.rest.infer import InferRoute
+from aiorch_server.frontends.rest.listener import HttpListener
+from aiorch_server.frontends.rest.planes import InferencePlane, ManagementPlane, RestLimits
+
+_INFER_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
+
+
+class RestServer:
+    """Serves REST on ``host``:``port`` in the running event loop; installs no signal handlers.
+
+    Both planes stay the caller's. ``port`` 0 picks a free port, which ``start`` returns.
+    """
+
+    def __init__(
+        self,
+        dataplane: InferencePlane,
+        controlplane: ManagementPlane,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        limits: RestLimits | None = None,
+        max_connections: int = 4096,
+    ) -> None:
+        limits = limits or RestLimits()
+        self._infer = InferRoute(dataplane, limits)
+        self._control = ControlRoutes(controlplane, limits).build_app()
+        self._listener = HttpListener(self._serve, host, port, max_connections=max_connections)
+
+    async def start(self) -> int:
+        """Listens and returns the bound port; OSError if the address cannot be had."""
+        return await self._listener.start()
+
+    async def stop(self, grace_s: float = 30.0) -> None:
+        """Takes no new requests and answers the running ones, at the end of ``grace_s`` with 503."""
+        await self._listener.stop(grace_s, self._infer.abandon)
+
+    async def _serve(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        # Inference goes past the framework: routing tables and middleware cost as much as the whole request.
+        matched = _INFER_PATH.fullmatch(scope["path"])
+        if matched is not None:
+            await self._infer(scope, receive, send, matched[1], matched[2] or "")
+        else:
+            await self._control(scope, receive, send)

@@ -1,0 +1,176 @@
+"""The server's counters as Prometheus metric families.
+
+Names that begin with ``nv_`` are Triton's, because dashboards and alerts on them exist; they lack the ``_total`` that
+Prometheus wants at the end of counters. ``aiorch_request_phase_seconds`` is a histogram whose buckets are the same in
+every server, so it can be added up over machines.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
+
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from aiorch_server import __version__
+from aiorch_server.observability.machine import MachineProbe
+from aiorch_server.types import ModelStatistics, PhaseHistogram
+
+logger = logging.getLogger(__name__)
+
+Labels = tuple[tuple[str, str], ...]
+
+#: Counters by name: what they count, and how to read them.
+_COUNTERS: tuple[tuple[str, str, Callable[[ModelStatistics], float]], ...] = (
+    (
+        "nv_inference_request_success",
+        "Number of successful inference requests, all batch sizes",
+        lambda model: model.success.count,
+    ),
+    (
+        "nv_inference_count",
+        "Number of inferences performed (rows of all requests)",
+        lambda model: model.inference_count,
+    ),
+    ("nv_inference_exec_count", "Number of model executions performed (batches)", lambda model: model.execution_count),
+    (
+        "nv_inference_request_duration_us",
+        "Cumulative inference request duration in microseconds",
+        lambda model: model.success.ns // 1000,
+    ),
+    (
+        "nv_inference_queue_duration_us",
+        "Cumulative inference queuing duration in microseconds",
+        lambda model: model.queue.ns // 1000,
+    ),
+    (
+        "nv_inference_compute_input_duration_us",
+        "Cumulative compute input duration in microseconds",
+        lambda model: model.compute_input.ns // 1000,
+    ),
+    (
+        "nv_inference_compute_infer_duration_us",
+        "Cumulative compute inference duration in microseconds",
+        lambda model: model.compute_infer.ns // 1000,
+    ),
+    (
+        "nv_inference_compute_output_duration_us",
+        "Cumulative compute output duration in microseconds",
+        lambda model: model.compute_output.ns // 1000,
+    ),
+)
+_FAILURE = "nv_inference_request_failure"
+#: All reasons are there from the start, so that a rate over the first failure is not lost.
+_REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
+_PENDING = "nv_inference_pending_request_count"
+_PHASES = "aiorch_request_phase_seconds"
+
+
+class MeasuredModel(Protocol):
+    """A live model version that can tell its numbers."""
+
+    def statistics(self) -> ModelStatistics:
+        """Counts since load."""
+        ...
+
+    def phase_histograms(self) -> Mapping[str, PhaseHistogram]:
+        """Durations by phase: queue, batch_wait, compute_input, infer, compute_output, total."""
+        ...
+
+
+class ModelCollector(Collector):
+    """Families of all models that ``list_models`` gives at the time of a scrape.
+
+    A model that cannot tell its numbers, because it is unloaded at that moment, is left out of that scrape. Two
+    generations of one version (the old one draining after a reload) are added up.
+    """
+
+    def __init__(self, list_models: Callable[[], Iterable[MeasuredModel]]) -> None:
+        self._list_models = list_models
+
+    def collect(self) -> Iterator[Metric]:
+        """One pass over the models, then their families."""
+        counters: dict[str, dict[Labels, float]] = {name: {} for name, _, _ in _COUNTERS}
+        failures: dict[Labels, float] = {}
+        pending: dict[Labels, float] = {}
+        phases: dict[Labels, PhaseHistogram] = {}
+        for model in tuple(self._list_models()):
+            try:
+                statistics, histograms = model.statistics(), model.phase_histograms()
+            except Exception:
+                logger.warning("a model is missing in this scrape: it did not give its counters", exc_info=True)
+                continue
+            labels: Labels = (("model", statistics.name), ("version", statistics.version))
+            for name, _, read in _COUNTERS:
+                _add(counters[name], labels, read(statistics))
+            for reason in (*_REASONS, *sorted(statistics.failures.keys() - set(_REASONS))):
+                _add(failures, (*labels, ("reason", reason)), statistics.failures.get(reason, 0))
+            _add(pending, labels, statistics.pending)
+            for phase, histogram in histograms.items():
+                key = (*labels, ("phase", phase))
+                phases[key] = _sum_histograms(phases[key], histogram) if key in phases else histogram
+        for name, documentation, _ in _COUNTERS:
+            yield _family(name, documentation, "counter", counters[name])
+        yield _family(_FAILURE, "Number of failed inference requests by reason", "counter", failures)
+        yield _family(_PENDING, "Number of requests that wait for execution now", "gauge", pending)
+        yield _histogram_family(phases)
+
+
+class MachineCollector(Collector):
+    """The machine's gauges and what this build is."""
+
+    def __init__(self, probe: MachineProbe | None = None) -> None:
+        self._probe = probe or MachineProbe()
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges that can be read on this system."""
+        utilization = self._probe.read_cpu_utilization()
+        if utilization is not None:
+            yield GaugeMetricFamily("nv_cpu_utilization", "CPU utilization rate [0.0 - 1.0]", utilization)
+        memory = self._probe.read_memory_bytes()
+        if memory is not None:
+            total_bytes, used_bytes = memory
+            yield GaugeMetricFamily("nv_cpu_memory_total_bytes", "CPU total memory (RAM), in bytes", total_bytes)
+            yield GaugeMetricFamily("nv_cpu_memory_used_bytes", "CPU used memory (RAM), in bytes", used_bytes)
+        build = GaugeMetricFamily(
+            "aiorch_build_info", "Version of the server; the value is always 1", labels=("version", "python")
+        )
+        build.add_metric((__version__, platform.python_version()), 1)
+        yield build
+
+
+def _add(values: dict[Labels, float], labels: Labels, value: float) -> None:
+    values[labels] = values.get(labels, 0) + value
+
+
+def _family(name: str, documentation: str, kind: str, values: Mapping[Labels, float]) -> Metric:
+    # CounterMetricFamily would append "_total" to every sample; a plain Metric takes samples as they are.
+    family = Metric(name, documentation, kind)
+    for labels, value in values.items():
+        family.add_sample(name, dict(labels), value)
+    return family
+
+
+def _histogram_family(phases: Mapping[Labels, PhaseHistogram]) -> Metric:
+    family = Metric(_PHASES, "Time that requests spent in each phase", "histogram")
+    for labels, histogram in phases.items():
+        named = dict(labels)
+        cumulative = 0
+        for bound_s, count in zip((*histogram.bounds_s, float("inf")), histogram.counts, strict=True):
+            cumulative += count
+            family.add_sample(f"{_PHASES}_bucket", {**named, "le": _show_bound(bound_s)}, cumulative)
+        family.add_sample(f"{_PHASES}_sum", named, histogram.sum_s)
+        family.add_sample(f"{_PHASES}_count", named, cumulative)
+    return family
+
+
+def _show_bound(bound_s: float) -> str:
+    return "+Inf" if bound_s == float("inf") else repr(bound_s)
+
+
+def _sum_histograms(one: PhaseHistogram, other: PhaseHistogram) -> PhaseHistogram:
+    counts = tuple(a + b for a, b in zip(one.counts, other.counts, strict=True))
+    return PhaseHistogram(one.bounds_s, counts, one.sum_s + other.sum_s)
