@@ -1,0 +1,72 @@
+# The two commands that matter: `make serve` and `make test`. Both install what is missing on a Debian or Ubuntu machine.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+CACHE := .cache
+MODELS ?= models
+SERVE_ARGS ?=
+PIP := $(PY) -m pip install --disable-pip-version-check
+CORE := $(wildcard aiorch_server/_core/*.pyx aiorch_server/_core/*.pxd) setup.py
+
+.PHONY: serve test lint compile debug models bench-micro bench-peers clean
+
+serve: $(CACHE)/examples $(CACHE)/compiled models
+	$(VENV)/bin/aiorch serve --model-repository $(MODELS) $(SERVE_ARGS)
+
+test: $(CACHE)/test $(CACHE)/compiled
+	$(PY) -m pytest $(TEST_ARGS)
+
+lint: $(CACHE)/test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+compile: $(CACHE)/compiled
+
+debug: $(CACHE)/test
+	AIORCH_DEBUG=1 $(PY) setup.py -q build_ext --inplace --force
+
+models: $(CACHE)/examples $(CACHE)/compiled
+	$(PY) examples/prepare.py $(MODELS)
+
+bench-micro: $(CACHE)/test $(CACHE)/compiled
+	$(PY) benchmarks/micro/run.py
+
+# QUICK=1 finishes within ten minutes
+bench-peers: $(CACHE)/test $(CACHE)/compiled models
+	@command -v h2load >/dev/null || deploy/install-packages nghttp2-client
+	$(PY) benchmarks/peers/run.py
+	$(PY) benchmarks/report.py
+
+clean:
+	rm -rf $(CACHE) build dist *.egg-info aiorch_server/_core/*.so aiorch_server/_core/*.c aiorch_server/_core/*.html
+
+# ---- what the targets above need; each stamp is remade when what it stands on changes
+
+$(CACHE)/system: deploy/install-packages Makefile
+	@mkdir -p $(CACHE)
+	deploy/install-packages --build
+	@touch $@
+
+$(VENV)/bin/python: | $(CACHE)/system
+	@echo "== making a virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: with a CPU build of it in place nothing below pulls in a CUDA build
+$(CACHE)/examples: pyproject.toml setup.py $(CACHE)/system | $(VENV)/bin/python
+	@echo "== installing Python packages (a few minutes the first time)"
+	$(PIP) "setuptools>=77" wheel "Cython>=3.1,<4"
+	$(PIP) "torch==2.13.0"
+	$(PIP) --no-build-isolation -e ".[examples]"
+	@touch $@ $(CACHE)/compiled
+
+$(CACHE)/test: pyproject.toml $(CACHE)/examples
+	@echo "== installing what the tests need"
+	$(PIP) --no-build-isolation -e ".[test]"
+	@touch $@ $(CACHE)/compiled
+
+$(CACHE)/compiled: $(CORE) $(CACHE)/examples
+	@echo "== compiling the core"
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@

@@ -1,0 +1,23 @@
+"""What several folders of tests share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def example_models() -> Path:
+    """The example repository with its reference answers beside it (``../reference``), built where it is missing."""
+    models = ROOT / ".cache" / "tests" / "models"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "prepare.py"), str(models)],
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return models
