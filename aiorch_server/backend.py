@@ -34,6 +34,7 @@ class LoadContext:
     written), its ``max_batch_size`` is None if the configuration does not say. ``threads`` is the CPU share of one
     instance, ``device`` is ``"cpu"`` or ``"cuda:<n>"``. ``parameters`` are the configuration's ``parameters`` as
     strings. Pickled artefacts may only be opened where ``allow_pickle`` is true: they run code when read.
+    ``default_max_batch_size`` is what a model that can batch gets when its configuration does not say.
     """
 
     model_name: str
@@ -46,6 +47,7 @@ class LoadContext:
     device: str = "cpu"
     parameters: Mapping[str, str] = field(default_factory=dict)
     allow_pickle: bool = False
+    default_max_batch_size: int = 32
 
 
 class ModelInstance(abc.ABC):
