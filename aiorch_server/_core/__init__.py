@@ -9,12 +9,19 @@ from aiorch_server._core.scheduler import Scheduler
 from aiorch_server._core.spec import ModelSpec
 from aiorch_server._core.wire import decode_response, encode_request, scan
 
+try:
+    from aiorch_server._core.aio import Call, NativeServer
+except ImportError:  # built without libnghttp2, or it is not there at run time: only the grpcio door works
+    Call = NativeServer = None  # type: ignore[assignment, misc]
+
 __all__ = [
     "Batch",
     "BatchFormer",
+    "Call",
     "Histogram",
     "Mailbox",
     "ModelSpec",
+    "NativeServer",
     "Router",
     "Scheduler",
     "decode_response",

@@ -1,0 +1,251 @@
+"""Groups, connections and libnghttp2's callbacks of gRPC sessions; see h2.pxd for the contract."""
+
+from libc.stdint cimport int32_t, uint32_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
+
+from aiorch_server._core.h2_answer cimport send_data
+from aiorch_server._core.h2_request cimport end_request, open_call, take_bytes, take_header, take_ready
+from aiorch_server._core.h2_stream cimport STREAM_NEW, close_stream, new_stream
+from aiorch_server._core.nghttp2 cimport *
+from aiorch_server._core.timers cimport free_timers
+
+cdef enum:
+    RESETS_BURST = 1000     # CVE-2023-44487: streams a client may reset at once ...
+    RESETS_PER_S = 33       # ... and from then on
+
+
+# --- what libnghttp2 reports
+cdef inline Stream *_find(nghttp2_session *session, int32_t stream_id) noexcept nogil:
+    return <Stream *> nghttp2_session_get_stream_user_data(session, stream_id)
+
+
+cdef int _on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame, void *context) noexcept nogil:
+    cdef Stream *stream
+    if frame.hd.type != NGHTTP2_HEADERS or frame.headers.cat != NGHTTP2_HCAT_REQUEST:
+        return 0
+    stream = new_stream(<Connection *> context, frame.hd.stream_id)
+    if stream == NULL:
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+    nghttp2_session_set_stream_user_data(session, stream.id, stream)
+    return 0
+
+
+cdef int _on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_size,
+                    const uint8_t *value, size_t value_size, uint8_t flags, void *context) noexcept nogil:
+    cdef Stream *stream
+    if frame.hd.type != NGHTTP2_HEADERS or frame.headers.cat != NGHTTP2_HCAT_REQUEST:
+        return 0        # trailers of a request mean nothing in gRPC
+    stream = _find(session, frame.hd.stream_id)
+    if stream == NULL:
+        return 0
+    if take_header(stream, name, name_size, value, value_size) < 0:
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+    return 0
+
+
+cdef int _on_data(nghttp2_session *session, uint8_t flags, int32_t stream_id, const uint8_t *data, size_t size,
+                  void *context) noexcept nogil:
+    cdef Connection *connection = <Connection *> context
+    cdef Stream *stream = _find(session, stream_id)
+    if stream != NULL and not stream.is_finished:
+        take_bytes(stream, data, size)
+    if stream != NULL and stream.inbox_head != NULL:
+        stream.unconsumed_bytes += size
+    else:
+        nghttp2_session_consume_stream(session, stream_id, size)
+    if connection.unread_bytes > connection.group.limits.max_buffered_bytes:
+        connection.withheld_bytes += size
+    else:
+        nghttp2_session_consume_connection(session, size)
+    return 0
+
+
+cdef int _on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, void *context) noexcept nogil:
+    cdef Connection *connection = <Connection *> context
+    cdef Stream *stream
+    if frame.hd.type == NGHTTP2_PING:
+        if frame.hd.flags & NGHTTP2_FLAG_ACK:
+            finish_drain(connection)
+        return 0
+    if frame.hd.type != NGHTTP2_DATA and frame.hd.type != NGHTTP2_HEADERS:
+        return 0
+    stream = _find(session, frame.hd.stream_id)
+    if stream == NULL:
+        return 0
+    if stream.kind == STREAM_NEW:
+        open_call(stream)
+    if frame.hd.flags & NGHTTP2_FLAG_END_STREAM:
+        end_request(stream)
+    return 0
+
+
+cdef int _on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, void *context) noexcept nogil:
+    cdef Stream *stream
+    if frame.hd.type == NGHTTP2_HEADERS and frame.hd.flags & NGHTTP2_FLAG_END_STREAM:
+        stream = _find(session, frame.hd.stream_id)
+        if stream != NULL and not stream.is_remote_closed:
+            # RFC 9113, 8.1: the answer is complete, the rest of the request is not wanted
+            nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, stream.id, NGHTTP2_NO_ERROR)
+    elif frame.hd.type == NGHTTP2_GOAWAY and (<Connection *> context).is_draining:
+        # submitted no earlier, because PINGs overtake: its answer must prove that the client has seen the notice
+        nghttp2_submit_ping(session, NGHTTP2_FLAG_NONE, NULL)
+    return 0
+
+
+cdef int _on_stream_close(nghttp2_session *session, int32_t stream_id, uint32_t error_code, void *context) noexcept nogil:
+    cdef Stream *stream = _find(session, stream_id)
+    if stream != NULL:
+        nghttp2_session_set_stream_user_data(session, stream_id, NULL)
+        close_stream(stream)
+    return 0
+
+
+# --- groups and connections
+cdef Group *new_group(const Limits *limits, const uint8_t *fast_path, size_t fast_path_size,
+                      void (*abandon)(Stream *) noexcept nogil) noexcept nogil:
+    cdef Group *group = <Group *> calloc(1, sizeof(Group))
+    if group == NULL:
+        return NULL
+    group.references = 1
+    group.limits = limits[0]
+    group.abandon = abandon
+    group.fast_path_size = fast_path_size
+    group.fast_path = <uint8_t *> malloc(fast_path_size + 1)
+    if (group.fast_path == NULL or nghttp2_session_callbacks_new(&group.callbacks) != 0
+            or nghttp2_option_new(&group.option) != 0):
+        release_group(group)
+        return NULL
+    memcpy(group.fast_path, fast_path, fast_path_size)
+    nghttp2_session_callbacks_set_on_begin_headers_callback(group.callbacks, _on_begin_headers)
+    nghttp2_session_callbacks_set_on_header_callback(group.callbacks, _on_header)
+    nghttp2_session_callbacks_set_on_data_chunk_recv_callback(group.callbacks, _on_data)
+    nghttp2_session_callbacks_set_on_frame_recv_callback(group.callbacks, _on_frame_recv)
+    nghttp2_session_callbacks_set_on_frame_send_callback(group.callbacks, _on_frame_send)
+    nghttp2_session_callbacks_set_on_stream_close_callback(group.callbacks, _on_stream_close)
+    nghttp2_session_callbacks_set_send_data_callback(group.callbacks, send_data)
+    nghttp2_option_set_no_auto_window_update(group.option, 1)
+    nghttp2_option_set_no_closed_streams(group.option, 1)
+    nghttp2_option_set_stream_reset_rate_limit(group.option, RESETS_BURST, RESETS_PER_S)
+    return group
+
+
+cdef void release_group(Group *group) noexcept nogil:
+    cdef Stream *stream
+    group.references -= 1
+    if group.references > 0:
+        return
+    while group.free_streams != NULL:
+        stream = group.free_streams
+        group.free_streams = stream.next_ready
+        free(stream)
+    if group.callbacks != NULL:
+        nghttp2_session_callbacks_del(group.callbacks)
+    if group.option != NULL:
+        nghttp2_option_del(group.option)
+    free_timers(&group.deadlines)
+    free(group.fast_path)
+    free(group)
+
+
+cdef Connection *open_connection(Group *group, void *owner) noexcept nogil:
+    cdef Connection *connection = <Connection *> calloc(1, sizeof(Connection))
+    cdef nghttp2_settings_entry settings[3]
+    if connection == NULL:
+        return NULL
+    connection.group, connection.owner = group, owner
+    if nghttp2_session_server_new2(&connection.session, group.callbacks, connection, group.option) != 0:
+        free(connection)
+        return NULL
+    settings[0].settings_id = NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS
+    settings[0].value = group.limits.max_concurrent_streams
+    settings[1].settings_id = NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE
+    settings[1].value = group.limits.stream_window_bytes
+    settings[2].settings_id = NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE
+    settings[2].value = group.limits.max_header_list_bytes
+    if (nghttp2_submit_settings(connection.session, NGHTTP2_FLAG_NONE, settings, 3) != 0
+            or nghttp2_session_set_local_window_size(connection.session, NGHTTP2_FLAG_NONE, 0,
+                                                     <int32_t> group.limits.connection_window_bytes) != 0):
+        nghttp2_session_del(connection.session)
+        free(connection)
+        return NULL
+    group.references += 1
+    return connection
+
+
+cdef void close_connection(Connection *connection) noexcept nogil:
+    connection.is_broken = True
+    while connection.streams != NULL:
+        close_stream(connection.streams)
+    take_ready(connection)      # all of them are closed: this lets go of them
+
+
+cdef void free_connection(Connection *connection) noexcept nogil:
+    cdef Group *group = connection.group
+    nghttp2_session_del(connection.session)
+    free(connection)
+    release_group(group)
+
+
+cdef int feed(Connection *connection, const uint8_t *data, size_t size, int64_t now_ns) noexcept nogil:
+    cdef ssize_t taken
+    if connection.is_broken:
+        return -1
+    connection.now_ns = now_ns
+    taken = nghttp2_session_mem_recv(connection.session, data, size)
+    if taken < 0:
+        connection.is_broken = True
+        return -1
+    return 0
+
+
+cdef Py_ssize_t collect(Connection *connection, uint8_t *buffer, size_t capacity) noexcept nogil:
+    cdef ssize_t size
+    cdef size_t n
+    if connection.is_broken:
+        return -1
+    connection.buffer, connection.buffer_size, connection.buffer_capacity = buffer, 0, capacity
+    while True:
+        if connection.pending_size == 0:
+            size = nghttp2_session_mem_send(connection.session, &connection.pending)
+            if size < 0:
+                connection.is_broken = True
+                return -1
+            if size == 0:
+                break
+            connection.pending_size = <size_t> size
+        n = capacity - connection.buffer_size
+        if n > connection.pending_size:
+            n = connection.pending_size
+        memcpy(buffer + connection.buffer_size, connection.pending, n)
+        connection.buffer_size += n
+        connection.pending += n
+        connection.pending_size -= n
+        if connection.pending_size:
+            break
+    return <Py_ssize_t> connection.buffer_size
+
+
+cdef bint is_over(Connection *connection) noexcept nogil:
+    return connection.is_broken or (
+        not nghttp2_session_want_read(connection.session) and not nghttp2_session_want_write(connection.session)
+        and connection.pending_size == 0)
+
+
+cdef void drain_connection(Connection *connection) noexcept nogil:
+    # Streams that the client opened before it saw the notice are still taken: a PING's answer proves that it has.
+    if connection.is_draining or connection.is_broken:
+        return
+    connection.is_draining = True
+    if nghttp2_submit_shutdown_notice(connection.session) != 0:
+        connection.is_broken = True
+
+
+cdef void finish_drain(Connection *connection) noexcept nogil:
+    if not connection.is_draining or connection.is_broken:
+        return
+    connection.is_draining = False
+    if nghttp2_submit_goaway(connection.session, NGHTTP2_FLAG_NONE,
+                             nghttp2_session_get_last_proc_stream_id(connection.session),
+                             NGHTTP2_NO_ERROR, NULL, 0) != 0:
+        connection.is_broken = True

@@ -1,0 +1,283 @@
+"""Requests coming in; see h2_request.pxd."""
+
+from libc.stdlib cimport malloc, realloc
+from libc.string cimport memcmp, memcpy
+
+from aiorch_server._core.grpc_text cimport is_grpc_content_type, parse_timeout, read_frame_size
+from aiorch_server._core.h2_answer cimport answer_http, refuse_size, refuse_stream
+from aiorch_server._core.h2_stream cimport *
+from aiorch_server._core.nghttp2 cimport nghttp2_session_consume_stream
+from aiorch_server._core.timers cimport set_timer
+
+cdef enum:
+    STATUS_INVALID_ARGUMENT = 3
+    STATUS_RESOURCE_EXHAUSTED = 8
+    STATUS_UNIMPLEMENTED = 12
+    STATUS_INTERNAL = 13
+    FIRST_MESSAGE_BYTES = 262144        # what a length prefix alone can make us allocate
+
+
+cdef inline bint _is(const uint8_t *text, size_t size, const char *wanted, size_t wanted_size) noexcept nogil:
+    return size == wanted_size and memcmp(text, wanted, wanted_size) == 0
+
+
+cdef int take_header(Stream *stream, const uint8_t *name, size_t name_size,
+                     const uint8_t *value, size_t value_size) noexcept nogil:
+    cdef Group *group = stream.group
+    stream.header_list_bytes += name_size + value_size + 32     # RFC 9113, 6.5.2
+    if stream.header_list_bytes > group.limits.max_header_list_bytes:
+        return 0
+    if name[0] == c':':
+        if _is(name, name_size, b":path", 5):
+            if value_size == group.fast_path_size and memcmp(value, group.fast_path, value_size) == 0:
+                stream.is_fast_path = True
+                return 0
+        elif _is(name, name_size, b":method", 7):
+            stream.is_post = _is(value, value_size, b"POST", 4)
+            return 0
+        else:
+            return 0
+    elif _is(name, name_size, b"te", 2) or _is(name, name_size, b"grpc-accept-encoding", 20):
+        return 0
+    elif _is(name, name_size, b"content-type", 12):
+        stream.is_grpc = is_grpc_content_type(value, value_size)
+        return 0
+    elif _is(name, name_size, b"grpc-timeout", 12):
+        stream.timeout_ns = parse_timeout(value, value_size)
+        stream.has_bad_timeout = stream.timeout_ns < 0
+        return 0
+    elif _is(name, name_size, b"grpc-encoding", 13):
+        if _is(value, value_size, b"identity", 8):
+            stream.encoding = ENCODING_IDENTITY
+        elif _is(value, value_size, b"gzip", 4):
+            stream.encoding = ENCODING_GZIP
+        elif _is(value, value_size, b"deflate", 7):
+            stream.encoding = ENCODING_DEFLATE
+        else:
+            stream.encoding = ENCODING_UNKNOWN
+        return 0
+    return keep_metadata(stream, name, name_size, value, value_size)
+
+
+cdef void open_call(Stream *stream) noexcept nogil:
+    cdef Connection *connection = stream.connection
+    cdef Limits *limits = &connection.group.limits
+    stream.kind = STREAM_FAST if stream.is_fast_path else STREAM_SLOW
+    if not stream.is_post:
+        answer_http(stream, b"405")
+    elif not stream.is_grpc:
+        answer_http(stream, b"415")
+    elif stream.header_list_bytes > limits.max_header_list_bytes:
+        refuse_size(stream, b"Received metadata larger than max", stream.header_list_bytes,
+                     limits.max_header_list_bytes)
+    elif stream.has_bad_timeout:
+        refuse_stream(stream, STATUS_INVALID_ARGUMENT,
+                b"Malformed grpc-timeout header: expected at most 8 digits and one of H, M, S, m, u, n")
+    elif stream.encoding == ENCODING_UNKNOWN:
+        refuse_stream(stream, STATUS_UNIMPLEMENTED,
+                b"Compression algorithm of grpc-encoding is not supported; use identity, deflate or gzip")
+    elif connection.outbound_bytes > limits.max_outbound_bytes:
+        refuse_size(stream, b"Answers on this connection are not being read: unsent bytes above max",
+                     connection.outbound_bytes, limits.max_outbound_bytes)
+    else:
+        if stream.timeout_ns >= 0 and set_timer(&connection.group.deadlines, &stream.deadline,
+                                                connection.now_ns + stream.timeout_ns, stream) < 0:
+            refuse_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"Out of memory")
+        elif stream.kind == STREAM_SLOW:
+            push_event(stream, EVENT_CALL)
+
+
+cdef int _begin_message(Stream *stream) noexcept nogil:
+    """The 5-byte prefix is complete. -1: the stream was refused."""
+    cdef Connection *connection = stream.connection
+    cdef Limits *limits = &connection.group.limits
+    cdef size_t size = read_frame_size(stream.prefix)
+    cdef size_t capacity = size if size < FIRST_MESSAGE_BYTES else FIRST_MESSAGE_BYTES
+    if stream.prefix[0] > 1:
+        refuse_stream(stream, STATUS_INTERNAL, b"Bad gRPC frame: the compressed flag is neither 0 nor 1")
+        return -1
+    if stream.prefix[0] == 1 and stream.encoding == ENCODING_IDENTITY:
+        refuse_stream(stream, STATUS_INTERNAL, b"Bad gRPC frame: compressed flag set, but grpc-encoding names no compression")
+        return -1
+    if stream.has_message:
+        refuse_stream(stream, STATUS_UNIMPLEMENTED, b"A unary call carries exactly one request message, received more")
+        return -1
+    if size > limits.max_message_bytes:
+        refuse_size(stream, b"Received message larger than max", size, limits.max_message_bytes)
+        return -1
+    stream.is_message_compressed = stream.prefix[0] == 1
+    stream.message_size, stream.message_filled = size, 0
+    return _reserve_message(stream, capacity)
+
+
+cdef int _reserve_message(Stream *stream, size_t capacity) noexcept nogil:
+    """Makes room for `capacity` bytes of the message. -1: the stream was refused."""
+    cdef Connection *connection = stream.connection
+    cdef size_t booked = connection.partial_bytes - stream.message_capacity + capacity
+    cdef uint8_t *grown
+    if booked > connection.group.limits.max_buffered_bytes:
+        refuse_size(stream, b"Unfinished messages on this connection larger than max", booked,
+                     connection.group.limits.max_buffered_bytes)
+        return -1
+    if capacity == 0:
+        return 0
+    grown = <uint8_t *> realloc(stream.message, capacity)
+    if grown == NULL:
+        refuse_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"Out of memory")
+        return -1
+    stream.message, stream.message_capacity = grown, capacity
+    connection.partial_bytes = booked
+    return 0
+
+
+cdef int _finish_message(Stream *stream) noexcept nogil:
+    """The message is complete. -1: the stream was refused."""
+    cdef Connection *connection = stream.connection
+    stream.prefix_size = 0
+    stream.received_ns = connection.now_ns
+    if stream.kind == STREAM_FAST:
+        stream.has_message = True
+        return 0
+    return _list_message(stream)
+
+
+cdef int _list_message(Stream *stream) noexcept nogil:
+    """Moves the complete message into the inbox of a slow call. -1: the stream was refused."""
+    cdef Connection *connection = stream.connection
+    cdef Message *message = <Message *> malloc(sizeof(Message))
+    if message == NULL:
+        refuse_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"Out of memory")
+        return -1
+    message.next = NULL
+    message.data, message.size = stream.message, stream.message_size
+    message.is_compressed = stream.is_message_compressed
+    connection.partial_bytes -= stream.message_capacity
+    connection.unread_bytes += message.size + LISTED_MESSAGE_BYTES
+    stream.message, stream.message_capacity = NULL, 0
+    if stream.inbox_tail != NULL:
+        stream.inbox_tail.next = message
+    else:
+        stream.inbox_head = message
+    stream.inbox_tail = message
+    push_event(stream, EVENT_MESSAGE)
+    return 0
+
+
+cdef void take_bytes(Stream *stream, const uint8_t *data, size_t size) noexcept nogil:
+    cdef size_t n, capacity
+    while size:
+        if stream.prefix_size < FRAME_PREFIX_BYTES:
+            n = FRAME_PREFIX_BYTES - stream.prefix_size
+            if n > size:
+                n = size
+            memcpy(stream.prefix + stream.prefix_size, data, n)
+            stream.prefix_size += <int> n
+            if stream.prefix_size == FRAME_PREFIX_BYTES and _begin_message(stream) < 0:
+                return
+        else:
+            n = stream.message_size - stream.message_filled
+            if n > size:
+                n = size
+            if stream.message_filled + n > stream.message_capacity:
+                capacity = stream.message_capacity * 2
+                if capacity < stream.message_filled + n:
+                    capacity = stream.message_filled + n
+                if capacity > stream.message_size:
+                    capacity = stream.message_size
+                if _reserve_message(stream, capacity) < 0:
+                    return
+            memcpy(stream.message + stream.message_filled, data, n)
+            stream.message_filled += n
+        data += n
+        size -= n
+        if (stream.prefix_size == FRAME_PREFIX_BYTES and stream.message_filled == stream.message_size
+                and _finish_message(stream) < 0):
+            return
+
+
+cdef void end_request(Stream *stream) noexcept nogil:
+    cdef Connection *connection = stream.connection
+    stream.is_remote_closed = True
+    if stream.is_finished:
+        return
+    if stream.prefix_size != 0:
+        refuse_stream(stream, STATUS_INTERNAL, b"The request ended in the middle of a message")
+    elif stream.kind == STREAM_SLOW:
+        push_event(stream, EVENT_HALF_CLOSE)
+    elif not stream.has_message:
+        refuse_stream(stream, STATUS_UNIMPLEMENTED, b"A unary call carries exactly one request message, received none")
+    elif stream.is_message_compressed:
+        make_slow(stream)
+    else:
+        connection.partial_bytes -= stream.message_capacity
+        stream.message_capacity = 0
+        stream.is_ready_listed = True
+        stream.next_ready = NULL
+        if connection.ready_tail != NULL:
+            connection.ready_tail.next_ready = stream
+        else:
+            connection.ready_head = stream
+        connection.ready_tail = stream
+
+
+cdef Stream *take_ready(Connection *connection) noexcept nogil:
+    cdef Stream *stream
+    while connection.ready_head != NULL:
+        stream = connection.ready_head
+        connection.ready_head = stream.next_ready
+        if connection.ready_head == NULL:
+            connection.ready_tail = NULL
+        stream.is_ready_listed = False
+        if stream.connection != NULL and not stream.is_finished:
+            return stream
+        release_stream(stream)
+    return NULL
+
+
+cdef Stream *take_event(Connection *connection, uint32_t *events) noexcept nogil:
+    cdef Stream *stream
+    while connection.event_head != NULL:
+        stream = connection.event_head
+        connection.event_head = stream.next_event
+        if connection.event_head == NULL:
+            connection.event_tail = NULL
+        stream.is_event_listed = False
+        events[0] = stream.events
+        stream.events = 0
+        if stream.owner != NULL or (stream.connection != NULL and not stream.is_finished):
+            return stream
+        release_stream(stream)      # over before anybody saw it, or let go of by its owner
+    return NULL
+
+
+cdef void make_slow(Stream *stream) noexcept nogil:
+    cdef Group *group = stream.group
+    stream.kind = STREAM_SLOW
+    stream.has_message = False
+    if (keep_metadata(stream, <const uint8_t *> b":path", 5, group.fast_path, group.fast_path_size) < 0):
+        refuse_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"Out of memory")
+        return
+    push_event(stream, EVENT_CALL | EVENT_HALF_CLOSE)
+    _list_message(stream)
+
+
+cdef Message *take_message(Stream *stream) noexcept nogil:
+    cdef Message *message = stream.inbox_head
+    cdef Connection *connection = stream.connection
+    cdef size_t give
+    if message == NULL:
+        return NULL
+    stream.inbox_head = message.next
+    if stream.inbox_head == NULL:
+        stream.inbox_tail = NULL
+        give = stream.unconsumed_bytes      # with those of a message under assembly: it may be larger than the window
+    else:
+        give = message.size + FRAME_PREFIX_BYTES
+        if give > stream.unconsumed_bytes:
+            give = stream.unconsumed_bytes
+    connection.unread_bytes -= message.size + LISTED_MESSAGE_BYTES
+    stream.unconsumed_bytes -= give
+    if give:
+        nghttp2_session_consume_stream(connection.session, stream.id, give)
+    release_window(connection)
+    return message

@@ -1,0 +1,265 @@
+"""What a servicer is given beside its request: the native door's forms of grpc.aio's and grpc's ServicerContext."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import zlib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import grpc
+
+from aiorch_server.frontends.grpc.credentials import AuthContext, describe_peer, find_identity_key
+from aiorch_server.frontends.grpc.metadata import (
+    HeaderPairs,
+    InvalidMetadata,
+    MalformedMetadata,
+    Metadatum,
+    decode_metadata,
+    encode_metadata,
+)
+
+if TYPE_CHECKING:
+    from aiorch_server._core import Call
+
+logger = logging.getLogger(__name__)
+
+Metadata = Iterable[tuple[str, str | bytes]]
+
+#: ``wbits`` of zlib for each message encoding; gRPC's "deflate" is the zlib format.
+_WBITS: Final = {"gzip": 31, "deflate": 15}
+#: From this size on a message is unpacked on another thread.
+_LARGE_COMPRESSED_BYTES: Final = 65536
+_OVER: Final = "the RPC is over: its client is gone, its deadline has passed, or it was answered"
+
+
+class CallFailed(Exception):
+    """Ends a call with this status; raised by the door itself, never by servicers."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self.code = code
+        self.details = details
+
+
+def decompress(message: bytes, encoding: str, max_bytes: int) -> bytes:
+    """Unpacks one message; raises CallFailed where it is broken or unpacks to more than ``max_bytes``."""
+    unpacker = zlib.decompressobj(wbits=_WBITS[encoding])
+    try:
+        plain = unpacker.decompress(message, max_bytes + 1)
+    except zlib.error:
+        raise CallFailed(grpc.StatusCode.INTERNAL, f"a message is not valid {encoding} data") from None
+    if len(plain) > max_bytes:
+        text = f"Received message larger than max (more than {max_bytes} bytes after decompression vs. {max_bytes})"
+        raise CallFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+    if not unpacker.eof:
+        raise CallFailed(grpc.StatusCode.INTERNAL, f"a message ends in the middle of its {encoding} data")
+    return plain
+
+
+class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
+    """One RPC as an asynchronous servicer sees it; https://grpc.github.io/grpc/python/grpc_asyncio.html.
+
+    All methods belong to the loop's thread. Reading or writing when the RPC is over raises ``grpc.aio.UsageError``;
+    the servicer's task is cancelled at that moment anyway. Compression of responses is accepted and not done.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        deserialize: Callable[[bytes], Any] | None,
+        serialize: Callable[[Any], bytes] | None,
+        max_message_bytes: int,
+    ) -> None:
+        self._call = call
+        self._deserialize = deserialize
+        self._serialize = serialize
+        self._max_message_bytes = max_message_bytes
+        self._code: grpc.StatusCode | int | None = None
+        self._details = ""
+        self._trailing_metadata: Metadata = ()
+        self._invocation_metadata: tuple[Metadatum, ...] | None = None
+        self._auth_context: AuthContext | None = None
+        self._done_callbacks: list[Callable[[Any], None]] = []
+        self._is_finished = False
+
+    # ------------------------------------------------------------------------------------------------- messages
+
+    async def receive(self) -> bytes | None:
+        """The next request message as bytes, None after the last; raises CallFailed where it cannot be unpacked."""
+        while True:
+            received = self._call.take_message()
+            if received is not None:
+                message, is_compressed = received
+                if not is_compressed:
+                    return message
+                arguments = (message, self._call.encoding, self._max_message_bytes)
+                if len(message) < _LARGE_COMPRESSED_BYTES:
+                    return decompress(*arguments)
+                return await asyncio.to_thread(decompress, *arguments)
+            self._ensure_open()
+            if self._call.is_half_closed:
+                return None
+            await self._call.wait_readable()
+
+    async def read(self) -> Any:
+        """The next request message, ``grpc.aio.EOF`` after the last."""
+        message = await self.receive()
+        if message is None:
+            return grpc.aio.EOF
+        return message if self._deserialize is None else self._deserialize(message)
+
+    def send(self, message: Any) -> None:
+        """Serializes and queues a response message, however many are unsent."""
+        self._ensure_open()
+        if self._serialize is not None:
+            message = self._serialize(message)
+        self._call.send_message(b"" if message is None else message)
+
+    async def write(self, message: Any) -> None:
+        """Sends a response message; waits while the client takes too little."""
+        self.send(message)
+        while self._call.is_congested:
+            await self._call.wait_writable()
+
+    async def send_initial_metadata(self, initial_metadata: Metadata) -> None:
+        """Sends the response headers, at most once and before the first message."""
+        self._ensure_open()
+        self._call.send_initial_metadata(_encode(initial_metadata))
+
+    def _ensure_open(self) -> None:
+        if self._call.is_over or self._is_finished:
+            raise grpc.aio.UsageError(_OVER)
+
+    # --------------------------------------------------------------------------------------------------- status
+
+    async def abort(
+        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()
+    ) -> NoReturn:
+        """Ends the RPC with a status that is not OK; always raises ``grpc.aio.AbortError``."""
+        self.set_abort(code, details, trailing_metadata)
+        raise grpc.aio.AbortError("Locally aborted.")
+
+    async def abort_with_status(self, status: grpc.Status) -> NoReturn:
+        """As ``abort``, with the status as one object."""
+        await self.abort(status.code, status.details, status.trailing_metadata or ())
+
+    def set_abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Metadata) -> None:
+        """Sets what ``abort`` ends the RPC with."""
+        if code in (grpc.StatusCode.OK, 0):
+            code, details = grpc.StatusCode.UNKNOWN, f"abort was called with OK: {details}"
+        self._code, self._details = code, details
+        if trailing_metadata:
+            self._trailing_metadata = trailing_metadata
+
+    def set_code(self, code: grpc.StatusCode | int) -> None:
+        """The status code for when the servicer returns."""
+        self._code = code
+
+    def set_details(self, details: str) -> None:
+        """The status text for when the servicer returns."""
+        self._details = details
+
+    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None:
+        """Metadata that is sent with the status."""
+        self._trailing_metadata = trailing_metadata
+
+    def code(self) -> grpc.StatusCode | int | None:
+        """The code that was set, None before."""
+        return self._code
+
+    def details(self) -> str:
+        """The text that was set, empty before."""
+        return self._details
+
+    def trailing_metadata(self) -> Metadata:
+        """The metadata that was set, empty before."""
+        return self._trailing_metadata
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether nobody has set another status than OK."""
+        return self._code in (None, 0, grpc.StatusCode.OK)
+
+    def finish(self) -> None:
+        """Answers with the status that was set, once; then runs the done callbacks, each guarded alone."""
+        if self._is_finished:
+            return
+        try:
+            trailing = _encode(self._trailing_metadata)
+        except CallFailed as failure:
+            trailing, self._code, self._details = [], failure.code, failure.details
+        self._call.finish(_number(self._code), str(self._details or ""), trailing)
+        self._is_finished = True
+        for callback in self._done_callbacks:
+            try:
+                callback(self)
+            except Exception:
+                logger.exception("a done callback of %s failed", self._call.path)
+
+    # ------------------------------------------------------------------------------------------------- the call
+
+    def invocation_metadata(self) -> tuple[Metadatum, ...]:
+        """What the client sent, in order, duplicates kept; values of names ending in ``-bin`` are bytes."""
+        if self._invocation_metadata is None:
+            try:
+                self._invocation_metadata = decode_metadata(self._call.metadata)
+            except MalformedMetadata as error:
+                raise CallFailed(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+        return self._invocation_metadata
+
+    def peer(self) -> str:
+        """The client's address, for example ``ipv4:127.0.0.1:50000``."""
+        return self._call.peer
+
+    def peer_identities(self) -> list[bytes] | None:
+        """The names that the client's certificate proves, None without one."""
+        key = self.peer_identity_key()
+        return None if key is None else list(self.auth_context()[key])
+
+    def peer_identity_key(self) -> str | None:
+        """Which property of ``auth_context`` holds the identity, None without one."""
+        return find_identity_key(self.auth_context())
+
+    def auth_context(self) -> AuthContext:
+        """Properties of the connection's security, named as gRPC names them."""
+        if self._auth_context is None:
+            self._auth_context = describe_peer(self._call.get_extra_info("ssl_object"))
+        return self._auth_context
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the deadline, None without one."""
+        return self._call.time_remaining()
+
+    def cancelled(self) -> bool:
+        """Whether the RPC ended before the servicer did."""
+        return self._call.is_over
+
+    def done(self) -> bool:
+        """Whether the RPC is answered or over."""
+        return self._is_finished or self._call.is_over
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """``callback(context)`` runs when the servicer has returned and the status is sent."""
+        self._done_callbacks.append(callback)
+
+    def set_compression(self, compression: grpc.Compression) -> None:
+        """Accepted; responses are not compressed."""
+
+    def disable_next_message_compression(self) -> None:
+        """Accepted; responses are not compressed."""
+
+
+def _encode(metadata: Metadata) -> HeaderPairs:
+    try:
+        return encode_metadata(metadata)
+    except InvalidMetadata as error:
+        logger.error("a servicer set metadata that cannot be sent: %s", error)
+        raise CallFailed(grpc.StatusCode.INTERNAL, "Invalid metadata") from None
+
+
+def _number(code: grpc.StatusCode | int | None) -> int:
+    if code is None:
+        return 0
+    return code if isinstance(code, int) else int(code.value[0])

@@ -1,0 +1,40 @@
+"""The ``--transport grpcio`` door: the same handlers on grpc.aio, for platforms without libnghttp2 and as an oracle."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from typing import Any
+
+import grpc
+
+from aiorch_server.frontends.grpc.credentials import ServerCredentials
+from aiorch_server.frontends.grpc.server import MAX_MESSAGE_BYTES
+
+
+def create_grpcio_server(
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    maximum_concurrent_rpcs: int | None = None,
+    max_concurrent_streams: int = 1024,
+    executor: Executor | None = None,
+) -> Any:
+    """A ``grpc.aio.Server`` of the running loop with the native door's limits; answers may have any size."""
+    return grpc.aio.server(
+        executor,
+        maximum_concurrent_rpcs=maximum_concurrent_rpcs,
+        options=(
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_concurrent_streams", max_concurrent_streams),
+            ("grpc.so_reuseport", 0),
+        ),
+    )
+
+
+def make_grpcio_credentials(credentials: ServerCredentials) -> grpc.ServerCredentials:
+    """Our credentials in the form that ``create_grpcio_server(...).add_secure_port`` takes."""
+    return grpc.ssl_server_credentials(
+        [(credentials.private_key, credentials.certificate_chain)],
+        root_certificates=credentials.root_certificates,
+        require_client_auth=credentials.require_client_auth,
+    )

@@ -1,0 +1,312 @@
+"""The native gRPC door: ``grpc.aio.Server``'s surface over the compiled HTTP/2 core.
+
+Generated servicers, grpcio-health-checking and grpcio-reflection plug in unchanged. Calls of ``fast_path`` go from the
+socket into the model's queue without Python; all others run here, one task each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import grpc
+
+from aiorch_server import _core
+from aiorch_server.frontends.grpc.address import bind_socket, remove_socket_file
+from aiorch_server.frontends.grpc.call import run_call
+from aiorch_server.frontends.grpc.context import ServicerContext
+from aiorch_server.frontends.grpc.credentials import ServerCredentials
+from aiorch_server.frontends.grpc.metadata import MalformedMetadata, decode_metadata
+
+if TYPE_CHECKING:
+    from aiorch_server._core import Call, NativeServer, Router
+
+logger = logging.getLogger(__name__)
+
+#: The one method that the compiled path carries.
+FAST_PATH: Final = "/inference.GRPCInferenceService/ModelInfer"
+MAX_MESSAGE_BYTES: Final = 64 << 20
+_SYNC_THREADS: Final = 8
+#: How long cancelled calls may take to send their status, and cancelled servicers to return.
+_LAST_WORDS_S: Final = 1.0
+_LAST_SERVICERS_S: Final = 5.0
+_TLS_HANDSHAKE_S: Final = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """Bounds of one client connection; a client that wants more is refused or slowed down, nobody else is.
+
+    ``max_buffered_bytes`` bounds the messages under assembly and, apart from that, those no servicer has read yet;
+    ``max_outbound_bytes`` the answers the client does not take; above ``high_water_bytes`` a streaming servicer's
+    ``write`` waits. A client must speak HTTP/2 within ``greeting_timeout_s`` and take bytes within ``write_timeout_s``.
+    """
+
+    max_concurrent_streams: int = 1024
+    max_header_list_bytes: int = 16 << 10
+    stream_window_bytes: int = 8 << 20
+    connection_window_bytes: int = 16 << 20
+    max_buffered_bytes: int = 256 << 20
+    max_outbound_bytes: int = 256 << 20
+    high_water_bytes: int = 1 << 20
+    greeting_timeout_s: float = 20.0
+    write_timeout_s: float = 60.0
+
+
+class _HandlerCallDetails(NamedTuple):
+    method: str
+    invocation_metadata: Any
+
+
+class _Port(NamedTuple):
+    socket: socket.socket
+    ssl_context: ssl.SSLContext | None
+
+
+def is_native_available() -> bool:
+    """Whether the compiled door was built; otherwise only ``create_grpcio_server`` works."""
+    return _core.NativeServer is not None
+
+
+class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
+    """A gRPC server on the running loop; a subclass of ``grpc.aio.Server``, because reflection looks at that.
+
+    ``router`` None sends every call to the registered handlers. ``maximum_concurrent_rpcs`` counts the calls that
+    handlers run; those of the fast path are bounded by their queues. Handlers that are plain functions run on
+    ``executor`` (a pool of 8 threads if None). Raises RuntimeError where the compiled door was not built.
+    """
+
+    def __init__(
+        self,
+        *,
+        router: Router | None = None,
+        fast_path: str = FAST_PATH,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        maximum_concurrent_rpcs: int | None = None,
+        executor: ThreadPoolExecutor | None = None,
+        limits: ConnectionLimits | None = None,
+    ) -> None:
+        if not is_native_available():
+            raise RuntimeError("the native gRPC door needs libnghttp2 at build time; use --transport grpcio instead")
+        self._router = router
+        self._fast_path = fast_path
+        self._max_message_bytes = max_message_bytes
+        self._maximum_concurrent_rpcs = maximum_concurrent_rpcs
+        self._limits = limits or ConnectionLimits()
+        self._owned_executor = None if executor else ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="aiorch-rpc")
+        self._executor = executor or self._owned_executor
+        self._registered: dict[str, grpc.RpcMethodHandler] = {}
+        self._generic: list[grpc.GenericRpcHandler] = []
+        self._ports: list[_Port] = []
+        self._listeners: list[asyncio.AbstractServer] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._native: NativeServer | None = None
+        self._shutdown: asyncio.Task[None] | None = None
+        self._stop_at: float | None = None
+        self._hurry = asyncio.Event()
+        self._terminated = asyncio.Event()
+
+    # --------------------------------------------------------------------------------------------- registration
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Handlers that are asked, in order, for methods that nobody registered."""
+        for handler in generic_rpc_handlers:
+            if not hasattr(handler, "service"):
+                raise AttributeError(f"{handler!r} has no method 'service': not a generic RPC handler")
+            self._generic.append(handler)
+
+    def add_registered_method_handlers(
+        self, service_name: str, method_handlers: Mapping[str, grpc.RpcMethodHandler]
+    ) -> None:
+        """Handlers by method name of one service; they win over generic ones."""
+        for method, handler in method_handlers.items():
+            self._registered[f"/{service_name}/{method}"] = handler
+
+    def add_insecure_port(self, address: str) -> int:
+        """Binds ``address`` without TLS and gives the port; see ``bind_socket``. Accepts calls after ``start``."""
+        return self._add_port(address, None)
+
+    def add_secure_port(self, address: str, server_credentials: ServerCredentials) -> int:
+        """Binds ``address`` with TLS; takes our ``ServerCredentials``, as grpc's own cannot be read."""
+        if not isinstance(server_credentials, ServerCredentials):
+            raise TypeError(
+                f"server_credentials is {type(server_credentials).__name__}; expected "
+                "aiorch_server.frontends.grpc.ServerCredentials, because grpc's own hide their key"
+            )
+        return self._add_port(address, server_credentials.make_ssl_context())
+
+    def _add_port(self, address: str, ssl_context: ssl.SSLContext | None) -> int:
+        if self._native is not None:
+            raise RuntimeError("ports are added before the server is started")
+        bound, port = bind_socket(address)
+        self._ports.append(_Port(bound, ssl_context))
+        return port
+
+    # ------------------------------------------------------------------------------------------------ life cycle
+
+    async def start(self) -> None:
+        """Begins to accept; once only."""
+        if self._native is not None or self._stop_at is not None:
+            raise grpc.aio.UsageError("the server was started or stopped already")
+        loop = asyncio.get_running_loop()
+        assert _core.NativeServer is not None
+        self._native = _core.NativeServer(
+            loop,
+            self._on_call,
+            self._router,
+            fast_path=self._fast_path,
+            max_message_bytes=self._max_message_bytes,
+            **asdict(self._limits),
+        )
+        for port in self._ports:
+            create = loop.create_unix_server if port.socket.family == socket.AF_UNIX else loop.create_server
+            options: dict[str, Any] = {}
+            if port.ssl_context is not None:
+                # A client that does not say goodbye would otherwise hold up a drain for asyncio's 30 s.
+                options = {"ssl_handshake_timeout": _TLS_HANDSHAKE_S, "ssl_shutdown_timeout": _LAST_WORDS_S}
+            self._listeners.append(
+                await create(self._native.make_protocol, sock=port.socket, ssl=port.ssl_context, **options)
+            )
+
+    async def stop(self, grace: float | None) -> None:
+        """Stops accepting, lets calls end for ``grace`` seconds, then answers the rest with UNAVAILABLE.
+
+        May be called again with less grace; the shortest counts. Returns when everything has ended; servicers that
+        do not return within 5 s of being cancelled are left behind and named in the log.
+        """
+        loop = asyncio.get_running_loop()
+        stop_at = loop.time() + max(0.0, grace or 0.0)
+        if self._stop_at is None or stop_at < self._stop_at:
+            self._stop_at = stop_at
+            self._hurry.set()
+        if self._shutdown is None:
+            self._shutdown = loop.create_task(self._shut_down())
+        await asyncio.shield(self._shutdown)
+
+    async def wait_for_termination(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109 - grpc.aio
+        """Waits until ``stop`` has ended: False; or for ``timeout`` seconds: True, it timed out, as grpc.aio says."""
+        try:
+            await asyncio.wait_for(self._terminated.wait(), timeout)
+        except TimeoutError:
+            return True
+        return False
+
+    @property
+    def connections(self) -> int:
+        """The number of open connections."""
+        return self._native.connections if self._native is not None else 0
+
+    @property
+    def calls(self) -> int:
+        """The number of calls that handlers run now."""
+        return len(self._tasks)
+
+    @property
+    def in_flight(self) -> int:
+        """The number of requests of the fast path that have not come back from their queues."""
+        return self._native.in_flight if self._native is not None else 0
+
+    async def _shut_down(self) -> None:
+        try:
+            await self._end_connections()
+            await self._end_servicers()
+        finally:
+            if self._native is not None:
+                self._native.close()
+            if self._owned_executor is not None:
+                self._owned_executor.shutdown(wait=False, cancel_futures=True)
+            self._terminated.set()
+
+    async def _end_connections(self) -> None:
+        for port in self._ports:
+            remove_socket_file(port.socket)
+        for listener in self._listeners:
+            listener.close()
+        native = self._native
+        if native is None:
+            for port in self._ports:
+                port.socket.close()
+            return
+        native.drain()
+        disconnected = asyncio.ensure_future(native.wait_disconnected())
+        while not disconnected.done():
+            assert self._stop_at is not None
+            left = self._stop_at - asyncio.get_running_loop().time()
+            if left <= 0:
+                break
+            self._hurry.clear()
+            hurry = asyncio.ensure_future(self._hurry.wait())
+            either: set[asyncio.Future[Any]] = {disconnected, hurry}
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            hurry.cancel()
+        if not disconnected.done():
+            native.cancel_calls(grpc.StatusCode.UNAVAILABLE.value[0], "Cancelling all calls")
+            await asyncio.wait({disconnected}, timeout=_LAST_WORDS_S)
+            native.abort_connections()
+            await disconnected
+
+    async def _end_servicers(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            _, unfinished = await asyncio.wait(set(self._tasks), timeout=_LAST_SERVICERS_S)
+            for task in unfinished:
+                logger.error("a servicer goes on after its call was cancelled: %s", task.get_name())
+
+    # ----------------------------------------------------------------------------------------------------- calls
+
+    def _on_call(self, call: Call) -> None:
+        maximum = self._maximum_concurrent_rpcs
+        if maximum is not None and len(self._tasks) >= maximum:
+            call.finish(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], "Concurrent RPC limit exceeded!")
+            return
+        try:
+            handler = self._find_handler(call)
+        except MalformedMetadata as error:
+            call.finish(grpc.StatusCode.INVALID_ARGUMENT.value[0], str(error))
+            return
+        except Exception as error:
+            logger.exception("unexpected error in a generic handler asked for %s", call.path)
+            call.finish(grpc.StatusCode.UNKNOWN.value[0], f"Unexpected {type(error)}: {error}")
+            return
+        if handler is None:
+            call.finish(grpc.StatusCode.UNIMPLEMENTED.value[0], "Method not found!")
+            return
+        assert self._executor is not None
+        context = ServicerContext(
+            call, handler.request_deserializer, handler.response_serializer, self._max_message_bytes
+        )
+        task = asyncio.get_running_loop().create_task(
+            run_call(call.path, handler, context, self._executor), name=call.path
+        )
+        self._tasks.add(task)
+        task.add_done_callback(partial(_end_task, self._tasks, context))
+        call.set_over_callback(partial(_cancel, task))
+
+    def _find_handler(self, call: Call) -> grpc.RpcMethodHandler | None:
+        handler = self._registered.get(call.path)
+        if handler is None and self._generic:
+            details = _HandlerCallDetails(call.path, decode_metadata(call.metadata))
+            for generic in self._generic:
+                handler = generic.service(details)
+                if handler is not None:
+                    break
+        return handler
+
+
+def _end_task(tasks: set[asyncio.Task[None]], context: ServicerContext, task: asyncio.Task[None]) -> None:
+    tasks.discard(task)
+    context.finish()  # a task that was cancelled before its first step has not done it
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("a call ended with an error of the door itself", exc_info=task.exception())
+
+
+def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()

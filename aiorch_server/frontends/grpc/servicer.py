@@ -1,0 +1,251 @@
+"""The V2 service: every RPC that the compiled path does not answer, and the plain ModelInfer that it declined.
+
+Registered at the standard path and, for stubs made from our own .proto files, at the path of our package. Messages
+arrive here as bytes, so that malformed ones get the same words at every door and a malformed one in a stream fails
+alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import grpc
+from aiorch_proto.v2 import inference_pb2 as pb
+from aiorch_proto.v2.service import METHODS, PACKAGE_SERVICE_NAME, SERVICE_NAME, Method
+
+from aiorch_server.errors import RequestCancelled, UnsupportedRequest
+from aiorch_server.frontends.grpc import convert
+from aiorch_server.frontends.grpc.status import describe_error
+from aiorch_server.frontends.grpc.stream import answer_in_order
+from aiorch_server.types import InferenceResponse
+
+if TYPE_CHECKING:
+    from aiorch_server.controlplane import ControlPlane
+    from aiorch_server.dataplane import DataPlane
+
+#: From this size on a request is unpacked on another thread, because typed contents take up to 2 s for 64 MiB.
+_LARGE_REQUEST_BYTES: Final = 1 << 20
+_Failure = tuple[grpc.StatusCode, str]
+_Result = TypeVar("_Result")
+
+
+class InferenceServicer:
+    """The RPCs over the two planes, one method each; what they raise becomes a status in ``add_inference_service``."""
+
+    def __init__(self, dataplane: DataPlane, controlplane: ControlPlane) -> None:
+        self._dataplane = dataplane
+        self._controlplane = controlplane
+
+    # ------------------------------------------------------------------------------------------ health, metadata
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: Any) -> pb.ServerLiveResponse:
+        """Whether the process answers."""
+        return pb.ServerLiveResponse(live=self._controlplane.is_live())
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: Any) -> pb.ServerReadyResponse:
+        """Whether the server takes inference requests."""
+        return pb.ServerReadyResponse(ready=self._controlplane.is_ready())
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:
+        """Whether a model version takes inference requests."""
+        return pb.ModelReadyResponse(ready=self._controlplane.model_ready(request.name, request.version))
+
+    async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Any) -> pb.ServerMetadataResponse:
+        """Name, version and extensions of the server."""
+        return convert.encode_server_metadata(self._controlplane.server_metadata())
+
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Any) -> pb.ModelMetadataResponse:
+        """Tensors and versions of a model."""
+        return convert.encode_model_metadata(self._controlplane.model_metadata(request.name, request.version))
+
+    async def ModelConfig(self, request: pb.ModelConfigRequest, context: Any) -> pb.ModelConfigResponse:
+        """The completed configuration of a model version."""
+        config = self._controlplane.model_config(request.name, request.version)
+        return convert.encode_model_config(config.to_dict())
+
+    async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Any) -> pb.ModelStatisticsResponse:
+        """Counts of one or all model versions."""
+        return convert.encode_statistics(self._controlplane.statistics(request.name, request.version))
+
+    # ------------------------------------------------------------------------------------------------- inference
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
+        """One request, one response."""
+        return convert.encode_infer_response(await self._infer(request, context))
+
+    async def ModelStreamInfer(self, messages: AsyncIterator[bytes], context: Any) -> None:
+        """One response for each request, in order; errors travel inside them and leave the stream open.
+
+        With the request metadata ``triton_grpc_error: true`` the first error closes the stream with its status.
+        """
+        closes_on_error = ("triton_grpc_error", "true") in (context.invocation_metadata() or ())
+
+        async def answer(message: bytes) -> tuple[pb.ModelStreamInferResponse, _Failure | None]:
+            response = pb.ModelStreamInferResponse()
+            failure = None
+            try:
+                request = convert.parse_message(pb.ModelInferRequest, message)
+                response.infer_response.id = request.id
+                result = await _own_cancellation_only(self._infer(request, context))
+                response.infer_response.CopyFrom(convert.encode_infer_response(result))
+            except Exception as error:
+                failure = describe_error(error)
+                response.error_message = failure[1]
+            response.infer_response.parameters["triton_final_response"].bool_param = True
+            return response, failure
+
+        async def write(answered: tuple[pb.ModelStreamInferResponse, _Failure | None]) -> None:
+            response, failure = answered
+            if failure is not None and closes_on_error:
+                await context.abort(*failure)
+            await context.write(response.SerializeToString())
+
+        await answer_in_order(messages, answer, write)
+
+    async def _infer(self, request: pb.ModelInferRequest, context: Any) -> InferenceResponse:
+        remaining_s = context.time_remaining()
+        deadline_ns = 0 if remaining_s is None else time.monotonic_ns() + int(remaining_s * 1e9)
+        if request.ByteSize() < _LARGE_REQUEST_BYTES:
+            neutral = convert.decode_infer_request(request)
+        else:
+            neutral = await asyncio.to_thread(convert.decode_infer_request, request)
+        return await self._dataplane.infer(neutral, deadline_ns=deadline_ns)
+
+    # ------------------------------------------------------------------------------------------------ repository
+
+    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Any) -> pb.RepositoryIndexResponse:
+        """What the repositories hold."""
+        _refuse_repository_name(request)
+        return convert.encode_index(self._controlplane.repository_index(request.ready))
+
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Any
+    ) -> pb.RepositoryModelLoadResponse:
+        """Loads a model and returns when it is ready."""
+        _refuse_repository_name(request)
+        config_json, files = convert.decode_load_parameters(request.parameters, request.model_name)
+        await self._controlplane.load_model(request.model_name, config_json, files)
+        return pb.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Any
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Takes a model out of service."""
+        _refuse_repository_name(request)
+        unload_dependents = convert.decode_unload_parameters(request.parameters)
+        await self._controlplane.unload_model(request.model_name, unload_dependents)
+        return pb.RepositoryModelUnloadResponse()
+
+    # --------------------------------------------------------------------------------------------- shared memory
+    # No region can be registered, so "all of them" is an honest answer and everything else is refused.
+
+    async def SystemSharedMemoryStatus(
+        self, request: pb.SystemSharedMemoryStatusRequest, context: Any
+    ) -> pb.SystemSharedMemoryStatusResponse:
+        """No region for an empty name; other names are refused."""
+        _refuse_region(request.name, "system")
+        return pb.SystemSharedMemoryStatusResponse()
+
+    async def SystemSharedMemoryRegister(
+        self, request: pb.SystemSharedMemoryRegisterRequest, context: Any
+    ) -> pb.SystemSharedMemoryRegisterResponse:
+        """Refused."""
+        raise _unsupported_region("system")
+
+    async def SystemSharedMemoryUnregister(
+        self, request: pb.SystemSharedMemoryUnregisterRequest, context: Any
+    ) -> pb.SystemSharedMemoryUnregisterResponse:
+        """Done for an empty name, which means all regions; other names are refused."""
+        _refuse_region(request.name, "system")
+        return pb.SystemSharedMemoryUnregisterResponse()
+
+    async def CudaSharedMemoryStatus(
+        self, request: pb.CudaSharedMemoryStatusRequest, context: Any
+    ) -> pb.CudaSharedMemoryStatusResponse:
+        """No region for an empty name; other names are refused."""
+        _refuse_region(request.name, "CUDA")
+        return pb.CudaSharedMemoryStatusResponse()
+
+    async def CudaSharedMemoryRegister(
+        self, request: pb.CudaSharedMemoryRegisterRequest, context: Any
+    ) -> pb.CudaSharedMemoryRegisterResponse:
+        """Refused."""
+        raise _unsupported_region("CUDA")
+
+    async def CudaSharedMemoryUnregister(
+        self, request: pb.CudaSharedMemoryUnregisterRequest, context: Any
+    ) -> pb.CudaSharedMemoryUnregisterResponse:
+        """Done for an empty name, which means all regions; other names are refused."""
+        _refuse_region(request.name, "CUDA")
+        return pb.CudaSharedMemoryUnregisterResponse()
+
+    # ------------------------------------------------------------------------------------------ tracing, logging
+
+    async def TraceSetting(self, request: pb.TraceSettingRequest, context: Any) -> pb.TraceSettingResponse:
+        """Refused."""
+        raise UnsupportedRequest("trace settings are not supported by this server")
+
+    async def LogSettings(self, request: pb.LogSettingsRequest, context: Any) -> pb.LogSettingsResponse:
+        """Refused."""
+        raise UnsupportedRequest("log settings cannot be read or changed over RPC on this server")
+
+
+def add_inference_service(servicer: InferenceServicer, server: Any) -> None:
+    """Registers all methods of ``servicer`` with ``server``, a ``grpc.aio.Server`` or one with its surface."""
+    handlers = {name: _build_handler(getattr(servicer, name), method) for name, method in METHODS.items()}
+    for service in (SERVICE_NAME, PACKAGE_SERVICE_NAME):
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+        server.add_registered_method_handlers(service, handlers)
+
+
+def _build_handler(rpc: Callable[..., Awaitable[Any]], method: Method) -> Any:
+    if method.is_streaming:
+        return grpc.stream_stream_rpc_method_handler(rpc)
+
+    async def answer(message: bytes, context: Any) -> bytes:
+        try:
+            request = convert.parse_message(method.request, message)
+            response = await _own_cancellation_only(rpc(request, context))
+            serialized: bytes = response.SerializeToString()
+            return serialized
+        except Exception as error:
+            code, text = describe_error(error)
+        await context.abort(code, text)
+        raise AssertionError("abort returned")
+
+    return grpc.unary_unary_rpc_method_handler(answer)
+
+
+async def _own_cancellation_only(awaitable: Awaitable[_Result]) -> _Result:
+    """The awaited result; a cancellation that nobody asked of this task is raised as RequestCancelled.
+
+    A door takes CancelledError for the caller's own wish and sends nothing: a future that was cancelled somewhere
+    inside the server would leave the caller without an answer.
+    """
+    try:
+        return await awaitable
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise RequestCancelled("the request was cancelled inside the server") from None
+
+
+def _refuse_repository_name(request: Any) -> None:
+    if request.repository_name:
+        raise UnsupportedRequest(
+            f"'repository_name' specification is not supported, expected it to be empty, got "
+            f"'{request.repository_name}'"
+        )
+
+
+def _refuse_region(name: str, kind: str) -> None:
+    if name:
+        raise _unsupported_region(kind)
+
+
+def _unsupported_region(kind: str) -> UnsupportedRequest:
+    return UnsupportedRequest(f"{kind} shared memory is not supported by this server, send tensors in the request")
