@@ -14,8 +14,16 @@ CORE := $(wildcard aiorch_server/_core/*.pyx aiorch_server/_core/*.pxd) setup.py
 serve: $(CACHE)/examples $(CACHE)/compiled models
 	$(VENV)/bin/aiorch serve --model-repository $(MODELS) $(SERVE_ARGS)
 
+# One process per folder: frameworks bring C libraries that do not all get along in one process, and a crash of one
+# must not hide the results of the rest.
+TEST_FOLDERS ?= meta core unit contract integration chaos
+
 test: $(CACHE)/test $(CACHE)/compiled
-	$(PY) -m pytest $(TEST_ARGS)
+	@failed=; for folder in $(TEST_FOLDERS); do \
+	    echo "== tests/$$folder"; \
+	    $(PY) -m pytest tests/$$folder $(TEST_ARGS) || failed="$$failed $$folder"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "== failed:$$failed"; exit 1; fi
 
 lint: $(CACHE)/test
 	$(VENV)/bin/ruff check .
@@ -64,6 +72,8 @@ $(CACHE)/examples: pyproject.toml setup.py $(CACHE)/system | $(VENV)/bin/python
 $(CACHE)/test: pyproject.toml $(CACHE)/examples
 	@echo "== installing what the tests need"
 	$(PIP) --no-build-isolation -e ".[test]"
+	@command -v prometheus >/dev/null && command -v h2load >/dev/null \
+	    || deploy/install-packages prometheus nghttp2-client
 	@touch $@ $(CACHE)/compiled
 
 $(CACHE)/compiled: $(CORE) $(CACHE)/examples

@@ -14,11 +14,10 @@ this package and tritonclient, which wants protobuf below 7, fit in one environm
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-from grpc_tools import protoc  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ("aiorch/v2/model_config.proto", "aiorch/v2/inference.proto")
@@ -35,8 +34,10 @@ _REWRITES = (
 def generate() -> dict[str, str]:
     """The text of each generated file by its name; RuntimeError if protoc fails or is of another version."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["protoc", f"--proto_path={ROOT}", f"--python_out={folder}", f"--pyi_out={folder}", *SOURCES]
-        if protoc.main(arguments) != 0:
+        # In a process of its own: protoc brings its own copy of protobuf's C++ code, which does not get along with
+        # that of a framework loaded beside it.
+        command = [sys.executable, "-m", "grpc_tools.protoc", f"--proto_path={ROOT}", f"--python_out={folder}"]
+        if subprocess.run([*command, f"--pyi_out={folder}", *SOURCES]).returncode != 0:
             raise RuntimeError("protoc failed; what it printed above says where")
         files = {path.name: rewrite(path.read_text("utf-8")) for path in Path(folder).rglob("*_pb2.py*")}
     for name, text in files.items():
