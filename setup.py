@@ -17,7 +17,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 CORE = Path("aiorch_server/_core")
-NEEDS_NGHTTP2 = {"h2_stream", "h2_answer", "h2_request", "h2", "h2_probe", "aio"}
+NEEDS_NGHTTP2 = {"h2_stream", "h2_answer", "h2_request", "h2", "h2_probe", "aio_call", "aio"}
 DEBUG = os.environ.get("AIORCH_DEBUG", "") not in ("", "0")
 SANITIZE = os.environ.get("AIORCH_SANITIZE", "") not in ("", "0")
 

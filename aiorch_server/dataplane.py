@@ -52,7 +52,7 @@ class DataPlane:
             # the compiled path takes ASCII ids only; the answer's id is set from the request anyway
             request.id if request.id.isascii() else "",
             [(tensor.name, tensor.datatype, tensor.shape, tensor.data or b"") for tensor in request.inputs],
-            [output.name for output in request.outputs],
+            list(dict.fromkeys(output.name for output in request.outputs)),
         )
         loop = asyncio.get_running_loop()
         timeout = asyncio.timeout_at(deadline_ns / 1e9) if deadline_ns else asyncio.timeout(None)

@@ -171,7 +171,7 @@ class InternalError(AiorchError):
     code = Code.INTERNAL
 
 
-_BY_CODE: dict[Code, type[AiorchError]] = {
+_BY_CODE: dict[int, type[AiorchError]] = {
     Code.INVALID_ARGUMENT: RequestError,
     Code.UNIMPLEMENTED: UnsupportedRequest,
     Code.CANCELLED: RequestCancelled,
@@ -185,5 +185,5 @@ _BY_CODE: dict[Code, type[AiorchError]] = {
 
 
 def error_from_code(code: int, text: str) -> AiorchError:
-    """The error that stands for a numeric gRPC code which came back from the compiled path."""
-    return _BY_CODE.get(Code(code), AiorchError)(text)
+    """The error that stands for a numeric gRPC code which came back from the compiled path; never raises itself."""
+    return _BY_CODE.get(code, AiorchError)(text)

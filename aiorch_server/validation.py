@@ -6,15 +6,19 @@ looked at here. Texts follow those that Triton's clients and tests match on, whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from aiorch_server._core import walk_elements
 from aiorch_server.errors import RequestError, UnsupportedRequest
 from aiorch_server.types import DataType, InferenceRequest, ModelSignature, Parameter, Tensor, TensorSpec
 
 #: Parameters of requests that mean something; other names are the model's own business.
 _ALLOWED_RESERVED = "triton_enable_empty_final_response"
 _RESERVED_PREFIX = "triton_"
+#: Bound of the other sizes of an empty tensor, multiplied: the compiled desk's MAX_EMPTY_ELEMENTS.
+_MAX_EMPTY_ELEMENTS = 0x7FFFFFFF
 _BATCH_NOTE = (
     "NOTE: this model batches (max_batch_size > 0), so each input carries the batch dimension in front of the dims "
     "of its configuration."
@@ -76,6 +80,10 @@ def _check_names(inputs: Sequence[Tensor], model: str, signature: ModelSignature
             f"{expected} but got {len(names)} inputs for model '{model}'. Got input(s) {names}, but missing required "
             f"input(s) {missing}. Please provide all required input(s)."
         )
+    if not inputs:
+        raise RequestError(
+            f"expected at least one input for model '{model}' but got none, all of its inputs are optional"
+        )
     for name in names:
         if name not in specs:
             raise RequestError(f"unexpected inference input '{name}' for model '{model}'")
@@ -122,9 +130,12 @@ def _check_size(tensor: Tensor, spec: TensorSpec, model: str) -> None:
     if tensor.data is None:
         raise RequestError(f"unable to find data for input tensor '{tensor.name}' for model '{model}' in request.")
     data = memoryview(tensor.data).cast("B")
-    count = 1
-    for dim in tensor.shape:
-        count *= dim
+    count = math.prod(tensor.shape)
+    if count == 0 and math.prod(dim for dim in tensor.shape if dim) > _MAX_EMPTY_ELEMENTS:
+        raise RequestError(
+            f"shape {_shape(tensor.shape)} of the empty input '{tensor.name}' for model '{model}' is too large: its "
+            f"sizes other than 0 multiply to more than {_MAX_EMPTY_ELEMENTS}"
+        )
     if spec.datatype is DataType.BYTES:
         _check_elements(tensor.name, data, count, model)
     elif count * spec.datatype.itemsize != data.nbytes:
@@ -136,24 +147,19 @@ def _check_size(tensor: Tensor, spec: TensorSpec, model: str) -> None:
 
 def _check_elements(name: str, data: memoryview, count: int, model: str) -> None:
     """BYTES: each element is a 4-byte little-endian length and that many bytes."""
-    at = found = 0
-    while at < data.nbytes:
-        if data.nbytes - at < 4:
-            raise RequestError(
-                f"incomplete string length indicator for inference input '{name}' for model '{model}', expecting 4 "
-                f"bytes but only {data.nbytes - at} bytes available"
-            )
+    found, at = walk_elements(data, min(count, data.nbytes) + 1)
+    rest = data.nbytes - at
+    if found <= count and 0 < rest < 4:
+        raise RequestError(
+            f"incomplete string length indicator for inference input '{name}' for model '{model}', expecting 4 "
+            f"bytes but only {rest} bytes available"
+        )
+    if found <= count and rest:
         length = int.from_bytes(data[at : at + 4], "little")
-        at += 4
-        if length > data.nbytes - at:
-            raise RequestError(
-                f"incomplete string data for inference input '{name}' for model '{model}', expecting string of length "
-                f"{length} but only {data.nbytes - at} bytes available"
-            )
-        at += length
-        found += 1
-        if found > count:
-            break
+        raise RequestError(
+            f"incomplete string data for inference input '{name}' for model '{model}', expecting string of length "
+            f"{length} but only {rest - 4} bytes available"
+        )
     if found != count:
         more = "more than " if found > count else ""
         raise RequestError(

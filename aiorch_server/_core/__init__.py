@@ -7,10 +7,11 @@ from aiorch_server._core.mailbox import Mailbox
 from aiorch_server._core.routes import Router
 from aiorch_server._core.scheduler import Scheduler
 from aiorch_server._core.spec import ModelSpec
-from aiorch_server._core.wire import decode_response, encode_request, scan
+from aiorch_server._core.wire import decode_response, encode_request, scan, walk_elements
 
 try:
-    from aiorch_server._core.aio import Call, NativeServer
+    from aiorch_server._core.aio import NativeServer
+    from aiorch_server._core.aio_call import Call
 except ImportError:  # built without libnghttp2, or it is not there at run time: only the grpcio door works
     Call = NativeServer = None  # type: ignore[assignment, misc]
 
@@ -27,4 +28,5 @@ __all__ = [
     "decode_response",
     "encode_request",
     "scan",
+    "walk_elements",
 ]

@@ -10,6 +10,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t
 
+from aiorch_server._core.aio_call cimport CallCarrier
 from aiorch_server._core.h2_stream cimport Connection, Group, Stream
 from aiorch_server._core.request cimport CompletionSink
 from aiorch_server._core.routes cimport Router
@@ -36,17 +37,15 @@ cdef class NativeServer:
     cdef double greeting_timeout_s
     cdef double write_timeout_s
 
-    cdef void mark_dirty(self, ConnectionProtocol protocol)
+    cdef int mark_dirty(self, ConnectionProtocol protocol) except -1
     cdef int run_tick(self) except -1
     cdef int arm_timer(self) except -1
     cdef int close_sink(self) except -1
 
 
-cdef class ConnectionProtocol:
+cdef class ConnectionProtocol(CallCarrier):
     cdef NativeServer server
     cdef Connection *connection     # NULL before connection_made and after connection_lost
-    cdef object transport
-    cdef str peer_name
     cdef bint is_dirty
     cdef bint is_write_paused
     cdef bint is_read_paused
@@ -58,23 +57,3 @@ cdef class ConnectionProtocol:
     cdef int handle_events(self) except -1
     cdef int handle_event(self, Stream *stream, unsigned int events) except -1
     cdef int flush(self) except -1
-
-
-cdef class Call:
-    cdef Stream *stream             # NULL once finished or over
-    cdef ConnectionProtocol protocol
-    cdef readonly str path
-    cdef readonly list metadata
-    cdef readonly str encoding
-    cdef readonly int64_t deadline_ns
-    cdef readonly bint is_half_closed
-    cdef readonly bint is_over
-    cdef bint is_head_sent
-    cdef object over_callback
-    cdef object readable            # futures, or None
-    cdef object writable
-
-    cdef int open(self, ConnectionProtocol protocol, Stream *stream) except -1
-    cdef void end(self)
-    cdef int wake_reader(self) except -1
-    cdef int wake_writer(self) except -1

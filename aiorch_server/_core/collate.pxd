@@ -13,7 +13,7 @@ cdef class Staging:
     cdef object _memory         # uint8 array that owns the bytes
     cdef uint8_t *_data
     cdef size_t _capacity
-    cdef object _view           # the last typed view, and what it was made for
+    cdef object _view           # the last typed view, never given away, and what it was made for
     cdef tuple _view_shape
 
     cdef object shaped(self, tuple shape, object dtype, size_t size)
@@ -23,8 +23,7 @@ cdef class Batch:
     # Owned: `_members` between take and settle. Each entry is a RUNNING request, or NULL once it was answered or failed.
     cdef Scheduler _scheduler
     cdef SchedulerState *_state     # holds one reference
-    cdef Request **_members
-    cdef int _capacity
+    cdef Request **_members         # room for max_rows of them
     cdef int _n
     cdef int _first, _last          # the selected members: [first, last)
     cdef int64_t _rows              # of the selected members

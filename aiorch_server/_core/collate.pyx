@@ -2,11 +2,11 @@
 
 from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 from aiorch_server._core.histogram cimport record
-from aiorch_server._core.request cimport fail_request, now_ns, pthread_mutex_lock, pthread_mutex_unlock
+from aiorch_server._core.request cimport fail_request, is_cancelled, now_ns, pthread_mutex_lock, pthread_mutex_unlock
 from aiorch_server._core.scheduler cimport (
     FAILURE_BACKEND,
     FAILURE_CANCELED,
@@ -33,16 +33,8 @@ from aiorch_server.errors import ModelExecutionError
 cdef int CANCELLED = 1
 cdef int RESOURCE_EXHAUSTED = 8
 cdef int INTERNAL = 13
-
-
-cdef void settle_failed(SchedulerState *state, Request *chain) noexcept nogil:
-    """Fails a whole chain for lack of memory."""
-    cdef Request *request = chain
-    while request != NULL:
-        fail_request(request, RESOURCE_EXHAUSTED, b"out of memory")
-        count_failure(state, request, FAILURE_BACKEND, now_ns())
-        request = request.next
-    settle_chain(state, chain)
+cdef int UNAUTHENTICATED = 16   # gRPC's highest code
+cdef size_t MAX_ANSWER_BYTES = 0xFFFFFFFF   # the length in the gRPC frame header has 32 bits
 
 
 cdef class Staging:
@@ -53,6 +45,7 @@ cdef class Staging:
         cdef Py_buffer buffer
         if size > self._capacity or self._memory is None:
             # never shrinks below what was once needed: batches of one model have one order of magnitude
+            self._view = None   # first: it must not outlive the memory, whatever fails below
             self._memory = np.empty(max(size, 2 * self._capacity) + 64, np.uint8)
             PyObject_GetBuffer(self._memory, &buffer, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)
             self._data = <uint8_t *> ((<size_t> buffer.buf + 63) & ~<size_t> 63)
@@ -60,11 +53,11 @@ cdef class Staging:
             offset = self._data - <uint8_t *> buffer.buf
             PyBuffer_Release(&buffer)
             self._memory = self._memory[offset:offset + self._capacity]
-            self._view = None
         if self._view is None or self._view_shape != shape:
             self._view = self._memory[:size].view(dtype).reshape(shape)
             self._view_shape = shape
-        return self._view
+        # a view of its own for each batch: the model may change shape, type and flags of what it gets
+        return self._view.view()
 
 
 cdef class Batch:
@@ -78,6 +71,10 @@ cdef class Batch:
         self._scheduler = scheduler
         self._state = scheduler.state
         retain_scheduler(self._state)
+        # each member has a row, so there are never more members than rows
+        self._members = <Request **> calloc(<size_t> self._state.policy.max_rows, sizeof(Request *))
+        if self._members == NULL:
+            raise MemoryError
         self._staging = [Staging() for _ in range(self._state.spec.n_inputs)]
 
     def __dealloc__(self):
@@ -106,7 +103,6 @@ cdef class Batch:
     def _fill(self, Scheduler scheduler not None):
         """The body of ``Scheduler.take``."""
         cdef Request *request
-        cdef Request **grown
         cdef int members = 0
         cdef int64_t rows = 0
         if scheduler is not self._scheduler:
@@ -117,13 +113,6 @@ cdef class Batch:
             request = take_batch(self._state, &members, &rows, &self._free_since_ns)
         if request == NULL:
             return False
-        if members > self._capacity:
-            grown = <Request **> realloc(self._members, <size_t> members * sizeof(Request *))
-            if grown == NULL:
-                settle_failed(self._state, request)
-                raise MemoryError
-            self._members = grown
-            self._capacity = members
         while request != NULL:
             self._members[self._n] = request
             self._n += 1
@@ -141,10 +130,6 @@ cdef class Batch:
                 raise IndexError(f"member {index} of a batch of {self._n}")
             self._first, self._last = index, index + 1
         self._rows = self.count_rows()
-
-    def is_settled(self, int index):
-        """True if the member at ``index`` has its answer or error already."""
-        return self._members[index] == NULL
 
     def gather(self):
         """The inputs of the selected members by name: rows of all members one after the other, in order.
@@ -184,11 +169,13 @@ cdef class Batch:
     cdef object gather_plain(self, int index):
         cdef Staging staging = <Staging> self._staging[index]
         cdef uint8_t *out
-        cdef size_t size = 0
+        cdef size_t size = 0, k
+        cdef bint is_bool
         for i in range(self._first, self._last):
             if self._members[i] != NULL:
                 size += self._members[i].inputs[index].size
         dtype = self._scheduler.spec.signature.inputs[index].datatype.numpy
+        is_bool = dtype.kind == "b"
         array = staging.shaped(self.shape_of(index), dtype, size)
         with nogil:
             out = staging._data
@@ -196,6 +183,9 @@ cdef class Batch:
                 if self._members[i] != NULL:
                     memcpy(out, self._members[i].inputs[index].data, self._members[i].inputs[index].size)
                     out += self._members[i].inputs[index].size
+            if is_bool:     # C and C++ behind the model rely on 0 and 1; a client may send any byte
+                for k in range(size):
+                    staging._data[k] = staging._data[k] != 0
         return array
 
     cdef object gather_bytes(self, int index):
@@ -230,21 +220,26 @@ cdef class Batch:
                 array = outputs[tensor.name]
             except KeyError:
                 raise ModelExecutionError(
-                    f"the model gave no output '{tensor.name}'; it gave {sorted(outputs)}") from None
+                    f"the model gave no output '{tensor.name}'; it gave {sorted(map(str, outputs))}") from None
             encoder.add(index, tensor, array)
         with nogil:
             encoder.encode()
             self.deliver(True, run_ended_ns)
 
     def fail(self, int code, str text not None):
-        """Fails the selected members that are not settled yet with a gRPC code and a text for the client."""
-        cdef bytes words = text.encode()
+        """Fails the selected members that are not settled yet with a gRPC code and a text for the client.
+
+        A code that says "ok", or that gRPC does not know, becomes INTERNAL.
+        """
+        cdef bytes words = text.encode("utf-8", "replace")
         cdef const char *message = words
         cdef int64_t now = now_ns()
+        if not 0 < code <= UNAUTHENTICATED:
+            code = INTERNAL
         with nogil:
             for i in range(self._first, self._last):
                 if self._members[i] != NULL:
-                    fail_request(self._members[i], code or INTERNAL, message)
+                    fail_request(self._members[i], code, message)
             self.deliver(False, now)
 
     cdef object fail_rest(self):
@@ -260,7 +255,7 @@ cdef class Batch:
         """Writes the answer with its 5-byte gRPC frame header; -1 when memory ran out."""
         cdef size_t size = response_size(&self._state.spec.response_head, &request.id, views, n)
         cdef uint8_t *out
-        if size > <size_t> 0xFFFFFFFFULL:
+        if size > MAX_ANSWER_BYTES:
             return -1
         out = <uint8_t *> malloc(size + 5)
         if out == NULL:
@@ -292,7 +287,8 @@ cdef class Batch:
             if request == NULL:
                 continue
             self._members[i] = NULL
-            if request.cancelled:
+            if is_cancelled(request):   # may become true at any time: looked at once, so that it is counted once
+                fail_request(request, CANCELLED, b"cancelled")
                 count_failure(self._state, request, FAILURE_CANCELED, now)
             elif request.status:
                 count_failure(self._state, request, FAILURE_BACKEND, now)
@@ -306,7 +302,7 @@ cdef class Batch:
             pthread_mutex_lock(&self._state.stats_lock)
             request = chain
             while request != NULL:
-                if not request.cancelled and not request.status:
+                if not request.status:
                     free_at = min(max(self._free_since_ns, request.enqueued_ns), request.taken_ns)
                     record(&counters.phases[<int> PHASE_QUEUE], free_at - request.enqueued_ns)
                     record(&counters.phases[<int> PHASE_BATCH_WAIT], request.taken_ns - free_at)
@@ -386,6 +382,8 @@ cdef class Encoder:
         for i in range(view.n_dims):
             view.dims[i] = array.shape[i]
         if layout.itemsize == 0:
+            if array.dtype.kind not in "OSU":
+                raise ModelExecutionError(f"output '{tensor.name}' has numpy type {array.dtype}; BYTES needs object")
             self.encode_bytes(index, array, spec.max_batch_size > 0)
             return
         if array.dtype != tensor.datatype.numpy:
@@ -393,6 +391,10 @@ cdef class Encoder:
                 f"output '{tensor.name}' has numpy type {array.dtype}; {tensor.datatype.value} needs "
                 f"{tensor.datatype.numpy}")
         if not array.flags.c_contiguous:
+            # a broadcast array can be larger than all memory: not copied where no message could carry it
+            if array.nbytes > self.batch.members * MAX_ANSWER_BYTES:
+                raise ModelExecutionError(
+                    f"output '{tensor.name}' has {array.nbytes} bytes; an answer holds at most {MAX_ANSWER_BYTES}")
             array = np.ascontiguousarray(array)
         PyObject_GetBuffer(array, &self.buffers[index], PyBUF_C_CONTIGUOUS)
         self.is_held[index] = True
@@ -417,6 +419,8 @@ cdef class Encoder:
             for element in rows.ravel().tolist():
                 if isinstance(element, str):
                     element = element.encode()
+                elif isinstance(element, (bytearray, memoryview)):
+                    element = bytes(element)
                 elif not isinstance(element, bytes):
                     element = str(element).encode()
                 chunks.append(len(element).to_bytes(4, "little"))
@@ -437,7 +441,7 @@ cdef class Encoder:
             request = self.batch._members[i]
             if request == NULL:
                 continue
-            if request.cancelled:
+            if is_cancelled(request):
                 fail_request(request, CANCELLED, b"cancelled")
                 at += request.rows
                 continue

@@ -29,7 +29,7 @@ cdef int take_header(Stream *stream, const uint8_t *name, size_t name_size,
         return 0
     if name[0] == c':':
         if _is(name, name_size, b":path", 5):
-            if value_size == group.fast_path_size and memcmp(value, group.fast_path, value_size) == 0:
+            if group.fast_path_size and _is(value, value_size, <const char *> group.fast_path, group.fast_path_size):
                 stream.is_fast_path = True
                 return 0
         elif _is(name, name_size, b":method", 7):
@@ -63,13 +63,13 @@ cdef void open_call(Stream *stream) noexcept nogil:
     cdef Connection *connection = stream.connection
     cdef Limits *limits = &connection.group.limits
     stream.kind = STREAM_FAST if stream.is_fast_path else STREAM_SLOW
-    if not stream.is_post:
+    if stream.header_list_bytes > limits.max_header_list_bytes:     # first: what came later was not even looked at
+        refuse_size(stream, b"Received metadata larger than max", stream.header_list_bytes,
+                    limits.max_header_list_bytes)
+    elif not stream.is_post:
         answer_http(stream, b"405")
     elif not stream.is_grpc:
         answer_http(stream, b"415")
-    elif stream.header_list_bytes > limits.max_header_list_bytes:
-        refuse_size(stream, b"Received metadata larger than max", stream.header_list_bytes,
-                     limits.max_header_list_bytes)
     elif stream.has_bad_timeout:
         refuse_stream(stream, STATUS_INVALID_ARGUMENT,
                 b"Malformed grpc-timeout header: expected at most 8 digits and one of H, M, S, m, u, n")
@@ -78,7 +78,7 @@ cdef void open_call(Stream *stream) noexcept nogil:
                 b"Compression algorithm of grpc-encoding is not supported; use identity, deflate or gzip")
     elif connection.outbound_bytes > limits.max_outbound_bytes:
         refuse_size(stream, b"Answers on this connection are not being read: unsent bytes above max",
-                     connection.outbound_bytes, limits.max_outbound_bytes)
+                    connection.outbound_bytes, limits.max_outbound_bytes)
     else:
         if stream.timeout_ns >= 0 and set_timer(&connection.group.deadlines, &stream.deadline,
                                                 connection.now_ns + stream.timeout_ns, stream) < 0:

@@ -166,15 +166,23 @@ cdef class Mailbox:
             ticket.request = NULL
             self.outstanding.discard(ticket)
             try:
+                resolve(ticket.future, request)
+            except Exception as error:  # MemoryError, most likely; the others in the chain still get their answers
                 if not ticket.future.done():
-                    if request.status:
-                        text = request.error.decode("utf-8", "replace") if request.error != NULL else "out of memory"
-                        ticket.future.set_exception(error_from_code(request.status, text))
-                    else:
-                        # without the 5 bytes of the gRPC frame header
-                        ticket.future.set_result(PyBytes_FromStringAndSize(
-                            <const char *> request.response + 5, <Py_ssize_t> request.response_size - 5))
+                    ticket.future.set_exception(InternalError(f"the answer was lost: {type(error).__name__}"))
             finally:
                 Py_DECREF(ticket)
                 free_request(request)
                 request = following
+
+
+cdef object resolve(future, Request *request):
+    if future.done():
+        return
+    if request.status:
+        text = request.error.decode("utf-8", "replace") if request.error != NULL else "out of memory"
+        future.set_exception(error_from_code(request.status, text))
+    else:
+        # without the 5 bytes of the gRPC frame header
+        future.set_result(PyBytes_FromStringAndSize(
+            <const char *> request.response + 5, <Py_ssize_t> request.response_size - 5))

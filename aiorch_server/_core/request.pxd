@@ -23,10 +23,9 @@ cdef extern from "<pthread.h>" nogil:
 
 
 cdef enum RequestState:
-    REQUEST_NEW = 0         # with the door
+    REQUEST_NEW = 0         # with the door, also after it was cancelled out of a queue
     REQUEST_QUEUED = 1      # in a queue; may be cancelled
-    REQUEST_RUNNING = 2     # in a batch; a cancel only marks it
-    REQUEST_SETTLED = 3     # answered or failed, in its sink
+    REQUEST_RUNNING = 2     # taken out to be run or failed, and from then on; a cancel only marks it
 
 
 cdef struct Request:
@@ -57,8 +56,8 @@ cdef struct Request:
     Request *newer
     void *scheduler         # SchedulerState that took it, from enqueue until free_request: it holds a reference,
     void (*drop_scheduler)(void *scheduler) noexcept nogil      # ... which this gives back
-    RequestState state      # guarded by the scheduler's lock while QUEUED
-    bint cancelled          # set by cancel_request while RUNNING: the answer will be dropped by the door
+    RequestState state      # guarded by the scheduler's lock from enqueue on
+    bint cancelled          # set by cancel_request while RUNNING: the door drops the answer; see is_cancelled
     # the answer: response is malloc'd with 5 leading bytes for the gRPC frame header (already written),
     # response_size counts them. The drainer may steal the pointer by setting it to NULL.
     uint8_t *response
@@ -107,3 +106,21 @@ cdef void fail_request(Request *request, int status, const char *text) noexcept 
 cdef void refuse_request(Request *request, int status, const char *text) noexcept nogil
 
 cdef int64_t now_ns() noexcept nogil
+
+# What several threads touch without a lock: counts of references, and the flag that the owner's thread raises while an
+# instance's thread looks at it.
+cdef extern from * nogil:
+    """
+    static inline int aiorch_add_reference(int *count, int by) { return __atomic_add_fetch(count, by, __ATOMIC_ACQ_REL); }
+    static inline void aiorch_raise_flag(int *flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
+    static inline int aiorch_is_raised(const int *flag) { return __atomic_load_n(flag, __ATOMIC_RELAXED); }
+    """
+    int aiorch_add_reference(int *count, int by)
+    void aiorch_raise_flag(bint *flag)
+    bint aiorch_is_raised(const bint *flag)
+
+cdef inline void mark_cancelled(Request *request) noexcept nogil:
+    aiorch_raise_flag(&request.cancelled)
+
+cdef inline bint is_cancelled(const Request *request) noexcept nogil:
+    return aiorch_is_raised(&request.cancelled)

@@ -22,12 +22,6 @@ cdef extern from "<time.h>" nogil:
     int clock_gettime(clockid_t clock, timespec *at)
     clockid_t CLOCK_MONOTONIC
 
-cdef extern from * nogil:
-    """
-    static inline int aiorch_add_reference(int *count, int by) { return __atomic_add_fetch(count, by, __ATOMIC_ACQ_REL); }
-    """
-    int aiorch_add_reference(int *count, int by)
-
 
 cdef int64_t now_ns() noexcept nogil:
     cdef timespec at

@@ -8,9 +8,11 @@ from aiorch_server._core.batch_former cimport MAX_PREFERRED, FormedBatch, form_b
 from aiorch_server._core.histogram cimport Histogram, N_BUCKETS, lower_bound, record
 from aiorch_server._core.queue cimport clear_queue, init_queue, push_request, remove_all, remove_expired, remove_request
 from aiorch_server._core.request cimport (
+    REQUEST_NEW,
     REQUEST_QUEUED,
     REQUEST_RUNNING,
-    REQUEST_SETTLED,
+    aiorch_add_reference,
+    mark_cancelled,
     now_ns,
     pthread_mutex_destroy,
     pthread_mutex_init,
@@ -44,15 +46,13 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
     int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
 
-cdef extern from * nogil:
-    """
-    static inline int aiorch_add_reference(int *count, int by) { return __atomic_add_fetch(count, by, __ATOMIC_ACQ_REL); }
-    """
-    int aiorch_add_reference(int *count, int by)
-
 cdef int INVALID_ARGUMENT = 3
 cdef int DEADLINE_EXCEEDED = 4
 cdef int UNAVAILABLE = 14
+
+# The longest delay or timeout, 146 years: added to the clock it still is a number of 63 bits.
+cdef int64_t MAX_SPAN_US = (1 << 62) // 1000
+cdef double MAX_WAIT_S = 1e9
 
 # Requests and bytes that one queue holds when the configuration names no bound.
 DEFAULT_MAX_REQUESTS = 16384
@@ -99,6 +99,7 @@ cdef void drop_scheduler(void *state) noexcept nogil:
 cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t priority, int64_t timeout_us,
                            int64_t now) noexcept nogil:
     cdef EnqueueResult result = ENQUEUED
+    cdef int64_t expires_ns
     if state.n_levels:
         if priority > state.n_levels:
             return REFUSED_LEVEL
@@ -106,8 +107,9 @@ cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t pri
     request.expires_ns = now + state.default_expiry_ns if state.default_expiry_ns else 0
     # Triton: a request may shorten the policy's time, never lengthen it
     if timeout_us and state.allow_expiry_override:
-        if request.expires_ns == 0 or now + timeout_us * 1000 < request.expires_ns:
-            request.expires_ns = now + timeout_us * 1000
+        expires_ns = now + min(timeout_us, MAX_SPAN_US) * 1000
+        if request.expires_ns == 0 or expires_ns < request.expires_ns:
+            request.expires_ns = expires_ns
     request.enqueued_ns = now
     if request.received_ns == 0:
         request.received_ns = now
@@ -157,10 +159,10 @@ cdef bint cancel_request(Request *request) noexcept nogil:
     pthread_mutex_lock(&state.lock)
     if request.state == REQUEST_QUEUED:
         remove_request(&state.queue, request)
-        request.state = REQUEST_SETTLED
+        request.state = REQUEST_NEW
         was_queued = True
     else:
-        request.cancelled = True
+        mark_cancelled(request)
     pthread_mutex_unlock(&state.lock)
     if was_queued:
         now = now_ns()
@@ -184,12 +186,10 @@ cdef void settle_chain(SchedulerState *state, Request *first) noexcept nogil:
     retain_scheduler(state)     # the owners may free all requests, and with them the last reference, meanwhile
     while first != NULL:
         last = first
-        last.state = REQUEST_SETTLED
         n += 1
         # a run of one sink is handed over with one wake-up
         while last.next != NULL and last.next.sink == first.sink:
             last = last.next
-            last.state = REQUEST_SETTLED
             n += 1
         following = last.next
         put_settled(first.sink, first, last)
@@ -284,6 +284,8 @@ cdef class Scheduler:
             raise ValueError(f"preferred batch sizes {sizes} must lie within 1..{max(1, spec.state.max_batch_size)}")
         if min(max_queue_delay_us, max_queue_size, max_queue_bytes, default_timeout_us) < 0:
             raise ValueError("delays, sizes and timeouts must not be negative")
+        if max(max_queue_delay_us, default_timeout_us) > MAX_SPAN_US:
+            raise ValueError(f"delays and timeouts are at most {MAX_SPAN_US} microseconds")
         if priority_levels > MAX_LEVELS or default_priority_level > priority_levels:
             raise ValueError(f"default priority level {default_priority_level} of {priority_levels} levels")
         if priority_levels and not default_priority_level:
@@ -370,7 +372,7 @@ cdef class Scheduler:
         """Closes, and fails everything that is still queued with that gRPC code and text."""
         cdef Request *chain
         cdef Request *request
-        cdef bytes message = text.encode()
+        cdef bytes message = text.encode("utf-8", "replace")
         cdef const char *words = message
         self.close()
         with nogil:
@@ -385,7 +387,7 @@ cdef class Scheduler:
 
     def wait_idle(self, double timeout_s):
         """Blocks, without the interpreter lock, until nothing is queued or running; False when the time is over first."""
-        cdef int64_t until = now_ns() + <int64_t> (max(0.0, timeout_s) * 1e9)
+        cdef int64_t until = now_ns() + <int64_t> (min(max(0.0, timeout_s), MAX_WAIT_S) * 1e9)
         cdef bint is_idle
         with nogil:
             pthread_mutex_lock(&self.state.lock)

@@ -31,6 +31,8 @@ cdef struct SpecState:
 
 cdef enum:
     ABSENT = -2             # in a shape key: an optional input that the request leaves out
+    # The other sizes of an empty tensor cost nothing on the wire, but numpy multiplies them; validation.py has it too.
+    MAX_EMPTY_ELEMENTS = 0x7FFFFFFF
 
 
 cdef class ModelSpec:

@@ -25,12 +25,15 @@ cdef bint fits_size(const TensorLayout *layout, const TensorView *tensor) noexce
     for i in range(tensor.n_dims):
         if tensor.dims[i] == 0:
             is_empty = True
-    if is_empty:
-        return tensor.data.size == 0
+            bound = MAX_EMPTY_ELEMENTS
     for i in range(tensor.n_dims):
+        if tensor.dims[i] == 0:
+            continue
         if <uint64_t> tensor.dims[i] > bound or count > bound // <uint64_t> tensor.dims[i]:
             return False    # more elements than there are bytes
         count *= <uint64_t> tensor.dims[i]
+    if is_empty:
+        return tensor.data.size == 0
     if layout.itemsize == 0:
         return check_bytes_elements(tensor.data.data, tensor.data.size, <int64_t> count)
     return count * <uint64_t> layout.itemsize == tensor.data.size

@@ -14,6 +14,7 @@ class ScannedRequest(TypedDict):
     outputs: list[bytes]
 
 def scan(message: Buffer) -> ScannedRequest: ...
+def walk_elements(data: Buffer, limit: int) -> tuple[int, int]: ...
 def encode_request(
     name: str,
     version: str,

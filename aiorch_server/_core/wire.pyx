@@ -273,17 +273,24 @@ cdef void write_response(uint8_t *out, const Slice *head, const Slice *id, const
         out = put_bytes(out, 0x32, outputs[i].data.data, outputs[i].data.size)
 
 
+cdef inline bint skip_element(const uint8_t *data, size_t size, size_t *position) noexcept nogil:
+    """Moves behind one BYTES element; False, and no move, where there is no whole one."""
+    cdef size_t at = position[0]
+    cdef size_t length
+    if size - at < 4:
+        return False
+    length = data[at] | (<size_t> data[at + 1] << 8) | (<size_t> data[at + 2] << 16) | (<size_t> data[at + 3] << 24)
+    if length > size - at - 4:
+        return False
+    position[0] = at + 4 + length
+    return True
+
+
 cdef bint check_bytes_elements(const uint8_t *data, size_t size, int64_t count) noexcept nogil:
     cdef size_t at = 0
-    cdef size_t length
     while count > 0:
-        if size - at < 4:
+        if not skip_element(data, size, &at):
             return False
-        length = data[at] | (<size_t> data[at + 1] << 8) | (<size_t> data[at + 2] << 16) | (<size_t> data[at + 3] << 24)
-        at += 4
-        if length > size - at:
-            return False
-        at += length
         count -= 1
     return at == size
 
@@ -321,6 +328,18 @@ def scan(const uint8_t[::1] message not None):
         ],
         "outputs": [to_bytes(&found.outputs[i]) for i in range(found.n_outputs)],
     }
+
+
+def walk_elements(const uint8_t[::1] data not None, int64_t limit):
+    """``(found, at)``: how many whole BYTES elements ``data`` begins with, at most ``limit``, and where they end."""
+    cdef const uint8_t *start = &data[0] if data.shape[0] else NULL
+    cdef size_t size = <size_t> data.shape[0]
+    cdef size_t at = 0
+    cdef int64_t found = 0
+    with nogil:
+        while found < limit and skip_element(start, size, &at):
+            found += 1
+    return found, at
 
 
 cdef bytes encode_varint(uint64_t value):

@@ -28,10 +28,25 @@ MAX_ERROR_TYPES = 100
 
 
 def describe_error(error: BaseException) -> str:
-    """Type and text of an error of foreign code, bounded, encodable and without its traceback."""
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """Type and text of an error of foreign code, bounded, encodable and without its traceback; never raises."""
+    text = _read_text(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _read_text(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception:  # foreign code too
+        return ""
     text = text.encode("utf-8", "replace").decode()  # lone surrogates come from undecodable file names
     return text if len(text) <= MAX_ERROR_CHARS else f"{text[:MAX_ERROR_CHARS]}..."
+
+
+def _read_code(error: AiorchError) -> int:
+    try:
+        return int(Code(error.code))
+    except ValueError:  # a model's own class of error, with a code that there is not
+        return int(Code.INTERNAL)
 
 
 class FailureLog:
@@ -109,9 +124,13 @@ class InstanceGroup:
         for instance in self._instances:
             with self._lock:
                 self._alive += 1
-            instance.start()
+            error: BaseException | None
             try:
+                instance.start()
                 error = instance.loaded.result(max(0.0, deadline - time.monotonic()))
+            except RuntimeError as refusal:  # the system gives no thread
+                error = refusal
+                self.on_thread_end("")
             except TimeoutError:
                 error = ModelLoadError(
                     f"instance {instance.index} of '{self.label}' did not finish loading within {timeout_s:g} s"
@@ -164,22 +183,27 @@ class _InstanceThread(threading.Thread):
             reason = f"instance {self.index} of '{self._group.label}' died: {describe_error(error)}"
             logger.critical("%s", reason, exc_info=error)
         finally:
-            self._close(instance)
-            self._group.on_thread_end(reason)
+            try:
+                self._close(instance)
+            finally:
+                self._group.on_thread_end(reason)
 
     def _serve(self, instance: ModelInstance) -> None:
         scheduler = self._group.scheduler
         batch = Batch(scheduler)
         take, gather, execute, settle = scheduler.take, batch.gather, instance.execute, batch.settle
-        while take(batch):
-            try:
-                settle(execute(gather()))
-            except Exception as error:
-                self._settle_failed(instance, batch, error)
-            except BaseException as error:
-                # The thread is about to die (SystemExit in a model's code): its batch must not be left unanswered.
-                batch.fail(*self._answer(error))
-                raise
+        try:
+            while take(batch):
+                try:
+                    settle(execute(gather()))
+                except Exception as error:
+                    self._settle_failed(instance, batch, error)
+        except BaseException as error:
+            # The thread dies (SystemExit in a model's code). Its batch is answered here: where the error is kept, the
+            # batch is kept by its traceback, and would leave its members waiting.
+            batch.select(None)
+            batch.fail(*self._answer(error))
+            raise
 
     def _settle_failed(self, instance: ModelInstance, batch: Batch, error: Exception) -> None:
         """Answers every member of a failed batch, each on its own where the configuration allows to run it again."""
@@ -194,14 +218,10 @@ class _InstanceThread(threading.Thread):
                 batch.settle(instance.execute(batch.gather()))
             except Exception as member_error:
                 batch.fail(*self._answer(member_error))
-            except BaseException as member_error:
-                batch.select(None)
-                batch.fail(*self._answer(member_error))
-                raise
 
     def _answer(self, error: BaseException) -> tuple[int, str]:
         if isinstance(error, AiorchError):
-            return int(error.code), str(error).encode("utf-8", "replace").decode()
+            return _read_code(error), _read_text(error)
         return int(Code.INTERNAL), f"model '{self._context.model_name}' failed: {describe_error(error)}"
 
     def _close(self, instance: ModelInstance | None) -> None:
@@ -209,5 +229,5 @@ class _InstanceThread(threading.Thread):
             return
         try:
             instance.close()
-        except Exception:
+        except BaseException:  # also SystemExit: the thread ends anyway, and in order
             logger.exception("%s: closing instance %d failed", self._group.label, self.index)

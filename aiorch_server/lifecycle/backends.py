@@ -85,7 +85,7 @@ class BackendRegistry:
             backend = found() if isinstance(found, type) else found
             if not isinstance(backend, Backend):
                 raise TypeError(f"{found!r} is not a subclass of aiorch_server.backend.Backend")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # Any error: the packages are foreign code, and one that is broken must not take the others along.
             self._problems[name] = str(error) if isinstance(error, AiorchError) else f"{type(error).__name__}: {error}"
             logger.info("backend '%s' cannot be used: %s", name, self._problems[name])

@@ -63,7 +63,7 @@ class Loader:
         *,
         default_max_batch_size: int = 32,
         default_instances: int = 1,
-        allow_pickle: bool = False,
+        allow_code: bool = False,
         default_queue_size: int = 0,
         startup_timeout_s: float = STARTUP_TIMEOUT_S,
         concurrency: int = CONCURRENT_LOADS,
@@ -71,7 +71,7 @@ class Loader:
         self._backends = backends
         self._default_max_batch_size = default_max_batch_size
         self._default_instances = default_instances
-        self._allow_pickle = allow_pickle
+        self._allow_code = allow_code
         self._default_queue_size = default_queue_size
         self._startup_timeout_s = startup_timeout_s
         self._slots = asyncio.Semaphore(concurrency)
@@ -90,7 +90,7 @@ class Loader:
                     return self._load(source, version, fingerprint)
                 except AiorchError:
                     raise
-                except Exception as error:
+                except BaseException as error:  # a model's code that calls exit() must not take the event loop along
                     logger.exception("loading '%s' failed", label)
                     raise ModelLoadError(f"'{label}' does not load: {describe_error(error)}") from error
                 finally:
@@ -112,6 +112,13 @@ class Loader:
         names = BackendNames(artefacts=self._backends.artefact_names(), platforms=self._backends.platforms())
         artefact = model.locate(version, names)
         backend = self._backends.get(artefact.backend)
+        if backend.runs_code and not artefact.is_stored and not self._allow_code:
+            raise ModelLoadError(
+                f"'{model.name}' version {version}: the load request brings or chooses '{artefact.path.name}' for "
+                f"backend '{backend.name}', whose artefacts can run code, which is not allowed here (allow_code is "
+                "off). Put the model into the repository, or start the server with --allow-code to trust whoever can "
+                "send load requests"
+            )
         parameters = model.config.to_strings()
         places = place_instances(
             model.config.instance_group,
@@ -130,7 +137,8 @@ class Loader:
                 threads=place.threads,
                 device=place.device,
                 parameters=parameters,
-                allow_pickle=self._allow_pickle,
+                allow_code=self._allow_code,
+                is_requested=model.is_requested,
                 default_max_batch_size=self._default_max_batch_size,
             )
             for index, place in enumerate(places)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -120,6 +121,8 @@ TEXTS = [
      "incomplete string data for inference input 'T' for model 'm', expecting string of length 9 but only 3 bytes"),
     ([A, B, Tensor("T", "BYTES", (1, 1), b"\x09\0")],
      "incomplete string length indicator for inference input 'T' for model 'm', expecting 4 bytes but only 2 bytes"),
+    ([A, Tensor("B", "INT8", (1, 0, 2), b""), Tensor("T", "BYTES", (1, 0), b"a")],
+     "incomplete string length indicator for inference input 'T' for model 'm', expecting 4 bytes but only 1 bytes"),
     ([A, B, Tensor("T", "BYTES", (1, 2), elements(b"a"))],
      "unexpected number of string elements 1 for inference input 'T' for model 'm', expecting 2"),
     ([A, B, Tensor("T", "BYTES", (1, 1), elements(b"a", b"b"))],
@@ -154,3 +157,27 @@ def test_parameters_that_are_understood() -> None:
         InferenceRequest("m", "", [A, B], parameters=parameters), "m", ModelSignature(INPUTS, OUTPUTS, 4)
     )
     assert (terms.priority, terms.timeout_us) == (2, 7)
+
+
+def test_no_input_at_all_is_too_few() -> None:
+    optional = ModelSignature((TensorSpec("T", DataType.BYTES, (-1,), optional=True),), OUTPUTS, 0)
+    with pytest.raises(RequestError, match="expected at least one input for model 'm' but got none"):
+        check_request(InferenceRequest("m", "", []), "m", optional)
+
+
+@pytest.mark.parametrize("size", [2**31, 2**62, 2**70])
+def test_an_empty_tensor_of_astronomic_size_is_refused(size: int) -> None:
+    loose = ModelSignature((TensorSpec("L", DataType.FP32, (-1, -1)),), OUTPUTS, 4)
+    check_request(InferenceRequest("m", "", [Tensor("L", "FP32", (1, 0, 2**31 - 1), b"")]), "m", loose)
+    with pytest.raises(RequestError, match="of the empty input 'L' for model 'm' is too large"):
+        check_request(InferenceRequest("m", "", [Tensor("L", "FP32", (1, 0, size), b"")]), "m", loose)
+
+
+def test_a_flood_of_strings_is_checked_in_no_time() -> None:
+    count = 4_000_000
+    request = InferenceRequest("m", "", [A, B, Tensor("T", "BYTES", (1, count), bytes(4 * count) + b"x")])
+    start = time.process_time()
+    with pytest.raises(RequestError, match="incomplete string length indicator"):
+        check_request(request, "m", ModelSignature(INPUTS, OUTPUTS, 4))
+    # over a second, element by element in Python: the event loop would stand still for so long
+    assert time.process_time() - start < 0.3

@@ -125,6 +125,21 @@ async def test_all_doors_serve_the_same_models(repository: Path, transport: str)
     ]
 
 
+@pytest.mark.parametrize("transport", ["native", "grpcio"])
+async def test_every_door_keeps_the_limit_of_headers(repository: Path, transport: str) -> None:
+    config = configure(repository, transport, limits={"max_header_bytes": 2048})
+    async with Application(config) as app:
+        reader, writer = await asyncio.open_connection("127.0.0.1", app.http_port)
+        writer.write(b"GET /v2 HTTP/1.1\r\nhost: x\r\nlong: " + b"x" * 8000)  # not even finished
+        async with asyncio.timeout(DEADLINE_S):
+            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+        async with calling(app.grpc_port) as stub:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.ServerLive(pb.ServerLiveRequest(), metadata=(("long", "x" * 8000),), timeout=DEADLINE_S)
+            assert (await stub.ServerLive(pb.ServerLiveRequest(), timeout=DEADLINE_S)).live
+
+
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("tls")

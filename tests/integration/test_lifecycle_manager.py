@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import shutil
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -42,6 +43,7 @@ from aiorch_server.types import (
     ModelSignature,
     ModelState,
     NumpyArray,
+    RequestedOutput,
     Tensor,
     TensorSpec,
 )
@@ -75,11 +77,13 @@ class ScriptedInstance(ModelInstance):
 
 
 class ScriptedBackend(Backend):
-    """The artefact is a JSON object: ``factor``, ``fail`` (a text), ``hang`` (loads when the gate opens)."""
+    """The artefact is a JSON object: ``factor``, ``fail`` (a text), ``hang`` (loads when the gate opens),
+    ``exit`` (a text: leaves the interpreter when it is looked at)."""
 
     name = "scripted"
     platforms = ("scripted_json",)
     artefacts = ("model.json",)
+    runs_code = False
 
     def __init__(self) -> None:
         self.gates: dict[str, threading.Event] = {}
@@ -90,9 +94,11 @@ class ScriptedBackend(Backend):
 
     def inspect(self, context: LoadContext) -> ModelSignature:
         try:
-            json.loads(context.artefact.read_text())
+            script = json.loads(context.artefact.read_text())
         except ValueError:
             raise ModelLoadError(f"'{context.artefact.name}' is not JSON") from None
+        if "exit" in script:
+            sys.exit(script["exit"])
         size = context.declared.max_batch_size
         return ModelSignature(
             (TensorSpec("X", DataType.INT32, (1,)),),
@@ -239,6 +245,7 @@ async def test_a_crashed_instance_makes_the_version_unavailable_and_leaves_nobod
     [
         ({"fail": "weights are missing"}, "RuntimeError: weights are missing"),
         ("{ garbage", "'model.json' is not JSON"),
+        ({"exit": "bye"}, "SystemExit: bye"),
     ],
 )
 async def test_a_broken_model_does_not_keep_the_server_from_starting(tmp_path: Path, script: Any, reason: str) -> None:
@@ -322,6 +329,14 @@ async def test_who_cancels_a_load_does_not_cancel_the_loading(tmp_path: Path) ->
         gate.set()
         await eventually(lambda: rig.manager.is_ready("m"))
         assert rig.backend.loads == [("m", 1)]
+
+
+async def test_an_output_that_is_asked_for_many_times_is_given_once(tmp_path: Path) -> None:
+    async with running(tmp_path, {"m": {1: {}}}) as rig:
+        inputs = [Tensor("X", "INT32", (1, 1), np.array([[4]], np.int32).tobytes())]
+        request = InferenceRequest("m", "", inputs, [RequestedOutput("Y")] * 100)
+        response = await asyncio.wait_for(rig.dataplane.infer(request), DEADLINE_S)
+        assert [output.name for output in response.outputs] == ["Y"]
 
 
 # unload and stop while requests are under way
@@ -457,6 +472,7 @@ async def test_a_swap_under_load_loses_no_request(tmp_path: Path) -> None:
                 answers.append(await rig.infer("m", 1))
 
         clients = [asyncio.ensure_future(client()) for _ in range(16)]
+        await eventually(lambda: bool(answers))
         for factor in range(2, 8):
             rig.write("m", {1: {"factor": factor}})
             await rig.manager.load("m")

@@ -6,7 +6,6 @@ import shutil
 import socket
 
 import httpx
-import pytest
 
 from aiorch_server.frontends.metrics import MetricsServer
 from aiorch_server.types import Duration, ModelStatistics, PhaseHistogram
@@ -46,8 +45,8 @@ async def ask(client: httpx.AsyncClient, query: str) -> list[dict]:
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.skipif(PROMETHEUS is None, reason="Debian's 'prometheus' is not installed (apt-get install prometheus)")
 async def test_prometheus_scrapes_and_answers(tmp_path):
+    assert PROMETHEUS is not None, "Prometheus is not installed: 'make test' does it, or 'apt-get install prometheus'"
     server = MetricsServer(lambda: [Model()], port=0)
     (tmp_path / "prometheus.yml").write_text(CONFIG.format(port=await server.start()))
     address = f"127.0.0.1:{find_free_port()}"

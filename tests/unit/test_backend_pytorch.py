@@ -322,7 +322,7 @@ def test_pickle_hidden_in_an_export_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(plain) as source, zipfile.ZipFile(artefact, "w") as target:
         for name in source.namelist():
             target.writestr(name, bomb.getvalue() if "sample_inputs" in name else source.read(name))
-    with pytest.raises(ModelLoadError, match=r"pickled objects.*allow_pickle is off"):
+    with pytest.raises(ModelLoadError, match=r"pickled objects.*allow_code is off"):
         PyTorchBackend().inspect(make_context(artefact))
     assert "torch_pickle_went_off" not in sys.modules
 

@@ -68,7 +68,7 @@ class TestRegressor(SklearnConformance):
     """Two targets at once, pickled by joblib."""
 
     estimator = LinearRegression().fit(ROWS, ROWS[:, :2] * 3)
-    allow_pickle = True
+    allow_code = True
 
     def write_artefact(self, folder: Path) -> Path:
         joblib.dump(self.estimator, folder / "model.joblib")
@@ -136,11 +136,11 @@ class Bomb:
 @pytest.mark.parametrize("name", ["model.pkl", "model.joblib"])
 def test_pickles_are_not_opened_unless_allowed(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ModelLoadError, match="allow_pickle is off"):
+    with pytest.raises(ModelLoadError, match="allow_code is off"):
         SklearnBackend().inspect(make_context(tmp_path / name))
     assert "pickle_went_off" not in sys.modules
     with pytest.raises(ModelLoadError, match="no predict method"):
-        SklearnBackend().inspect(make_context(tmp_path / name, allow_pickle=True))
+        SklearnBackend().inspect(make_context(tmp_path / name, allow_code=True))
     assert sys.modules.pop("pickle_went_off") is sys
 
 
@@ -173,7 +173,7 @@ def test_estimator_fitted_on_a_data_frame_does_not_warn(tmp_path: Path) -> None:
 def test_parallel_estimators_use_the_instances_share(tmp_path: Path) -> None:
     estimator = RandomForestClassifier(2, random_state=0, n_jobs=-1).fit(ROWS, CLASSES)
     joblib.dump(estimator, tmp_path / "model.joblib")
-    backend, context = SklearnBackend(), make_context(tmp_path / "model.joblib", allow_pickle=True, threads=1)
+    backend, context = SklearnBackend(), make_context(tmp_path / "model.joblib", allow_code=True, threads=1)
     backend.inspect(context)
     opened = backend._estimators.take(context)
     assert opened is not None and opened.n_jobs == 1

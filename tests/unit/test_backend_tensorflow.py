@@ -209,7 +209,7 @@ def test_lambdas_are_code_and_refused_unless_pickles_are_allowed(tmp_path: Path)
     save_keras(model, tmp_path)
     with pytest.raises(ModelLoadError, match=r"[Ll]ambda"):
         TensorFlowBackend().inspect(make_context(tmp_path / "model.keras"))
-    backend, context = TensorFlowBackend(), make_context(tmp_path / "model.keras", allow_pickle=True)
+    backend, context = TensorFlowBackend(), make_context(tmp_path / "model.keras", allow_code=True)
     signature = backend.inspect(context)
     rows = {signature.inputs[0].name: np.ones((1, 2), np.float32)}
     assert backend.load(context, signature).execute(rows)["out"].tolist() == [[3, 3]]

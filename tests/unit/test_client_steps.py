@@ -145,7 +145,7 @@ def test_the_server_may_ask_for_a_pause_or_forbid_another_attempt():
     )
     ask(script)
     assert script.pauses == [1.5 + 0.05 * 0.25]
-    for word in ("-1", "soon"):
+    for word in ("-1", "soon", "9" * 400, "9" * 5000):
         script = Script(metadata(-1), Refusal(UNAVAILABLE, "no", [(PUSHBACK_KEY, word)]))
         with pytest.raises(UnavailableError) as caught:
             ask(script)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -295,6 +296,31 @@ def test_the_completed_configuration_is_that_of_the_artefact() -> None:
     assert served.version_policy.latest is not None
     assert served.dynamic_batching == config.dynamic_batching
     assert config.max_batch_size is None
+
+
+def test_gpus_are_shown_as_they_are_used() -> None:
+    """Naming GPUs means KIND_GPU; KIND_GPU without a number means the first, and clients are told so."""
+    groups = [{"gpus": [1, 2]}, {"kind": "KIND_GPU"}, {"kind": "KIND_CPU"}, {}]
+    served = ModelConfig.from_dict({"instance_group": groups}, folder="m").with_signature(SIGNATURE, "b", "p")
+    assert [(each.kind, each.gpus) for each in served.instance_group] == [
+        ("KIND_GPU", (1, 2)),
+        ("KIND_GPU", (0,)),
+        ("KIND_CPU", ()),
+        ("KIND_CPU", ()),
+    ]
+
+
+def test_time_does_not_grow_with_the_square_of_a_configuration() -> None:
+    keys = ",".join(f'"k{index}": 1' for index in range(100_000))
+    started = time.monotonic()
+    with pytest.raises(ModelLoadError, match="key 'k99999' is written more than once"):
+        ModelConfig.from_json(f'{{{keys}, "k99999": 2}}', folder="m")
+    with pytest.raises(ModelLoadError, match=r"k0: unknown key; .*; and more"):
+        ModelConfig.from_json(f"{{{keys}}}", folder="m")
+    inputs = [{**INPUT, "name": f"x{index}"} for index in range(20_000)]
+    with pytest.raises(ModelLoadError, match=r"input\[20000\]\.name: found 'x7' for the second time"):
+        ModelConfig.from_dict({"input": [*inputs, inputs[7]]}, folder="m")
+    assert time.monotonic() - started < 10
 
 
 def test_a_configuration_that_contradicts_the_artefact_is_refused() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from aiorch_server.cli.output import UsageError
+from aiorch_server.cli.settings import build_config
 from aiorch_server.config import load
 from aiorch_server.config.load import load_server_config, setting_names
 from aiorch_server.config.server import ControlMode, ServerConfig, Transport
@@ -34,7 +36,7 @@ def test_defaults_are_tritons_ports_on_loopback() -> None:
     assert config.grpc.max_message_bytes == 64 * 1024 * 1024
     assert not config.grpc.tls.is_enabled
     assert config.lifecycle.control_mode is ControlMode.NONE
-    assert config.execution.allow_pickle is False
+    assert config.execution.allow_code is False
     assert config.execution.default_max_batch_size == 32
     with pytest.raises(ValidationError):
         config.grpc.port = 1  # type: ignore[misc]
@@ -69,7 +71,7 @@ def test_tritons_names_mean_the_same(tmp_path: Path) -> None:
             "allow-http": "false",
             "grpc-address": "::1",
         },
-        environment={"AIORCH_MODEL_REPOSITORY": "/nowhere", "AIORCH_ALLOW_PICKLE": "Yes"},
+        environment={"AIORCH_MODEL_REPOSITORY": "/nowhere", "AIORCH_ALLOW_CODE": "Yes"},
     )
     assert config.repository.paths == (tmp_path / "a",)
     assert config.lifecycle.load_models == ("x", "y")
@@ -77,7 +79,7 @@ def test_tritons_names_mean_the_same(tmp_path: Path) -> None:
     assert config.lifecycle.is_readiness_strict is False
     assert config.http.enabled is False
     assert config.grpc.host == "::1"
-    assert config.execution.allow_pickle is True
+    assert config.execution.allow_code is True
     config = load_server_config(
         environment={
             "AIORCH_MODEL_REPOSITORY": f"{tmp_path / 'a'}:{tmp_path / 'b'}",
@@ -225,3 +227,16 @@ def test_a_real_certificate_passes(tmp_path: Path) -> None:
     config = load_server_config({**options, "grpc-use-ssl-mutual": True}, environment={})
     assert config.grpc.tls.is_enabled
     assert config.grpc.tls.require_client_auth
+
+
+@pytest.mark.parametrize("name", ["grpc_port", "grpc-port", "grpc.port"])
+def test_a_setting_given_twice_is_told_however_it_is_spelt(tmp_path: Path, name: str) -> None:
+    def build(value: str) -> ServerConfig:
+        options = {"grpc_port": 4000, "model_repository": [str(tmp_path)]}
+        return build_config(
+            options, file=None, use_ssl=None, log_verbose=None, backend_config=[], others=[f"{name}={value}"]
+        )
+
+    with pytest.raises(UsageError, match="given twice, as 4000 and as 4001"):
+        build("4001")
+    assert build("4000").grpc.port == 4000

@@ -300,6 +300,94 @@ async def test_a_close_that_raises_does_not_keep_the_group_alive() -> None:
         assert await asyncio.to_thread(rig.group.ended.result, 10) == ""
 
 
+class Mute(Exception):
+    """An error that cannot even say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Astray(AiorchError):
+    code = 404  # type: ignore[assignment]
+
+
+class Lost(AiorchError):
+    code = "lost"  # type: ignore[assignment]
+
+
+class Verbose(AiorchError):
+    code = Code.NOT_FOUND
+
+    def __str__(self) -> str:
+        return "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (Mute(), Code.INTERNAL, "model 'm' failed: Mute"),
+        (Astray("away"), Code.INTERNAL, "away"),
+        (Lost("away"), Code.INTERNAL, "away"),
+        (Verbose(), Code.NOT_FOUND, "x" * 1000 + "..."),
+    ],
+)
+async def test_no_error_is_so_odd_that_it_ends_an_instance(error: Exception, code: Code, text: str) -> None:
+    async with running(ScriptedBackend(Recorder(error))) as rig:
+        for _ in range(2):
+            assert await rig.answers(1, 13, 3, 4) == [2, (code, text), 6, 8]
+        assert rig.group.alive == 1
+
+
+async def test_a_thread_that_does_not_start_fails_the_start_and_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = ScriptedBackend(double)
+    rig = Rig(backend, 2, [], True)
+    start = threading.Thread.start
+
+    def refuse_second(thread: threading.Thread) -> None:
+        if thread.name == "m:1#1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_second)
+    with pytest.raises(ModelLoadError, match=r"instance 1 of 'm:1' failed to load: .*can't start new thread"):
+        await asyncio.to_thread(rig.group.start, 10)
+    await asyncio.to_thread(rig.group.ended.result, 10)
+    assert rig.group.alive == 0
+    assert len(backend.instances[0].closed) == 1
+    rig.mailbox.close()
+
+
+async def test_a_close_that_exits_does_not_keep_the_group_alive() -> None:
+    def leave() -> None:
+        raise SystemExit("gone")
+
+    backend = ScriptedBackend(double)
+    async with running(backend) as rig:
+        backend.instances[0].close = leave  # type: ignore[method-assign]
+        rig.scheduler.close()
+        assert await asyncio.to_thread(rig.group.ended.result, 10) == ""
+
+
+async def test_a_thread_that_dies_between_the_members_answers_all_even_if_its_traceback_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: list[BaseException] = []
+
+    def die(log: FailureLog, error: BaseException) -> None:
+        kept.append(error)
+        raise MemoryError("no room for a report")
+
+    monkeypatch.setattr(FailureLog, "write", die)
+    async with running(ScriptedBackend(Recorder())) as rig:
+        answers = await rig.answers(1, 13, 3, 4)
+        assert [answer[0] for answer in answers if isinstance(answer, tuple)] == [Code.INTERNAL] * 4
+        reason = await asyncio.to_thread(rig.group.ended.result, 10)
+        assert "MemoryError" in reason
+    assert kept
+
+
 def test_failures_are_logged_once_per_type_and_interval(caplog: pytest.LogCaptureFixture) -> None:
     log = FailureLog("m:1", interval_s=3600)
     with caplog.at_level(logging.ERROR):

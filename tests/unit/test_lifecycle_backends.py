@@ -74,3 +74,11 @@ def test_a_broken_backend_is_only_told_to_who_needs_it(plugin: str, broken: str,
         registry.get(broken)
     with pytest.raises(ModelLoadError, match=f"there is no backend 'other'; known here: mine; .*{reason}"):
         registry.get("other")
+
+
+def test_a_backend_that_exits_while_it_is_imported_does_not_take_the_others_along(plugin: str, tmp_path: Path) -> None:
+    (tmp_path / "plugin_that_exits.py").write_text("raise SystemExit('no licence')")
+    registry = BackendRegistry(["plugin_that_exits:X", f"{plugin}:Mine"], group=NO_GROUP)
+    assert registry.get("mine").name == "mine"
+    with pytest.raises(ModelLoadError, match="SystemExit: no licence"):
+        registry.get("plugin_that_exits:X")

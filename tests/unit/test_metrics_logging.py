@@ -53,12 +53,23 @@ def test_json_lines(configured):
     assert second["message"] == "漢字" and second["level"] == "DEBUG" and second["time"].endswith("Z")
 
 
-@pytest.mark.parametrize("separator", ["\n", "\r", "\x85", "\u2028", "\x1b[31m", "\x00"])
+@pytest.mark.parametrize("separator", ["\n", "\r", "\x85", "\u2028", "\x1b[31m", "\x9b31m", "\x00"])
 def test_a_name_cannot_forge_a_line(configured, separator):
     stream = configured()
     logger.warning("unknown model '%s'", f"x{separator}2024 ERROR root: forged")
     text = stream.getvalue()
-    assert len(text.splitlines()) == 1 and "\x1b" not in text and "\x00" not in text
+    assert len(text.splitlines()) == 1 and not {"\x1b", "\x9b", "\x00"} & set(text)
+
+
+def test_the_text_of_an_exception_cannot_forge_a_line(configured):
+    stream = configured()
+    try:
+        raise ValueError("boom\n2024-01-01T00:00:00.000Z ERROR   root: forged\x1b[2J\x9b2J")
+    except ValueError:
+        logger.exception("it failed")
+    first, *rest = stream.getvalue().splitlines()
+    assert first.endswith("it failed") and all(line.startswith("    ") for line in rest)
+    assert any("forged" in line for line in rest) and not {"\x1b", "\x9b"} & set(stream.getvalue())
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])

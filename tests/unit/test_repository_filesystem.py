@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiorch_server.config.files import LARGEST_CONFIG_BYTES
 from aiorch_server.config.names import check_name, parse_version
 from aiorch_server.errors import AiorchError, InternalError, ModelLoadError, RequestError, UnknownModel
 from aiorch_server.repository import Artefact, BackendNames, FilesystemRepository, fingerprint, overlay
@@ -311,6 +312,12 @@ def test_a_sent_configuration_replaces_the_stored_one_once(root: Path, repositor
         repository.open("m", '{"max_batch_size": -1}')
     with pytest.raises(UnknownModel):
         repository.open("n", "{}")
+
+
+def test_a_sent_configuration_is_as_bounded_as_a_stored_one(root: Path, repository: FilesystemRepository) -> None:
+    make_model(root, "m", 1)
+    with pytest.raises(ModelLoadError, match=f"is larger than {LARGEST_CONFIG_BYTES} bytes"):
+        repository.open("m", '{"name": "' + "x" * LARGEST_CONFIG_BYTES + '"}')
 
 
 def test_sent_files_are_a_private_folder_that_goes_with_the_model(root: Path, repository: FilesystemRepository) -> None:

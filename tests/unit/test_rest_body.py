@@ -100,15 +100,15 @@ def feed(*messages):
 
 async def test_chunks_become_one_body():
     receive = feed({"type": "http.request", "body": b"ab", "more_body": True}, {"type": "http.request", "body": b"c"})
-    assert await read_body(receive, [], max_bytes=3, idle_timeout_s=5) == b"abc"
+    assert await read_body(receive, [], max_bytes=3, min_bytes_per_s=1, idle_timeout_s=5) == b"abc"
 
 
 async def test_a_declared_length_is_refused_before_anything_is_read():
     with pytest.raises(PayloadTooLarge, match="the request body of 101 bytes"):
-        await read_body(feed(), [(b"content-length", b"101")], max_bytes=100, idle_timeout_s=5)
+        await read_body(feed(), [(b"content-length", b"101")], max_bytes=100, min_bytes_per_s=1, idle_timeout_s=5)
 
 
 async def test_leaving_inside_a_body_cancels():
     receive = feed({"type": "http.request", "body": b"ab", "more_body": True}, {"type": "http.disconnect"})
     with pytest.raises(RequestCancelled):
-        await read_body(receive, [], max_bytes=3, idle_timeout_s=5)
+        await read_body(receive, [], max_bytes=3, min_bytes_per_s=1, idle_timeout_s=5)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiorch_server.errors import InternalError, RequestError
-from aiorch_server.frontends.rest.tensor_json import pack_data, unpack_data
+from aiorch_server.frontends.rest.tensor_json import pack_data, render_data
 from aiorch_server.types import DataType, Tensor
 
 JSON_TYPES = [datatype for datatype in DataType if datatype not in (DataType.FP16, DataType.BF16)]
@@ -28,6 +28,10 @@ def elements(datatype: DataType) -> st.SearchStrategy:
     return st.integers(int(limits.min), int(limits.max))
 
 
+def parse(tensor: Tensor) -> list:
+    return json.loads(f"[{render_data(tensor)}]")
+
+
 @given(st.data())
 def test_json_round_trip_is_exact(data):
     datatype = data.draw(st.sampled_from(JSON_TYPES))
@@ -39,7 +43,7 @@ def test_json_round_trip_is_exact(data):
         packed = pack_data(sent, datatype, (rows, columns), "IN", "p")
         if datatype is not DataType.BYTES:
             assert packed == np.array(values, datatype.numpy).tobytes()
-        got = json.loads(json.dumps(unpack_data(Tensor("OUT", datatype.value, (rows, columns), packed))))
+        got = parse(Tensor("OUT", datatype.value, (rows, columns), packed))
         assert len(got) == len(values)
         for one, other in zip(got, values, strict=True):
             assert type(one) is type(other)
@@ -55,7 +59,7 @@ def test_any_json_list_is_packed_or_refused(value, data):
     except RequestError as error:
         assert str(error).startswith("p: ")
     else:
-        assert len(unpack_data(Tensor("OUT", datatype.value, shape, packed))) == math.prod(shape)
+        assert len(parse(Tensor("OUT", datatype.value, shape, packed))) == math.prod(shape)
 
 
 def test_integers_for_floats_are_numbers_too():
@@ -75,13 +79,21 @@ def test_deep_nesting_is_flattened():
 )
 def test_bytes_output_that_ends_inside_an_element(data, shape):
     with pytest.raises(InternalError, match="output 'OUT' ends inside an element"):
-        unpack_data(Tensor("OUT", "BYTES", shape, data))
+        render_data(Tensor("OUT", "BYTES", shape, data))
 
 
 def test_output_of_the_wrong_size():
     with pytest.raises(InternalError, match="output 'OUT' has 5 bytes, which does not match its shape"):
-        unpack_data(Tensor("OUT", "FP32", (1,), b"12345"))
+        render_data(Tensor("OUT", "FP32", (1,), b"12345"))
+
+
+@pytest.mark.parametrize("datatype", ["FP32", "BYTES"])
+@pytest.mark.parametrize("count", [0, 1, 8191, 8192, 8193, 20_000])
+def test_long_outputs_are_whole(datatype, count):
+    values = [str(i) for i in range(count)] if datatype == "BYTES" else [float(i) for i in range(count)]
+    packed = pack_data(values, DataType(datatype), (count,), "IN", "p")
+    assert parse(Tensor("OUT", datatype, (count,), packed)) == values
 
 
 def test_any_nonzero_byte_is_true():
-    assert unpack_data(Tensor("OUT", "BOOL", (3,), b"\0\1\2")) == [False, True, True]
+    assert parse(Tensor("OUT", "BOOL", (3,), b"\0\1\2")) == [False, True, True]

@@ -1,7 +1,7 @@
 """Runs each compiled module in circles in a fresh interpreter; fails when memory grows with the number of rounds.
 
-Usage: core.py CASE. Memory is measured as the process's anonymous resident set after a warm-up, because C memory does not
-show in Python's own counters.
+Usage: core.py CASE. Memory is measured as the process's anonymous resident set after a warm-up, because C memory
+does not show in Python's own counters.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
+
+import contextlib
 
 from hand_driven import make_spec, message
 
@@ -43,14 +45,10 @@ def wire() -> None:
     for _ in range(50):
         scan(data)
         encode_request("m", "", "id", [("X", "FP32", (1, 4), bytes(16))])
-        try:
+        with contextlib.suppress(ValueError):
             scan(data[:-1])
-        except ValueError:
-            pass
-        try:
+        with contextlib.suppress(ValueError):
             decode_response(b"\x0a\x05a")
-        except ValueError:
-            pass
 
 
 def former() -> None:
@@ -77,10 +75,8 @@ def scheduler() -> None:
         mailbox = Mailbox(asyncio.get_running_loop())
         served = Scheduler(make_spec(), max_queue_size=40)
         futures = [mailbox.submit(served, message(index), deadline_ns=index % 5 == 0) for index in range(40)]
-        try:
+        with contextlib.suppress(Exception):
             mailbox.submit(served, message(1))
-        except Exception:
-            pass
         for future in futures[::7]:
             future.cancel()
         await asyncio.sleep(0)
@@ -104,10 +100,8 @@ def routes() -> None:
     router = Router()
     for count in (0, 1, 20):
         router.publish({f"m{i}": (1, {1: Scheduler(make_spec()), 2: Scheduler(make_spec())}) for i in range(count)})
-    try:
+    with contextlib.suppress(ValueError):
         router.publish({"m": (3, {1: Scheduler(make_spec())})})
-    except ValueError:
-        pass
 
 
 def threads() -> None:
