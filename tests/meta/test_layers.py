@@ -103,7 +103,9 @@ def test_server_layers(path: Path) -> None:
             assert any(where.startswith(place) for place in KNOWN_ONLY_BY[top]), f"{where}:{line}: may not import {top}"
 
 
-@pytest.mark.parametrize("path", modules(ROOT / "backends/aiorch_backends"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", modules(ROOT / "backends/aiorch_backends"), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_backends_know_only_the_interface(path: Path) -> None:
     for name, line in imports(path):
         parts = name.split(".")

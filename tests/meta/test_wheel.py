@@ -68,10 +68,12 @@ sys.meta_path.insert(0, Refuse())
 sys.path.insert(0, sys.argv[1])
 import aiorch_server, aiorch_server.app, aiorch_server.cli, aiorch_client, aiorch_backends.onnxruntime
 assert aiorch_server.__file__.startswith(sys.argv[1]), aiorch_server.__file__
+assert aiorch_client.__file__.startswith(sys.argv[1]), aiorch_client.__file__
 from aiorch_server._core import Scheduler
 assert Scheduler.__module__ == "aiorch_server._core.scheduler"
+sys.argv = ["aiorch", "version"]
 try:
-    aiorch_server.cli.main(["version"])
+    aiorch_server.cli.main()
 except SystemExit as end:
     assert not end.code, end.code
 """
