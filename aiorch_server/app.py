@@ -130,7 +130,7 @@ class Application:
                 BackendRegistry(config.execution.backends),
                 default_max_batch_size=config.execution.default_max_batch_size,
                 default_instances=config.execution.instances,
-                allow_pickle=config.execution.allow_pickle,
+                allow_code=config.execution.allow_code,
                 default_queue_size=config.limits.max_queue_size,
                 startup_timeout_s=config.lifecycle.load_timeout_secs,
                 concurrency=config.lifecycle.concurrent_loads,
@@ -161,9 +161,11 @@ class Application:
         if not config.enabled:
             return
         from aiorch_server.frontends.rest import RestServer
+        from aiorch_server.frontends.rest.connection import Patience
         from aiorch_server.frontends.rest.planes import RestLimits
 
-        limits = RestLimits(max_body_bytes=config.max_body_bytes)
+        patience = Patience(max_head_bytes=self.config.limits.max_header_bytes)
+        limits = RestLimits(max_body_bytes=config.max_body_bytes, patience=patience)
         self._rest = RestServer(self.dataplane, self.controlplane, host=config.host, port=config.port, limits=limits)
         self.http_port = await self._rest.start()
 
@@ -193,7 +195,9 @@ class Application:
             is_native = False
         if not is_native:
             return door.create_grpcio_server(
-                max_message_bytes=config.max_message_bytes, max_concurrent_streams=limits.max_concurrent_streams
+                max_message_bytes=config.max_message_bytes,
+                max_concurrent_streams=limits.max_concurrent_streams,
+                max_header_bytes=limits.max_header_bytes,
             )
         return door.NativeGrpcServer(
             router=self.router,

@@ -35,14 +35,6 @@ from aiorch_server.cli.tensors import make_inputs, parse_shapes, read_inputs
 _DIFFERENT_REQUESTS = 16
 
 
-class ArrivalName(enum.StrEnum):
-    """How an open loop spreads its requests."""
-
-    POISSON = "poisson"
-    CONSTANT = "constant"
-    BURST = "burst"
-
-
 class MadeData(enum.StrEnum):
     """What to send where no input is given."""
 
@@ -64,8 +56,8 @@ def bench(
         float | None, typer.Option("--rate", min=0.001, max=1e7, help="Requests/s of an open loop instead of callers.")
     ] = None,
     arrival: Annotated[
-        ArrivalName, typer.Option("--arrival", help="How an open loop spreads its requests.")
-    ] = ArrivalName.POISSON,
+        Arrival, typer.Option("--arrival", help="How an open loop spreads its requests.")
+    ] = Arrival.POISSON,
     duration: Annotated[
         float, typer.Option("--duration", "-d", min=0.1, max=86_400, help="Seconds to measure.")
     ] = 10.0,
@@ -109,7 +101,7 @@ def bench(
             channels=connections,
             streams=concurrency // connections,
             rate=rate,
-            arrival=Arrival(arrival.value),
+            arrival=arrival,
             seed=seed,
             timeout_s=timeout_secs,
             metadata=() if token is None else (("authorization", f"Bearer {token}"),),

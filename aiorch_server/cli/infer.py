@@ -100,6 +100,9 @@ def _parse_parameters(arguments: list[str]) -> dict[str, Any]:
 
 
 def _save(result: InferResult, path: Path) -> None:
+    reserved = {"file", "allow_pickle"} & result.outputs.keys()
+    if reserved:
+        raise UsageError(f"output '{min(reserved)}' has a name that numpy cannot write to .npz; use --json")
     # Objects would be pickled; BYTES become numpy's own byte strings, which drop zero bytes at the end.
     arrays = {
         name: array if array.dtype != np.object_ else array.astype(np.bytes_) for name, array in result.outputs.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,44 +14,13 @@ from aiorch_server.cli.announce import Announcer, ServedModel
 from aiorch_server.cli.connection import Json
 from aiorch_server.cli.output import CommandError, ExitCode, Output
 from aiorch_server.cli.settings import build_config
+from aiorch_server.config.server import ControlMode, LogFormat, LogLevel, ServerConfig, Transport
 from aiorch_server.errors import AiorchError, CapacityError, NotFoundError, RequestError
 
 if TYPE_CHECKING:
     from aiorch_server.app import Application
-    from aiorch_server.config.server import ServerConfig
 
 _BOOLEAN = "true|false"
-
-
-class ControlModeName(enum.StrEnum):
-    """Who decides what is loaded."""
-
-    NONE = "none"
-    EXPLICIT = "explicit"
-    POLL = "poll"
-
-
-class TransportName(enum.StrEnum):
-    """What carries gRPC."""
-
-    NATIVE = "native"
-    GRPCIO = "grpcio"
-
-
-class LogLevelName(enum.StrEnum):
-    """The least severe records."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-class LogFormatName(enum.StrEnum):
-    """How records are written."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 def serve(
@@ -61,7 +29,7 @@ def serve(
         typer.Option("--model-repository", "--model-store", help="Folder with one folder per model; repeatable."),
     ] = None,
     model_control_mode: Annotated[
-        ControlModeName | None,
+        ControlMode | None,
         typer.Option(help="none: load all at start; explicit: on request; poll: as the repository changes."),
     ] = None,
     load_model: Annotated[
@@ -79,7 +47,7 @@ def serve(
     allow_grpc: Annotated[str | None, typer.Option(metavar=_BOOLEAN, help="Whether to listen for gRPC.")] = None,
     grpc_address: Annotated[str | None, typer.Option(help="Address to listen on; loopback by default.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port, 8001 by default; 0 takes a free one.")] = None,
-    transport: Annotated[TransportName | None, typer.Option(help="What carries gRPC.")] = None,
+    transport: Annotated[Transport | None, typer.Option(help="What carries gRPC.")] = None,
     grpc_use_ssl: Annotated[str | None, typer.Option(metavar=_BOOLEAN, help="Whether gRPC speaks TLS.")] = None,
     grpc_server_cert: Annotated[Path | None, typer.Option(help="PEM of the server's certificate.")] = None,
     grpc_server_key: Annotated[Path | None, typer.Option(help="PEM of the server's key.")] = None,
@@ -103,12 +71,12 @@ def serve(
     backend_config: Annotated[
         list[str] | None, typer.Option(help="default-max-batch-size=N; anything else belongs to the model.")
     ] = None,
-    allow_pickle: Annotated[
-        bool | None, typer.Option("--allow-pickle", help="Open artefacts that run code when they are read.")
+    allow_code: Annotated[
+        bool | None, typer.Option("--allow-code", help="Open pickles, and code that comes with load requests.")
     ] = None,
-    log_level: Annotated[LogLevelName | None, typer.Option(help="The least severe records to write.")] = None,
+    log_level: Annotated[LogLevel | None, typer.Option(help="The least severe records to write.")] = None,
     log_verbose: Annotated[int | None, typer.Option(help="Above 0: the same as --log-level debug.")] = None,
-    log_format: Annotated[LogFormatName | None, typer.Option(help="Text or JSON lines, to standard error.")] = None,
+    log_format: Annotated[LogFormat | None, typer.Option(help="Text or JSON lines, to standard error.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or TOML with these and all other settings.")] = None,
     setting: Annotated[
         list[str] | None,
@@ -145,7 +113,7 @@ def serve(
         "instances": instances,
         "default_max_batch_size": default_max_batch_size,
         "backends": backend,
-        "allow_pickle": allow_pickle,
+        "allow_code": allow_code,
         "log_level": log_level,
         "log_format": log_format,
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aiorch_server.cli.output import UsageError
-from aiorch_server.config.load import load_server_config
+from aiorch_server.config.load import load_server_config, setting_names
 from aiorch_server.config.server import ServerConfig
 from aiorch_server.errors import InvalidSettings
 
@@ -31,8 +31,12 @@ def build_config(
     ``backend_config`` entries are refused unless there is a setting that means the same. ``others`` are NAME=VALUE.
     """
     settings = {name: value for name, value in options.items() if value is not None and value != []}
-    for name, value in [*_split(others, "--set"), *_translate(backend_config)]:
-        if settings.setdefault(name, value) != value:
+    known = setting_names()
+    given = {known[name]: name for name in settings}
+    for written, value in [*_split(others, "--set"), *_translate(backend_config)]:
+        name = written.lstrip("-").replace("-", "_").replace(".", "_")
+        name = given.setdefault(known.get(name, (name,)), name)
+        if str(settings.setdefault(name, value)) != value:
             raise UsageError(f"setting {name} is given twice, as {settings[name]} and as {value}")
     if log_verbose:
         settings.setdefault("log_level", "debug")

@@ -50,7 +50,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "metrics_address": ("metrics", "host"),
     "instances": ("execution", "instances"),
     "default_max_batch_size": ("execution", "default_max_batch_size"),
-    "allow_pickle": ("execution", "allow_pickle"),
+    "allow_code": ("execution", "allow_code"),
     "backends": ("execution", "backends"),
 }
 # Read elsewhere: by setup.py, and by this module for the file's name.

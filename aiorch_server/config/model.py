@@ -151,8 +151,8 @@ class ModelConfig(Section):
         """The completed configuration as it is served.
 
         Tensors, batch size, backend and platform are those of the loaded artefact; ``instances`` fills in a missing
-        instance group and ``kind`` stands in for KIND_AUTO. Raises ModelLoadError where what was written contradicts
-        the artefact.
+        instance group and ``kind`` stands in for KIND_AUTO without GPUs. Raises ModelLoadError where what was written
+        contradicts the artefact.
         """
         problems = [*_find_strangers("input", self.input, signature.inputs)]
         problems += _find_strangers("output", self.output, signature.outputs)
@@ -172,11 +172,7 @@ class ModelConfig(Section):
             ],
             "output": [_written(outputs.get(spec.name)) | _described(spec) for spec in signature.outputs],
             "instance_group": [
-                _written(group)
-                | {
-                    "name": group.name or f"{self.name}_{index}",
-                    "kind": kind if group.kind is InstanceKind.KIND_AUTO else group.kind,
-                }
+                _written(group) | {"name": group.name or f"{self.name}_{index}"} | _placed(group, kind)
                 for index, group in enumerate(groups)
             ],
         }
@@ -226,10 +222,11 @@ def read_json(text: str | bytes, source: str) -> dict[str, Any]:
     """The JSON object in ``text``; ModelLoadError for anything else, doubled keys included."""
 
     def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"key '{next(key for key in keys if keys.count(key) > 1)}' is written more than once")
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ValueError(f"key '{key}' is written more than once")
+            result[key] = value
         return result
 
     try:
@@ -243,9 +240,11 @@ def read_json(text: str | bytes, source: str) -> dict[str, Any]:
 
 
 def _find_doubles(field: str, names: list[str]) -> Iterator[Problem]:
+    seen: set[str] = set()
     for index, name in enumerate(names):
-        if name in names[:index]:
+        if name in seen:
             yield Problem((field, index, "name"), f"found '{name}' for the second time; names must differ")
+        seen.add(name)
 
 
 def _find_strangers(
@@ -260,6 +259,13 @@ def _find_strangers(
 
 def _written(section: Section | None) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude_none=True, by_alias=True) if section is not None else {}
+
+
+def _placed(group: InstanceGroup, default: InstanceKind) -> dict[str, Any]:
+    kind = group.kind
+    if kind is InstanceKind.KIND_AUTO:
+        kind = InstanceKind.KIND_GPU if group.gpus else default
+    return {"kind": kind, "gpus": group.gpus or ((0,) if kind is InstanceKind.KIND_GPU else ())}
 
 
 def _described(spec: TensorSpec) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class VersionPolicy(Section):
 
 
 class InstanceKind(enum.StrEnum):
-    """Where instances run; AUTO means a GPU if there is one and the backend can use it."""
+    """Where instances run; AUTO means the CPU unless the group names GPUs."""
 
     KIND_AUTO = "KIND_AUTO"
     KIND_GPU = "KIND_GPU"
@@ -84,7 +84,10 @@ class SecondaryDevice(Section):
 
 
 class InstanceGroup(Section):
-    """``count`` instances of one kind; with ``gpus``, ``count`` on each of them."""
+    """``count`` instances of one kind; with ``gpus``, ``count`` on each of them.
+
+    KIND_GPU without ``gpus`` means the first one (Triton: all); the served configuration says so.
+    """
 
     name: str = ""
     kind: InstanceKind = InstanceKind.KIND_AUTO

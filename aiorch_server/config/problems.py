@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
@@ -14,6 +15,8 @@ Location = tuple[int | str, ...]
 Model = TypeVar("Model", bound=BaseModel)
 _LONGEST_FOUND = 80
 _MOST_TOLD = 50
+#: Finding the words for a problem takes time, and nobody reads more.
+_MOST_COLLECTED = 2 * _MOST_TOLD
 _MOST_SUGGESTED = 30
 
 
@@ -66,10 +69,10 @@ def format_found(value: object) -> str:
 
 
 def format_problems(problems: Iterable[Problem]) -> str:
-    """All problems in one line, for error texts; very many are cut off, with their number."""
+    """All problems in one line, for error texts; very many are cut off."""
     texts = list(dict.fromkeys(map(str, problems)))
     told = "; ".join(texts[:_MOST_TOLD])
-    return told if len(texts) <= _MOST_TOLD else f"{told}; and {len(texts) - _MOST_TOLD} more"
+    return told if len(texts) <= _MOST_TOLD else f"{told}; and more"
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -83,8 +86,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def collect_problems(error: ValidationError, model: type[BaseModel]) -> Iterator[Problem]:
-    """Yields the problems in pydantic's ``error`` about a ``model``, in our words."""
-    for detail in error.errors(include_url=False):
+    """Yields the problems in pydantic's ``error`` about a ``model``, in our words; of very many only the first."""
+    for detail in itertools.islice(error.errors(include_url=False), _MOST_COLLECTED):
         location: Location = detail["loc"]
         cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, Inconsistent):

@@ -176,13 +176,14 @@ class ExecutionConfig(Section):
     """How models are run where their own configuration does not say.
 
     ``instances`` per model; ``default_max_batch_size`` for models whose artefact can batch (0: never).
-    ``allow_pickle`` permits artefacts that run code when they are opened. ``backends`` adds backends written
+    ``allow_code`` permits what runs code of its author's choice: pickled artefacts, and artefacts of any kind that come
+    with a load request (without it a request brings data only, such as ONNX files). ``backends`` adds backends written
     ``module:attribute`` to those installed as plug-ins.
     """
 
     instances: Annotated[Whole, Field(ge=1, le=1024)] = 1
     default_max_batch_size: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 32
-    allow_pickle: Flag = False
+    allow_code: Flag = False
     backends: tuple[Plugin, ...] = ()
 
 

@@ -21,7 +21,11 @@ _ASSIGNED_SECRET = re.compile(
     """
 )
 _URL_SECRET = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+@", re.IGNORECASE)
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F, 0x85)} | {0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t"}
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
+    0x0A: "\\n",
+    0x0D: "\\r",
+    0x09: "\\t",
+}
 _CONTROL |= {0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
@@ -52,9 +56,9 @@ def mask_secrets(text: str) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """One line per record (and a traceback's lines): time in UTC, level, logger, message.
+    """One line per record (and a traceback's lines, indented): time in UTC, level, logger, message.
 
-    Control characters in a message are escaped: names from requests get into logs, and must not forge lines.
+    Control characters are escaped: names from requests get into messages and exceptions, and must not forge lines.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -62,7 +66,8 @@ class TextFormatter(logging.Formatter):
         message = record.getMessage().translate(_CONTROL)
         text = f"{_show_time(record)} {record.levelname:<7} {record.name}: {message}"
         trace = _show_trace(self, record)
-        return mask_secrets(f"{text}\n{trace}" if trace else text)
+        lines = [text, *(f"    {line.translate(_CONTROL)}" for line in trace.splitlines())]
+        return mask_secrets("\n".join(lines))
 
 
 class JsonFormatter(logging.Formatter):

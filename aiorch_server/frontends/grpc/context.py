@@ -13,7 +13,6 @@ import grpc
 from aiorch_server.frontends.grpc.credentials import AuthContext, describe_peer, find_identity_key
 from aiorch_server.frontends.grpc.metadata import (
     HeaderPairs,
-    InvalidMetadata,
     MalformedMetadata,
     Metadatum,
     decode_metadata,
@@ -134,9 +133,7 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
 
     # --------------------------------------------------------------------------------------------------- status
 
-    async def abort(
-        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()
-    ) -> NoReturn:
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
         """Ends the RPC with a status that is not OK; always raises ``grpc.aio.AbortError``."""
         self.set_abort(code, details, trailing_metadata)
         raise grpc.aio.AbortError("Locally aborted.")
@@ -254,12 +251,15 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
 def _encode(metadata: Metadata) -> HeaderPairs:
     try:
         return encode_metadata(metadata)
-    except InvalidMetadata as error:
+    except (TypeError, ValueError) as error:  # InvalidMetadata, or no pairs at all
         logger.error("a servicer set metadata that cannot be sent: %s", error)
         raise CallFailed(grpc.StatusCode.INTERNAL, "Invalid metadata") from None
 
 
-def _number(code: grpc.StatusCode | int | None) -> int:
+def _number(code: Any) -> int:
+    """What a servicer set as gRPC's number; UNKNOWN where it is none."""
+    if isinstance(code, grpc.StatusCode):
+        return int(code.value[0])
     if code is None:
         return 0
-    return code if isinstance(code, int) else int(code.value[0])
+    return code if isinstance(code, int) and 0 <= code <= 16 else int(grpc.StatusCode.UNKNOWN.value[0])

@@ -16,6 +16,7 @@ def create_grpcio_server(
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     maximum_concurrent_rpcs: int | None = None,
     max_concurrent_streams: int = 1024,
+    max_header_bytes: int = 16 << 10,
     executor: Executor | None = None,
 ) -> Any:
     """A ``grpc.aio.Server`` of the running loop with the native door's limits; answers may have any size."""
@@ -26,6 +27,9 @@ def create_grpcio_server(
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_concurrent_streams", max_concurrent_streams),
+            # Between the two, grpc refuses at random.
+            ("grpc.max_metadata_size", max_header_bytes),
+            ("grpc.absolute_max_metadata_size", max_header_bytes),
             ("grpc.so_reuseport", 0),
         ),
     )

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from aiorch_server.controlplane import ControlPlane
     from aiorch_server.dataplane import DataPlane
 
-#: From this size on a request is unpacked on another thread, because typed contents take up to 2 s for 64 MiB.
-_LARGE_REQUEST_BYTES: Final = 1 << 20
+#: From this size on a request is unpacked on another thread: typed contents take up to 0.2 s for each MiB.
+_LARGE_REQUEST_BYTES: Final = 1 << 16
 _Failure = tuple[grpc.StatusCode, str]
 _Result = TypeVar("_Result")
 

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, TypeVar
 
-#: Requests of one stream that are read but not yet answered; beyond it the client is not read.
+#: Requests of one stream that are read but not yet answered, in number and in bytes; beyond it the client is not read.
 MAX_IN_FLIGHT: Final = 64
+MAX_IN_FLIGHT_BYTES: Final = 64 << 20
 
 Answer = TypeVar("Answer")
 
@@ -17,34 +18,43 @@ async def answer_in_order(
     answer: Callable[[bytes], Awaitable[Answer]],
     write: Callable[[Answer], Awaitable[None]],
 ) -> None:
-    """Runs ``answer`` for each message, at most MAX_IN_FLIGHT at once, and ``write`` for each answer in order.
+    """Runs ``answer`` for each message, as many at once as the bounds allow, and ``write`` for each answer in order.
 
-    Returns when the messages ended and all are written. However it is left (cancelled, ``write`` or the reading
-    failed), whatever still runs is cancelled and waited for, so nothing outlives the call.
+    A message that is larger than MAX_IN_FLIGHT_BYTES runs alone. Returns when the messages ended and all are written.
+    However it is left (cancelled, ``write`` or the reading failed), whatever still runs is cancelled and waited for,
+    so nothing outlives the call.
     """
-    slots = asyncio.Semaphore(MAX_IN_FLIGHT)
-    queue: asyncio.Queue[asyncio.Task[Answer] | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[asyncio.Task[Answer], int] | None] = asyncio.Queue()
     unwritten: set[asyncio.Task[Answer]] = set()
+    unwritten_bytes = 0
+    has_changed = asyncio.Event()
 
     async def run(message: bytes) -> Answer:
         return await answer(message)
 
     async def read() -> None:
+        nonlocal unwritten_bytes
         try:
             async for message in messages:
-                await slots.acquire()
+                size = len(message)
+                while unwritten and (len(unwritten) >= MAX_IN_FLIGHT or unwritten_bytes + size > MAX_IN_FLIGHT_BYTES):
+                    has_changed.clear()
+                    await has_changed.wait()
                 task = asyncio.create_task(run(message))
                 unwritten.add(task)
-                queue.put_nowait(task)
+                unwritten_bytes += size
+                queue.put_nowait((task, size))
         finally:
             queue.put_nowait(None)
 
     reader = asyncio.create_task(read())
     try:
-        while (task := await queue.get()) is not None:
+        while (running := await queue.get()) is not None:
+            task, size = running
             await write(await task)
             unwritten.discard(task)
-            slots.release()
+            unwritten_bytes -= size
+            has_changed.set()
         await reader
     finally:
         for unfinished in (reader, *unwritten):

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from aiorch_server.errors import PayloadTooLarge, RequestCancelled, RequestError, UnsupportedRequest
+from aiorch_server.frontends.rest.planes import RestLimits
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -21,8 +22,10 @@ _WINDOW_BITS = {"gzip": 31, "deflate": 15}
 _COMPRESSION_LEVEL = 1
 #: Below, the coding's own bytes and time outweigh what is saved.
 _SMALLEST_COMPRESSED_BYTES = 256
-#: Above, zlib runs on a thread (it releases the interpreter lock) instead of holding up the event loop.
+#: Above, zlib runs on a thread (it releases the interpreter lock) instead of holding up the event loop. What unpacks is
+#: at most 1032 times as much, so for that the limit is lower.
 _LARGEST_INLINE_BYTES = 128 * 1024
+_LARGEST_INLINE_PACKED_BYTES = 4 * 1024
 #: A gzip body may be several members one after the other (RFC 1952, 2.2), each of which costs a copy of the rest.
 _MOST_MEMBERS = 16
 _ACCEPTED = re.compile(r"\s*([\w*-]+)\s*(?:;\s*q\s*=\s*([0-9.]+)\s*)?\Z")
@@ -48,10 +51,13 @@ def find_header(headers: Headers, name: bytes) -> str | None:
     return None
 
 
-async def read_body(receive: Receive, headers: Headers, *, max_bytes: int, idle_timeout_s: float) -> bytes:
+async def read_body(
+    receive: Receive, headers: Headers, *, max_bytes: int, idle_timeout_s: float, min_bytes_per_s: int
+) -> bytes:
     """The whole body as sent.
 
-    Raises PayloadTooLarge (as soon as that is known, without keeping more), BodyTimeout, and ClientGone.
+    It may stand still for ``idle_timeout_s``, and take that long plus its size by ``min_bytes_per_s`` in all. Raises
+    PayloadTooLarge (as soon as that is known, without keeping more), BodyTimeout, and ClientGone.
     """
     declared = find_header(headers, b"content-length")
     if declared is not None and declared.isdecimal() and int(declared[:20]) > max_bytes:
@@ -59,6 +65,7 @@ async def read_body(receive: Receive, headers: Headers, *, max_bytes: int, idle_
     chunks: list[bytes] = []
     size = 0
     loop = asyncio.get_running_loop()
+    slowest_s = loop.time() + idle_timeout_s
     try:
         async with asyncio.timeout(idle_timeout_s) as timer:
             while True:
@@ -72,8 +79,10 @@ async def read_body(receive: Receive, headers: Headers, *, max_bytes: int, idle_
                 chunks.append(chunk)
                 if not message.get("more_body", False):
                     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-                timer.reschedule(loop.time() + idle_timeout_s)
+                timer.reschedule(min(loop.time() + idle_timeout_s, slowest_s + size / min_bytes_per_s))
     except TimeoutError:
+        if size and loop.time() >= slowest_s + size / min_bytes_per_s:
+            raise BodyTimeout(f"the request body came slower than {min_bytes_per_s} bytes/s") from None
         raise BodyTimeout(f"no part of the request body arrived for {idle_timeout_s:g} s") from None
 
 
@@ -87,9 +96,21 @@ async def decode_body(body: bytes, coding: str | None, *, max_bytes: int) -> byt
         return body
     if name not in _WINDOW_BITS:
         raise UnsupportedCoding(f"unsupported Content-Encoding '{coding}'; supported are gzip and deflate")
-    if len(body) > _LARGEST_INLINE_BYTES:
+    if len(body) > _LARGEST_INLINE_PACKED_BYTES:
         return await asyncio.to_thread(_decompress, body, name, max_bytes)
     return _decompress(body, name, max_bytes)
+
+
+async def receive_body(receive: Receive, headers: Headers, limits: RestLimits) -> bytes:
+    """The body of a request within ``limits``, unpacked; raises like ``read_body`` and ``decode_body``."""
+    body = await read_body(
+        receive,
+        headers,
+        max_bytes=limits.max_body_bytes,
+        idle_timeout_s=limits.body_idle_timeout_s,
+        min_bytes_per_s=limits.min_body_bytes_per_s,
+    )
+    return await decode_body(body, find_header(headers, b"content-encoding"), max_bytes=limits.max_body_bytes)
 
 
 def _decompress(body: bytes, name: str, max_bytes: int) -> bytes:

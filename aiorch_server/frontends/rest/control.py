@@ -16,8 +16,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from aiorch_server.errors import AiorchError, InternalError, NotFoundError, RequestError, UnsupportedRequest
-from aiorch_server.frontends.rest.body import decode_body, find_header, read_body
+from aiorch_server.errors import (
+    AiorchError,
+    InternalError,
+    NotFoundError,
+    PayloadTooLarge,
+    RequestError,
+    UnsupportedRequest,
+)
+from aiorch_server.frontends.rest.body import receive_body
 from aiorch_server.frontends.rest.documents import show_index, show_model, show_server, show_statistics
 from aiorch_server.frontends.rest.infer_json import parse_document
 from aiorch_server.frontends.rest.planes import ManagementPlane, RestLimits
@@ -28,6 +35,10 @@ logger = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 _FILE_PREFIX = "file:"
+#: Bound of the documents that bring no files.
+_MAX_DOCUMENT_BYTES = 64 * 1024
+#: Bound of the arrays, objects and their elements in a load request.
+_MAX_LOAD_ELEMENTS = 100_000
 #: Paths of Triton that this server knows, but does not serve: the answer is 501 with a text instead of a bare 404.
 _UNSUPPORTED_PATHS = {
     "/v2/models/{model}/generate": "the generate extension",
@@ -122,7 +133,7 @@ class ControlRoutes:
     async def _load(self, request: Request) -> Response:
         config: str | None = None
         files: dict[str, bytes] = {}
-        for key, value in _read_parameters(await self._read_document(request)).items():
+        for key, value in _read_parameters(await self._read_load(request)).items():
             path = f"parameters.{key}"
             if key != "config" and not key.startswith(_FILE_PREFIX):
                 raise RequestError(f"{path}: is unknown; expected 'config' or 'file:<version>/<file name>'")
@@ -150,14 +161,16 @@ class ControlRoutes:
         return _json(None)
 
     async def _read_document(self, request: Request) -> dict[str, Any]:
-        limits = self._limits
-        headers = request.scope["headers"]
-        body = await read_body(
-            request.receive, headers, max_bytes=limits.max_body_bytes, idle_timeout_s=limits.body_idle_timeout_s
-        )
-        body = await decode_body(body, find_header(headers, b"content-encoding"), max_bytes=limits.max_body_bytes)
-        # A load request carries files in base64: cheap to parse, so the body's own limit holds here.
-        return parse_document(body, limits.max_body_bytes) if body else {}
+        body = await receive_body(request.receive, request.scope["headers"], self._limits)
+        return parse_document(body, _MAX_DOCUMENT_BYTES) if body else {}
+
+    async def _read_load(self, request: Request) -> dict[str, Any]:
+        body = await receive_body(request.receive, request.scope["headers"], self._limits)
+        # Files in base64 are cheap to parse, so the body's own limit holds for them; Python objects are not.
+        elements = sum(map(body.count, (b"[", b"{", b",")))
+        if elements > _MAX_LOAD_ELEMENTS:
+            raise PayloadTooLarge(f"the load request has about {elements} elements, more than {_MAX_LOAD_ELEMENTS}")
+        return parse_document(body, self._limits.max_body_bytes) if body else {}
 
 
 def _guard(endpoint: Endpoint) -> Endpoint:

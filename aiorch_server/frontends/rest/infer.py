@@ -14,12 +14,11 @@ from aiorch_server.frontends.rest.body import (
     Receive,
     Send,
     choose_coding,
-    decode_body,
     encode_body,
     find_header,
-    read_body,
+    receive_body,
 )
-from aiorch_server.frontends.rest.infer_json import parse_infer, render_infer
+from aiorch_server.frontends.rest.infer_json import count_json_bytes, parse_infer, render_infer
 from aiorch_server.frontends.rest.planes import InferencePlane, RestLimits
 from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
 from aiorch_server.types import InferenceRequest, InferenceResponse
@@ -27,6 +26,8 @@ from aiorch_server.types import InferenceRequest, InferenceResponse
 logger = logging.getLogger(__name__)
 _JSON = (b"content-type", b"application/json")
 _BINARY = (b"content-type", b"application/octet-stream")
+#: Above, tensors are written as JSON on a thread: a megabyte takes a fifth of a second.
+_LARGEST_INLINE_BYTES = 64 * 1024
 
 
 class InferRoute:
@@ -71,14 +72,14 @@ class InferRoute:
         self, headers: list[tuple[bytes, bytes]], receive: Receive, model_name: str, model_version: str
     ) -> tuple[bytes, list[tuple[bytes, bytes]]]:
         limits = self._limits
-        body = await read_body(
-            receive, headers, max_bytes=limits.max_body_bytes, idle_timeout_s=limits.body_idle_timeout_s
-        )
-        body = await decode_body(body, find_header(headers, b"content-encoding"), max_bytes=limits.max_body_bytes)
+        body = await receive_body(receive, headers, limits)
         header_length = find_header(headers, b"inference-header-content-length")
         call = parse_infer(body, header_length, model_name, model_version, limits.max_json_bytes)
         response = await self._infer(call.request, receive)
-        answer, json_bytes = render_infer(response, call)
+        if count_json_bytes(response, call) > _LARGEST_INLINE_BYTES:
+            answer, json_bytes = await asyncio.to_thread(render_infer, response, call)
+        else:
+            answer, json_bytes = render_infer(response, call)
         answer, coding = await encode_body(answer, choose_coding(find_header(headers, b"accept-encoding")))
         answer_headers = [_JSON if json_bytes is None else _BINARY]
         if json_bytes is not None:

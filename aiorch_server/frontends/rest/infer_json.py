@@ -14,10 +14,13 @@ from math import prod
 from typing import Any, TypeVar
 
 from aiorch_server.errors import PayloadTooLarge, RequestError, UnsupportedRequest
-from aiorch_server.frontends.rest.tensor_json import name_json_type, pack_data, unpack_data
+from aiorch_server.frontends.rest.tensor_json import name_json_type, pack_data, render_data
 from aiorch_server.types import DataType, InferenceRequest, InferenceResponse, Parameter, RequestedOutput, Tensor
 
 _T = TypeVar("_T")
+_Items = TypeVar("_Items", list[Any], dict[str, Any])
+#: Bound of tensors, parameters and dimensions of a request; each costs Python time, and no model has as many.
+MAX_ELEMENTS = 1024
 _INT64_MAX = 2**63 - 1
 _UINT64_MAX = 2**64 - 1
 _DATATYPES = {member.value: member for member in DataType}
@@ -68,7 +71,7 @@ def parse_infer(
     is_binary_by_default = _pop_flag(parameters, "binary_data_output", "parameters")
     inputs: list[Tensor] = []
     offset = json_bytes
-    for index, item in enumerate(_require(document, "inputs", list, "")):
+    for index, item in enumerate(_check_count(_require(document, "inputs", list, ""), "inputs")):
         tensor, used_bytes = _parse_input(item, f"inputs[{index}]", view[offset:], model_name)
         offset += used_bytes
         inputs.append(tensor)
@@ -79,7 +82,7 @@ def parse_infer(
         )
     outputs: list[RequestedOutput] = []
     is_binary: dict[str, bool] = {}
-    for index, item in enumerate(_find(document, "outputs", list, "") or ()):
+    for index, item in enumerate(_check_count(_find(document, "outputs", list, "") or [], "outputs")):
         path = f"outputs[{index}]"
         name = _check_text(_require(_check(item, dict, path), "name", str, path), f"{path}.name")
         options = _parse_parameters(item, f"{path}.parameters")
@@ -90,33 +93,45 @@ def parse_infer(
     return InferCall(request, is_binary_by_default, is_binary)
 
 
+def count_json_bytes(response: InferenceResponse, call: InferCall) -> int:
+    """How many bytes of tensors ``render_infer`` writes out as JSON."""
+    return sum(len(tensor.data or b"") for tensor in response.outputs if not _is_binary(tensor, call))
+
+
+def _is_binary(tensor: Tensor, call: InferCall) -> bool:
+    return call.is_binary.get(tensor.name, call.is_binary_by_default)
+
+
 def render_infer(response: InferenceResponse, call: InferCall) -> tuple[bytes, int | None]:
     """The body of the answer, and the length of its JSON part if binary tensors follow it (else None)."""
-    outputs: list[dict[str, Any]] = []
+    outputs: list[str] = []
     binary: list[bytes | memoryview] = []
     for tensor in response.outputs:
         entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
         if tensor.parameters:
             entry["parameters"] = dict(tensor.parameters)
-        if call.is_binary.get(tensor.name, call.is_binary_by_default):
+        if _is_binary(tensor, call):
             data = tensor.data if tensor.data is not None else b""
             size = data.nbytes if isinstance(data, memoryview) else len(data)
             entry.setdefault("parameters", {})["binary_data_size"] = size
             if size:
                 binary.append(data)
+            outputs.append(_dump(entry))
         else:
-            entry["data"] = unpack_data(tensor)
-        outputs.append(entry)
+            outputs.append(f'{_dump(entry)[:-1]},"data":[{render_data(tensor)}]}}')
     document: dict[str, Any] = {"id": response.id} if response.id else {}
     document["model_name"] = response.model_name
     document["model_version"] = response.model_version
     if response.parameters:
         document["parameters"] = dict(response.parameters)
-    document["outputs"] = outputs
-    text = json.dumps(document, separators=(",", ":")).encode("ascii")
+    text = f'{_dump(document)[:-1]},"outputs":[{",".join(outputs)}]}}'.encode("ascii")
     if not binary:
         return text, None
     return b"".join((text, *binary)), len(text)
+
+
+def _dump(document: dict[str, Any]) -> str:
+    return json.dumps(document, separators=(",", ":"))
 
 
 def _parse_header_length(header_length: str | None, body_bytes: int) -> int:
@@ -186,7 +201,7 @@ def _check_one_source(document: Mapping[str, Any], parameters: Mapping[str, Para
 
 
 def _parse_shape(items: list[Any], path: str) -> tuple[int, ...]:
-    for index, size in enumerate(items):
+    for index, size in enumerate(_check_count(items, path)):
         if type(size) is not int:
             raise RequestError(f"{path}[{index}]: must be an integer, but is {name_json_type(size)}")
         if not 0 <= size <= _INT64_MAX:
@@ -198,7 +213,7 @@ def _parse_shape(items: list[Any], path: str) -> tuple[int, ...]:
 
 def _parse_parameters(document: Mapping[str, Any], path: str) -> dict[str, Parameter]:
     parameters: dict[str, Parameter] = _find(document, "parameters", dict, path.rpartition(".")[0]) or {}
-    for key, value in parameters.items():
+    for key, value in _check_count(parameters, path).items():
         _check_text(key, path)
         if type(value) is str:
             _check_text(value, f"{path}.{key}")
@@ -234,6 +249,12 @@ def _check(value: object, kind: type[_T], path: str) -> _T:
     if type(value) is not kind:
         raise RequestError(f"{path}: must be {_EXPECTED[kind]}, but is {name_json_type(value)}")
     return value
+
+
+def _check_count(items: _Items, path: str) -> _Items:
+    if len(items) > MAX_ELEMENTS:
+        raise PayloadTooLarge(f"{path}: has {len(items)} elements, expected at most {MAX_ELEMENTS}")
+    return items
 
 
 def _check_text(value: str, path: str) -> str:

@@ -7,14 +7,16 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
+
+from aiorch_server.frontends.rest.connection import BoundedProtocol, Patience
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
-_KEEP_ALIVE_S = 75
 _TICK_S = 1.0
 #: How long answers that were given up at the end of the grace may take to leave.
 _FLUSH_S = 1.0
@@ -50,12 +52,23 @@ class _Server(uvicorn.Server):
 class HttpListener:
     """Serves ``app`` on ``host``:``port`` (0 picks a free port) with at most ``max_connections`` at a time."""
 
-    def __init__(self, app: Callable[..., Any], host: str, port: int, *, max_connections: int = 4096) -> None:
+    def __init__(
+        self,
+        app: Callable[..., Any],
+        host: str,
+        port: int,
+        *,
+        max_connections: int = 4096,
+        patience: Patience | None = None,
+    ) -> None:
+        patience = patience or Patience()
         self._host = host
         self._port = port
         self._server = _Server(
             uvicorn.Config(
                 app,
+                http=cast("type[asyncio.Protocol]", partial(BoundedProtocol, patience=patience)),
+                h11_max_incomplete_event_size=patience.max_head_bytes,
                 loop="none",
                 interface="asgi3",
                 lifespan="off",
@@ -65,11 +78,15 @@ class HttpListener:
                 proxy_headers=False,
                 server_header=False,
                 limit_concurrency=max_connections,
-                timeout_keep_alive=_KEEP_ALIVE_S,
                 backlog=_BACKLOG,
             )
         )
         self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def connections(self) -> int:
+        """The number of open connections."""
+        return len(self._server.server_state.connections)
 
     async def start(self) -> int:
         """Listens and returns the bound port; OSError, naming the address, if that is impossible."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from aiorch_server.frontends.rest.connection import Patience
 from aiorch_server.types import (
     InferenceRequest,
     InferenceResponse,
@@ -84,9 +85,12 @@ class RestLimits:
 
     ``max_body_bytes`` holds before and after decompression. ``max_json_bytes`` bounds the JSON part alone: parsing
     it stops the event loop, and Python objects take about twenty times the memory of the text; large tensors belong
-    into the binary part. ``body_idle_timeout_s`` is how long a body may stand still while it is received.
+    into the binary part. ``body_idle_timeout_s`` is how long a body may stand still while it is received; after that
+    time it must have come with ``min_body_bytes_per_s`` on average. ``patience`` is about everything but bodies.
     """
 
     max_body_bytes: int = 64 * 1024 * 1024
     max_json_bytes: int = 16 * 1024 * 1024
     body_idle_timeout_s: float = 30.0
+    min_body_bytes_per_s: int = 1024
+    patience: Patience = field(default_factory=Patience)

@@ -33,7 +33,14 @@ class RestServer:
         limits = limits or RestLimits()
         self._infer = InferRoute(dataplane, limits)
         self._control = ControlRoutes(controlplane, limits).build_app()
-        self._listener = HttpListener(self._serve, host, port, max_connections=max_connections)
+        self._listener = HttpListener(
+            self._serve, host, port, max_connections=max_connections, patience=limits.patience
+        )
+
+    @property
+    def connections(self) -> int:
+        """The number of open connections."""
+        return self._listener.connections
 
     async def start(self) -> int:
         """Listens and returns the bound port; OSError if the address cannot be had."""

@@ -19,6 +19,7 @@ import grpc
 #: Trailing metadata by which a server says when (milliseconds) or whether (negative: no) to try again, from
 #: https://github.com/grpc/proposal/blob/master/A6-client-retries.md#pushback
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+_MOST_DIGITS = 18
 
 
 class ClientError(Exception):
@@ -129,8 +130,6 @@ def _read_pushback_ms(metadata: object) -> int | None:
     for key, value in metadata:  # type: ignore[attr-defined]
         if key == PUSHBACK_KEY:
             text = value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
-            try:
-                return int(text)
-            except ValueError:
-                return -1
+            # longer ones say nothing that a clock could wait for
+            return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else -1
     return None

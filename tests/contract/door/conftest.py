@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import pytest
@@ -125,6 +125,29 @@ class Servicer:
         context.set_trailing_metadata((("Upper Case", "x"),))
         return b""
 
+    async def Odd(self, request: bytes, context: Any) -> bytes:
+        """Servicers that do what the interface does not allow."""
+        match request:
+            case b"code":
+                context.set_code(99)
+            case b"no code":
+                context.set_code("NOT_FOUND")
+            case b"metadata":
+                context.set_trailing_metadata(5)
+            case b"details":
+                context.set_code(grpc.StatusCode.ABORTED)
+                context.set_details(ValueError("no text \ud800"))
+            case b"abort with OK":
+                await context.abort(grpc.StatusCode.OK, "fine")
+            case b"callback":
+                context.add_done_callback(lambda _: 1 / 0)
+            case b"twice":
+                await context.send_initial_metadata(())
+                await context.send_initial_metadata(())
+            case b"type":
+                return 5  # type: ignore[return-value]
+        return b"odd"
+
     async def Info(self, request: bytes, context: Any) -> bytes:
         info = {
             "peer": context.peer(),
@@ -197,10 +220,10 @@ class Servicer:
         for request in requests:
             yield b"re: " + request
 
-    KINDS = {
+    KINDS: ClassVar = {
         "uu": (
             *("Echo", "Wait", "Stubborn", "Abort", "AbortStatus", "SetCode", "Raise", "Metadata", "BadMetadata"),
-            *("Info", "SyncEcho"),
+            *("Info", "SyncEcho", "Odd"),
         ),
         "us": ("WaitStream", "Count", "CountWrite", "CountThenRaise", "Flood", "SyncCount"),
         "su": ("Sum", "SumRead", "SlowSum", "SyncSum"),
@@ -241,9 +264,7 @@ class Door:
     async def _start(self, address: str, credentials: Any, options: dict[str, Any]) -> None:
         register = options.pop("register", None)
         self.server = NativeGrpcServer(**options) if self.is_native else create_grpcio_server(**options)
-        self.server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE, self.servicer.handlers()),)
-        )
+        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self.servicer.handlers()),))
         if register is not None:
             result = register(self.server)
             if asyncio.iscoroutine(result):
@@ -352,8 +373,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], by
     def make_request(name: str, subject: str) -> None:
         openssl(*f"req -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.csr -subj {subject}".split())
 
-    openssl(*"req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.crt -subj /CN=authority -days 2".split())
-    openssl(*"req -x509 -newkey rsa:2048 -nodes -keyout bad.key -out bad.crt -subj /CN=stranger -days 2".split())
+    for name, subject in (("ca", "/CN=authority"), ("bad", "/CN=stranger")):
+        make = f"req -x509 -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.crt -subj {subject} -days 2"
+        openssl(*make.split())
     (folder / "server.ext").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
     (folder / "client.ext").write_text("subjectAltName=DNS:client.example\n")
     for name, subject in (("server", "/CN=localhost"), ("client", "/CN=somebody")):

@@ -113,6 +113,26 @@ def test_other_statuses(door: Door) -> None:
     door.check_next_call(channel)
 
 
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (b"code", grpc.StatusCode.UNKNOWN),
+        (b"no code", grpc.StatusCode.UNKNOWN),
+        (b"metadata", grpc.StatusCode.INTERNAL),
+        (b"details", grpc.StatusCode.ABORTED),
+        (b"abort with OK", grpc.StatusCode.UNKNOWN),
+        (b"twice", grpc.StatusCode.UNKNOWN),
+        (b"type", grpc.StatusCode.UNKNOWN),
+    ],
+)
+def test_odd_servicers_still_answer(native_door: Door, request_: bytes, code: grpc.StatusCode) -> None:
+    """grpc.aio leaves some of these clients without an answer."""
+    channel = native_door.channel()
+    actual, _ = status_of(lambda: native_door.call("Odd", channel)(request_, timeout=TIMEOUT_S))
+    assert actual is code
+    assert native_door.call("Odd", channel)(b"callback", timeout=TIMEOUT_S) == b"odd"
+
+
 def test_registered_handlers_win(make_door: Callable[..., Door], kind: str) -> None:
     async def loud(request: bytes, context: Any) -> bytes:
         return request.upper()

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -183,3 +184,22 @@ def test_an_endless_client_stream_is_cut(door: Door) -> None:
     running.cancel()
     wait_until(lambda: door.servicer.count("cancelled") == 1)
     door.check_next_call()
+
+
+def test_threads_of_cancelled_calls_are_given_back(native_door: Door) -> None:
+    """More calls than threads, each blocked in reading when it is cancelled."""
+    channel = native_door.channel()
+    asked = threading.Event()
+
+    def one_and_no_end() -> Iterator[bytes]:
+        yield b"1"
+        asked.wait(TIMEOUT_S)
+
+    for _ in range(3):
+        calls = [native_door.call("SyncSum", channel).future(one_and_no_end(), timeout=TIMEOUT_S) for _ in range(8)]
+        wait_until(lambda: native_door.server.calls == 8)
+        for call in calls:
+            call.cancel()
+        wait_until(lambda: native_door.server.calls == 0)
+    asked.set()
+    assert native_door.call("SyncEcho", channel)(b"x", timeout=TIMEOUT_S) == b"x"

@@ -77,7 +77,7 @@ async def served(tmp_path) -> AsyncIterator[Served]:
         lifecycle={"control_mode": "explicit", "load_models": ("*",), "exit_timeout_secs": 5},
         execution={
             "backends": ("aiorch_backends.identity:IdentityBackend", "aiorch_backends.python:PythonBackend"),
-            "allow_pickle": True,
+            "allow_code": True,
         },
     )
     async with (

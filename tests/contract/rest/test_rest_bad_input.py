@@ -1,5 +1,6 @@
 """Wrong requests: the right status and text, nothing of our insides, and the next request is answered."""
 
+import base64
 import gzip
 import json
 import zlib
@@ -163,6 +164,40 @@ async def test_body_over_the_limit_in_chunks(door):
 
     response = await door.http.post(INFER, content=chunks())
     await check(door, response, 413, "the request body exceeds the maximum allowed size of 1048576 bytes")
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        # a product of so many sizes is a number of a million bits: seconds, growing with the square
+        (with_input(shape=[2**63 - 1] * 10_000), "inputs[0].shape: has 10000 elements, expected at most 1024"),
+        ({"inputs": [GOOD["inputs"][0]] * 1025}, "inputs: has 1025 elements, expected at most 1024"),
+        ({**GOOD, "outputs": [{"name": "IN"}] * 1025}, "outputs: has 1025 elements, expected at most 1024"),
+        ({**GOOD, "parameters": dict.fromkeys(map(str, range(1025)), 0)}, "parameters: has 1025 elements"),
+    ],
+    ids=["shape", "inputs", "outputs", "parameters"],
+)
+async def test_lists_that_no_model_needs(door, document, text):
+    response = await door.http.post(INFER, content=json.dumps(document))
+    await check(door, response, 413, text)
+
+
+@pytest.mark.parametrize("path", ["index", "models/echo/unload", "models/echo/load"])
+async def test_documents_that_are_expensive_to_parse(door, path):
+    """Less than the limit of a body, but hundreds of thousands of Python objects."""
+    body = b'{"x": [' + b",".join([b"[]"] * 300_000) + b"]}"
+    response = await door.http.post(f"/v2/repository/{path}", content=body)
+    await check(
+        door, response, 413, "elements" if path.endswith("/load") else "exceeds the maximum allowed size of 65536"
+    )
+
+
+async def test_a_load_may_bring_large_files(door):
+    content = base64.b64encode(bytes(700_000)).decode()
+    document = {"parameters": {"config": "{}", "file:1/model.onnx": content}}
+    response = await door.http.post("/v2/repository/models/echo/load", json=document)
+    assert response.status_code == 200, response.text
+    assert door.control.calls == [("load", "echo", "{}", {"1/model.onnx": bytes(700_000)})]
 
 
 async def test_json_over_its_own_limit(door):

@@ -8,10 +8,14 @@ import signal
 import socket
 
 import httpx
+import numpy as np
 import pytest
+from loop_lag import measure_lag
 
 from aiorch_server.frontends.rest import RestServer
+from aiorch_server.frontends.rest.connection import Patience
 from aiorch_server.frontends.rest.planes import RestLimits
+from aiorch_server.types import Tensor
 
 BODY = json.dumps({"inputs": [{"name": "IN", "shape": [1], "datatype": "INT32", "data": [7]}]}).encode()
 DEADLINE_S = 10
@@ -105,6 +109,129 @@ async def test_a_body_that_stands_still_is_given_up(door):
         writer.close()
     finally:
         await server.stop(1)
+
+
+@contextlib.asynccontextmanager
+async def serve(door, **limits):
+    server = RestServer(door.plane, door.control, port=0, limits=RestLimits(**limits))
+    try:
+        yield await server.start()
+    finally:
+        await server.stop(1)
+
+
+async def test_a_body_that_drips_is_given_up(door):
+    async with serve(door, body_idle_timeout_s=0.3, min_body_bytes_per_s=1_000_000) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head(1000))
+        answer = asyncio.create_task(read_response(reader))
+        while not answer.done():  # each byte is in time, all of them are not
+            writer.write(b" ")
+            await asyncio.sleep(0.02)
+        status, document = await answer
+        assert status == 408 and "slower than 1000000 bytes/s" in document["error"]
+        writer.close()
+
+
+@pytest.mark.parametrize("beginning", [b"", b"GET /v2 HTTP/1.1\r\nhost:"], ids=["nothing", "half"])
+@pytest.mark.parametrize("earlier", [0, 1], ids=["new", "used"])
+async def test_a_head_that_does_not_come_is_given_up(door, beginning, earlier):
+    async with serve(door, patience=Patience(head_timeout_s=0.3, keep_alive_s=0.3)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(earlier):
+            writer.write(head(len(BODY)) + BODY)
+            assert (await read_response(reader))[0] == 200
+        writer.write(beginning)
+        assert await asyncio.wait_for(reader.read(), DEADLINE_S) == b""
+        writer.close()
+
+
+async def test_a_head_that_drips_is_given_up(door):
+    async with serve(door, patience=Patience(head_timeout_s=0.3)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        gone = asyncio.create_task(reader.read())
+        async with asyncio.timeout(DEADLINE_S):
+            with contextlib.suppress(ConnectionError):
+                writer.write(b"GET /v2 HTTP/1.1\r\n")
+                while not gone.done():
+                    writer.write(b"x-header: 1\r\n")
+                    await asyncio.sleep(0.02)
+                await gone
+        writer.close()
+
+
+async def test_patience_with_heads_is_not_for_answers(door):
+    """A request that takes longer than a head may take, twice over one connection, is answered."""
+    async with serve(door, patience=Patience(head_timeout_s=0.2)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(2):
+            door.plane.gate = asyncio.Event()
+            asyncio.get_running_loop().call_later(0.5, door.plane.gate.set)
+            writer.write(head(len(BODY)) + BODY)
+            assert (await read_response(reader))[0] == 200
+        writer.close()
+
+
+async def test_a_client_that_does_not_take_its_answer_is_given_up(door):
+    door.plane.outputs = [Tensor("OUT", "UINT8", (32 << 20,), bytes(32 << 20))]
+    body = BODY[:-1] + b', "parameters": {"binary_data_output": true}}'
+    server = RestServer(door.plane, door.control, port=0, limits=RestLimits(patience=Patience(write_timeout_s=0.3)))
+    port = await server.start()
+    try:
+        loop = asyncio.get_running_loop()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            await loop.sock_connect(client, ("127.0.0.1", port))
+            await loop.sock_sendall(client, head(len(body)) + body)
+            await asyncio.wait_for(door.plane.entered.wait(), DEADLINE_S)
+            async with asyncio.timeout(DEADLINE_S):
+                while server.connections:
+                    await asyncio.sleep(0.02)
+    finally:
+        await server.stop(1)
+
+
+async def test_a_client_that_takes_its_answer_slowly_gets_it(door):
+    size = 4 << 20
+    door.plane.outputs = [Tensor("OUT", "UINT8", (size,), bytes(size))]
+    body = BODY[:-1] + b', "parameters": {"binary_data_output": true}}'
+    async with serve(door, patience=Patience(write_timeout_s=0.4)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096)
+        writer.write(head(len(body), "connection: close") + body)
+        got = 0
+        while chunk := await asyncio.wait_for(reader.read(size // 16), DEADLINE_S):
+            got += len(chunk)
+            await asyncio.sleep(0.002)
+        assert got > size
+        writer.close()
+
+
+async def test_connections_far_beyond_the_limit_are_closed_at_once(door):
+    server = RestServer(door.plane, door.control, port=0, max_connections=2)
+    port = await server.start()
+    try:
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(8)]
+        ended = [asyncio.create_task(reader.read()) for reader, _ in opened]
+        async with asyncio.timeout(DEADLINE_S):
+            while sum(task.done() for task in ended) < 4:
+                await asyncio.sleep(0.01)
+        assert server.connections <= 4
+        for task, (_, writer) in zip(ended, opened, strict=True):
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await task
+    finally:
+        await server.stop(1)
+
+
+async def test_a_large_answer_in_json_does_not_hold_up_others(door):
+    count = 2 << 20
+    door.plane.outputs = [Tensor("OUT", "FP32", (count,), np.linspace(0, 1, count, dtype="<f4").tobytes())]
+    async with measure_lag() as lag:
+        response = await door.http.post("/v2/models/echo/infer", content=BODY)
+    assert response.status_code == 200 and len(response.content) > 10 * count
+    assert lag.worst_s < 0.5
 
 
 async def test_stop_lets_running_requests_end(door):

@@ -242,6 +242,10 @@ MODELS = {
             output {{ name: "OUT_{t.value}" data_type: {t.config_name} dims: [-1] }}"""
         for t in types.DataType
     ),
+    "text": """
+        backend: "identity" max_batch_size: 0
+        input { name: "A" data_type: TYPE_STRING dims: [-1] } output { name: "X" data_type: TYPE_STRING dims: [-1] }
+    """,
     "slow": """
         backend: "identity" max_batch_size: 1
         input { name: "A" data_type: TYPE_FP32 dims: [1] } output { name: "X" data_type: TYPE_FP32 dims: [1] }

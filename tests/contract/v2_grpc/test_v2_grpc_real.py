@@ -14,6 +14,7 @@ import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 from aiorch_proto.v2 import inference_pb2 as pb
+from loop_lag import measure_lag
 from ml_dtypes import bfloat16
 from tritonclient.utils import InferenceServerException
 
@@ -240,3 +241,15 @@ async def test_stream(client: Any) -> None:
         assert result.as_numpy("Y").shape == (1, 1 + int(response.id) % 3)
         assert response.parameters["triton_final_response"].bool_param is True
     assert seen == [str(number) for number in range(30)]
+
+
+async def test_millions_of_strings_do_not_hold_up_others(real_site: SimpleNamespace) -> None:
+    """Each element has a length that has to be looked at before the next one is found."""
+    count = 3 << 20
+    request = pb.ModelInferRequest(model_name="text", raw_input_contents=[bytes(4 * count)])
+    request.inputs.add(name="A", datatype="BYTES", shape=[count + 1])
+    async with measure_lag() as lag:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await real_site.stub.ModelInfer(request)
+    assert f"unexpected number of string elements {count} " in caught.value.details()
+    assert lag.worst_s < 0.5
