@@ -33,7 +33,9 @@ class LoadContext:
     folder. ``declared`` is the signature written in the model's configuration: its tensors may be empty (nothing
     written), its ``max_batch_size`` is None if the configuration does not say. ``threads`` is the CPU share of one
     instance, ``device`` is ``"cpu"`` or ``"cuda:<n>"``. ``parameters`` are the configuration's ``parameters`` as
-    strings. Pickled artefacts may only be opened where ``allow_pickle`` is true: they run code when read.
+    strings. Pickled artefacts may only be opened where ``allow_code`` is true: they run code when read.
+    ``is_requested`` says that the configuration, and perhaps the artefact, came with a load request: unless
+    ``allow_code`` is true it must not widen what the artefact may do.
     ``default_max_batch_size`` is what a model that can batch gets when its configuration does not say.
     """
 
@@ -46,7 +48,8 @@ class LoadContext:
     threads: int = 1
     device: str = "cpu"
     parameters: Mapping[str, str] = field(default_factory=dict)
-    allow_pickle: bool = False
+    allow_code: bool = False
+    is_requested: bool = False
     default_max_batch_size: int = 32
 
 
@@ -77,6 +80,9 @@ class Backend(abc.ABC):
     platforms: ClassVar[tuple[str, ...]] = ()
     #: Artefact names looked for in a version folder when the configuration names none, best first.
     artefacts: ClassVar[tuple[str, ...]] = ()
+    #: Whether an artefact can run code of its author's choice when it is opened or served. Load requests may bring or
+    #: choose such artefacts only where the operator allows code. False is a promise about hostile artefacts.
+    runs_code: ClassVar[bool] = True
 
     @abc.abstractmethod
     def inspect(self, context: LoadContext) -> ModelSignature:

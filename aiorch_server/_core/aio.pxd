@@ -49,6 +49,8 @@ cdef class ConnectionProtocol(CallCarrier):
     cdef bint is_dirty
     cdef bint is_write_paused
     cdef bint is_read_paused
+    cdef bint is_resting            # reading is paused until the tick's end, for the sake of the other connections
+    cdef int64_t busy_ns            # spent on what was read since the last tick
     cdef size_t greeting_bytes      # received while the client preface is awaited
     cdef object greeting_timer
     cdef object write_timer
@@ -57,3 +59,4 @@ cdef class ConnectionProtocol(CallCarrier):
     cdef int handle_events(self) except -1
     cdef int handle_event(self, Stream *stream, unsigned int events) except -1
     cdef int flush(self) except -1
+    cdef int end_rest(self) except -1

@@ -35,6 +35,7 @@ cdef enum:
     SEND_BYTES = 262144
     GREETING_BYTES = 33                 # client preface and the header of its SETTINGS frame
     TRANSPORT_HIGH_WATER_BYTES = 1048576
+    READ_SLICE_NS = 5000000             # a connection whose bytes took longer waits for its next turn
     RELEASE_GIL_BYTES = 32768           # below, taking the lock back can cost more than the work
     STATUS_INTERNAL = 13
 
@@ -216,6 +217,7 @@ cdef class NativeServer:
         for protocol in dirty:
             protocol.handle_events()
             protocol.flush()
+            protocol.end_rest()
         self.arm_timer()
         return 0
 
@@ -368,6 +370,11 @@ cdef class ConnectionProtocol(CallCarrier):
         if self.connection.event_head != NULL:
             self.handle_events()
         self.server.mark_dirty(self)
+        # Loops read one socket again and again while it has more: small frames that cost much must not hold up others.
+        self.busy_ns += now_ns() - now
+        if self.busy_ns > READ_SLICE_NS and not self.is_resting:
+            self.is_resting = True
+            self.transport.pause_reading()
 
     def eof_received(self):
         return False        # a client that only listens is of no use to HTTP/2: close
@@ -482,6 +489,15 @@ cdef class ConnectionProtocol(CallCarrier):
                 and self.connection.outbound_bytes > self.server.group.limits.max_outbound_bytes):
             self.is_read_paused = True
             self.transport.pause_reading()
+        return 0
+
+    cdef int end_rest(self) except -1:
+        """The others had their turn: reads on, unless the client has to take answers first."""
+        self.busy_ns = 0
+        if self.is_resting:
+            self.is_resting = False
+            if self.connection != NULL and not self.is_read_paused and not self.transport.is_closing():
+                self.transport.resume_reading()
         return 0
 
 

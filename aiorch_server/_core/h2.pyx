@@ -12,7 +12,8 @@ from aiorch_server._core.timers cimport free_timers
 
 cdef enum:
     RESETS_BURST = 1000     # CVE-2023-44487: streams a client may reset at once ...
-    RESETS_PER_S = 33       # ... and from then on
+    RESETS_PER_S = 1000     # ... and from then on; callers whose deadlines pass reset by the hundred
+    MAX_FAULTS = 1000       # CVE-2025-8671: streams a client may make the server reset, which those bounds do not count
 
 
 # --- what libnghttp2 reports
@@ -81,13 +82,19 @@ cdef int _on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, vo
 
 
 cdef int _on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, void *context) noexcept nogil:
+    cdef Connection *connection = <Connection *> context
     cdef Stream *stream
     if frame.hd.type == NGHTTP2_HEADERS and frame.hd.flags & NGHTTP2_FLAG_END_STREAM:
         stream = _find(session, frame.hd.stream_id)
         if stream != NULL and not stream.is_remote_closed:
             # RFC 9113, 8.1: the answer is complete, the rest of the request is not wanted
             nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, stream.id, NGHTTP2_NO_ERROR)
-    elif frame.hd.type == NGHTTP2_GOAWAY and (<Connection *> context).is_draining:
+    elif frame.hd.type == NGHTTP2_RST_STREAM:
+        if frame.rst_stream.error_code in (NGHTTP2_PROTOCOL_ERROR, NGHTTP2_FLOW_CONTROL_ERROR, NGHTTP2_STREAM_CLOSED):
+            connection.n_faults += 1
+            if connection.n_faults > MAX_FAULTS:
+                return NGHTTP2_ERR_CALLBACK_FAILURE
+    elif frame.hd.type == NGHTTP2_GOAWAY and connection.is_draining:
         # submitted no earlier, because PINGs overtake: its answer must prove that the client has seen the notice
         nghttp2_submit_ping(session, NGHTTP2_FLAG_NONE, NULL)
     return 0

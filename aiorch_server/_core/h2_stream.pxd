@@ -88,6 +88,7 @@ cdef struct Connection:
     bint is_draining                    # shutdown notice sent, final GOAWAY waits for the PING's answer
     Stream *streams
     int n_streams
+    int n_faults                        # streams that the server had to reset for what the client did
     Stream *ready_head
     Stream *ready_tail
     Stream *event_head

@@ -18,6 +18,7 @@ cdef extern from "<nghttp2/nghttp2.h>" nogil:
         NGHTTP2_HEADERS
         NGHTTP2_PING
         NGHTTP2_GOAWAY
+        NGHTTP2_RST_STREAM
         NGHTTP2_ERR_CALLBACK_FAILURE
         NGHTTP2_ERR_DEFERRED
         NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE
@@ -28,6 +29,9 @@ cdef extern from "<nghttp2/nghttp2.h>" nogil:
         NGHTTP2_HCAT_REQUEST
         NGHTTP2_NO_ERROR
         NGHTTP2_INTERNAL_ERROR
+        NGHTTP2_PROTOCOL_ERROR
+        NGHTTP2_FLOW_CONTROL_ERROR
+        NGHTTP2_STREAM_CLOSED
         NGHTTP2_NV_FLAG_NONE
         NGHTTP2_NV_FLAG_NO_COPY_NAME
         NGHTTP2_NV_FLAG_NO_COPY_VALUE
@@ -58,9 +62,13 @@ cdef extern from "<nghttp2/nghttp2.h>" nogil:
     ctypedef struct nghttp2_headers:
         nghttp2_frame_hd hd
         int cat
+    ctypedef struct nghttp2_rst_stream:
+        nghttp2_frame_hd hd
+        uint32_t error_code
     ctypedef union nghttp2_frame:
         nghttp2_frame_hd hd
         nghttp2_headers headers
+        nghttp2_rst_stream rst_stream
     ctypedef union nghttp2_data_source:
         int fd
         void *ptr

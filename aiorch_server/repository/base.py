@@ -42,11 +42,13 @@ class BackendNames:
 class Artefact:
     """The file or folder a backend opens, and that backend's name.
 
-    ``path`` is the version's folder itself where the backend looks for no particular file.
+    ``path`` is the version's folder itself where the backend looks for no particular file. ``is_stored``: what the
+    repository itself holds and configures; False where a load request brought the artefact or chose it.
     """
 
     path: Path
     backend: str
+    is_stored: bool = True
 
 
 class RepositoryModel(abc.ABC):
@@ -64,6 +66,8 @@ class RepositoryModel(abc.ABC):
     config: ModelConfig
     #: The signature as written, with the labels of label files.
     declared: DeclaredSignature
+    #: Whether the configuration, and perhaps the files, came with a load request.
+    is_requested: bool = False
 
     @property
     def name(self) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from aiorch_server.backend import DeclaredSignature
-from aiorch_server.config.files import find_config_file, load_model_config, read_labels
+from aiorch_server.config.files import LARGEST_CONFIG_BYTES, find_config_file, load_model_config, read_labels
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.config.names import check_name, parse_version
 from aiorch_server.errors import ModelLoadError, RequestError, UnknownModel
@@ -90,6 +91,7 @@ class _FilesystemModel(RepositoryModel):
         self.directory = folder
         self._root = root
         self._overlay = overlay
+        self.is_requested = config_json is not None
         self.config = _read_config(snapshot.name, folder, config_json)
         self.declared: DeclaredSignature = self.config.declare_signature(self._read_labels())
         for note in self.config.notes():
@@ -107,12 +109,23 @@ class _FilesystemModel(RepositoryModel):
                 hash_folder(artefact.path, self._root)  # refuses links inside that lead out
         except (OSError, OutsideRoot, TooManyEntries) as error:
             raise ModelLoadError(f"version {version} of model '{self.name}' cannot be read: {error}") from None
-        return artefact
+        return replace(artefact, is_stored=self._is_stored(artefact, folder, names))
 
     def close(self) -> None:
         """See RepositoryModel.close."""
         if self._overlay is not None:
             self._overlay.close()
+
+    def _is_stored(self, artefact: Artefact, folder: Path, names: BackendNames) -> bool:
+        """Whether the stored configuration leads to ``artefact`` too."""
+        if self._overlay is not None:
+            return False
+        if not self.is_requested:
+            return True
+        try:
+            return choose_artefact(folder, load_model_config(self.directory, self.name), names) == artefact
+        except ModelLoadError:
+            return False
 
     def _read_labels(self) -> dict[str, tuple[str, ...]]:
         try:
@@ -125,6 +138,8 @@ class _FilesystemModel(RepositoryModel):
 
 def _read_config(name: str, folder: Path, config_json: str | bytes | None) -> ModelConfig:
     if config_json is not None:
+        if len(config_json) > LARGEST_CONFIG_BYTES:
+            raise ModelLoadError(f"the configuration in the load request is larger than {LARGEST_CONFIG_BYTES} bytes")
         return ModelConfig.from_json(config_json, folder=name, source=f"model '{name}' in the load request")
     return load_model_config(folder, name)
 

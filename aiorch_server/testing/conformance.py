@@ -46,7 +46,7 @@ class BackendConformance:
     #: What the tests' model configuration would say; formats that hold no signature need it.
     declared: ClassVar[DeclaredSignature] = DeclaredSignature()
     parameters: ClassVar[Mapping[str, str]] = {}
-    allow_pickle: ClassVar[bool] = False
+    allow_code: ClassVar[bool] = False
     #: False for a model without a batch dimension; the tests of batches then run one request at a time.
     is_batching: ClassVar[bool] = True
     _context: ClassVar[LoadContext]
@@ -95,7 +95,7 @@ class BackendConformance:
                 artefact=self.write_artefact(folder),
                 declared=self.declared,
                 parameters=self.parameters,
-                allow_pickle=self.allow_pickle,
+                allow_code=self.allow_code,
             )
         return own._context
 

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
 
 import grpc
 import pytest
+from error_tree import ERROR_TREE
 
 from aiorch_server.errors import AiorchError, Code
 from aiorch_server.frontends.grpc.status import MAX_TEXT_BYTES, STATUS, bound_text, describe_error
 
 
-def walk(error: type[AiorchError]) -> Iterator[type[AiorchError]]:
-    yield error
-    for child in error.__subclasses__():
-        yield from walk(child)
-
-
-TREE = [error for error in walk(AiorchError) if error.__module__ == "aiorch_server.errors"]
-
-
-@pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
+@pytest.mark.parametrize("error", ERROR_TREE, ids=lambda error: error.__name__)
 def test_error_has_a_status(error: type[AiorchError]) -> None:
     code, text = describe_error(error("what is wrong"))
     assert code.value[0] == error.code
@@ -31,7 +22,7 @@ def test_error_has_a_status(error: type[AiorchError]) -> None:
 
 
 def test_tree_was_walked() -> None:
-    assert len(TREE) >= 20
+    assert len(ERROR_TREE) >= 20
 
 
 def test_codes_are_numbered_as_grpc_does() -> None:

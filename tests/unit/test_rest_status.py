@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from error_tree import ERROR_TREE
 
 import aiorch_server.frontends.rest.server  # noqa: F401 - brings all the error classes of the door
 from aiorch_server import errors
@@ -10,18 +11,11 @@ from aiorch_server.errors import AiorchError, Code
 from aiorch_server.frontends.rest.status import STATUS_BY_CODE, error_body, status_of
 
 
-def walk(kind: type[AiorchError]) -> list[type[AiorchError]]:
-    return [kind, *(found for child in kind.__subclasses__() for found in walk(child))]
-
-
-TREE = walk(AiorchError)
-
-
 def test_the_tree_is_walked():
-    assert {errors.UnknownModel, errors.DeadlineExpired, errors.ModelExecutionError} <= set(TREE)
+    assert {errors.UnknownModel, errors.DeadlineExpired, errors.ModelExecutionError} <= set(ERROR_TREE)
 
 
-@pytest.mark.parametrize("kind", TREE, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", ERROR_TREE, ids=lambda kind: kind.__name__)
 def test_every_error_has_a_status(kind):
     assert kind.code in STATUS_BY_CODE
     assert 400 <= status_of(kind("text")) < 600

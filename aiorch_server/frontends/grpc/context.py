@@ -18,6 +18,7 @@ from aiorch_server.frontends.grpc.metadata import (
     decode_metadata,
     encode_metadata,
 )
+from aiorch_server.frontends.unpacking import LARGEST_RATIO, UnpackBudget
 
 if TYPE_CHECKING:
     from aiorch_server._core import Call
@@ -28,8 +29,8 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 #: ``wbits`` of zlib for each message encoding; gRPC's "deflate" is the zlib format.
 _WBITS: Final = {"gzip": 31, "deflate": 15}
-#: From this size on a message is unpacked on another thread.
-_LARGE_COMPRESSED_BYTES: Final = 65536
+#: From this size on a message is unpacked on another thread: less takes the loop a few milliseconds at worst.
+_LARGE_COMPRESSED_BYTES: Final = 4096
 _OVER: Final = "the RPC is over: its client is gone, its deadline has passed, or it was answered"
 
 
@@ -70,11 +71,14 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
         deserialize: Callable[[bytes], Any] | None,
         serialize: Callable[[Any], bytes] | None,
         max_message_bytes: int,
+        budget: UnpackBudget,
     ) -> None:
         self._call = call
         self._deserialize = deserialize
         self._serialize = serialize
         self._max_message_bytes = max_message_bytes
+        self._budget = budget
+        self._unpacked_bytes = 0
         self._code: grpc.StatusCode | int | None = None
         self._details = ""
         self._trailing_metadata: Metadata = ()
@@ -87,20 +91,40 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
 
     async def receive(self) -> bytes | None:
         """The next request message as bytes, None after the last; raises CallFailed where it cannot be unpacked."""
+        self._give_back_unpacked()
         while True:
             received = self._call.take_message()
             if received is not None:
                 message, is_compressed = received
                 if not is_compressed:
                     return message
-                arguments = (message, self._call.encoding, self._max_message_bytes)
-                if len(message) < _LARGE_COMPRESSED_BYTES:
-                    return decompress(*arguments)
-                return await asyncio.to_thread(decompress, *arguments)
+                return await self._unpack(message)
             self._ensure_open()
             if self._call.is_half_closed:
                 return None
             await self._call.wait_readable()
+
+    async def _unpack(self, message: bytes) -> bytes:
+        """A compressed message as it was; its bytes are reserved until the next is asked for, or the call is over."""
+        most = min(self._max_message_bytes, len(message) * LARGEST_RATIO)
+        try:
+            await self._budget.reserve(most)
+        except TimeoutError:
+            text = "Other compressed messages take all the memory there is for unpacking"
+            raise CallFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, text) from None
+        self._unpacked_bytes = most
+        arguments = (message, self._call.encoding, self._max_message_bytes)
+        if len(message) < _LARGE_COMPRESSED_BYTES:
+            plain = decompress(*arguments)
+        else:
+            plain = await asyncio.to_thread(decompress, *arguments)
+        self._give_back_unpacked(len(plain))
+        return plain
+
+    def _give_back_unpacked(self, kept_bytes: int = 0) -> None:
+        released, self._unpacked_bytes = self._unpacked_bytes - kept_bytes, kept_bytes
+        if released > 0:
+            self._budget.release(released)
 
     async def read(self) -> Any:
         """The next request message, ``grpc.aio.EOF`` after the last."""
@@ -183,6 +207,7 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
         """Answers with the status that was set, once; then runs the done callbacks, each guarded alone."""
         if self._is_finished:
             return
+        self._give_back_unpacked()
         try:
             trailing = _encode(self._trailing_metadata)
         except CallFailed as failure:

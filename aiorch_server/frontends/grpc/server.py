@@ -24,6 +24,7 @@ from aiorch_server.frontends.grpc.call import run_call
 from aiorch_server.frontends.grpc.context import ServicerContext
 from aiorch_server.frontends.grpc.credentials import ServerCredentials
 from aiorch_server.frontends.grpc.metadata import MalformedMetadata, decode_metadata
+from aiorch_server.frontends.unpacking import UnpackBudget
 
 if TYPE_CHECKING:
     from aiorch_server._core import Call, NativeServer, Router
@@ -100,6 +101,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         self._max_message_bytes = max_message_bytes
         self._maximum_concurrent_rpcs = maximum_concurrent_rpcs
         self._limits = limits or ConnectionLimits()
+        self._unpack_budget = UnpackBudget()
         self._owned_executor = None if executor else ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="aiorch-rpc")
         self._executor = executor or self._owned_executor
         self._registered: dict[str, grpc.RpcMethodHandler] = {}
@@ -281,7 +283,11 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
             return
         assert self._executor is not None
         context = ServicerContext(
-            call, handler.request_deserializer, handler.response_serializer, self._max_message_bytes
+            call,
+            handler.request_deserializer,
+            handler.response_serializer,
+            self._max_message_bytes,
+            self._unpack_budget,
         )
         task = asyncio.get_running_loop().create_task(
             run_call(call.path, handler, context, self._executor), name=call.path

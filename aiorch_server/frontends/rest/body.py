@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from aiorch_server.errors import PayloadTooLarge, RequestCancelled, RequestError, UnsupportedRequest
+from aiorch_server.errors import CapacityError, PayloadTooLarge, RequestCancelled, RequestError, UnsupportedRequest
 from aiorch_server.frontends.rest.planes import RestLimits
+from aiorch_server.frontends.unpacking import LARGEST_RATIO, UnpackBudget
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -101,8 +103,14 @@ async def decode_body(body: bytes, coding: str | None, *, max_bytes: int) -> byt
     return _decompress(body, name, max_bytes)
 
 
-async def receive_body(receive: Receive, headers: Headers, limits: RestLimits) -> bytes:
-    """The body of a request within ``limits``, unpacked; raises like ``read_body`` and ``decode_body``."""
+@contextlib.asynccontextmanager
+async def receive_body(
+    receive: Receive, headers: Headers, limits: RestLimits, budget: UnpackBudget
+) -> AsyncIterator[bytes]:
+    """The body of a request within ``limits``, unpacked; what it unpacks to stays reserved until the block is left.
+
+    Raises like ``read_body`` and ``decode_body``, and CapacityError when other requests hold the budget for too long.
+    """
     body = await read_body(
         receive,
         headers,
@@ -110,7 +118,22 @@ async def receive_body(receive: Receive, headers: Headers, limits: RestLimits) -
         idle_timeout_s=limits.body_idle_timeout_s,
         min_bytes_per_s=limits.min_body_bytes_per_s,
     )
-    return await decode_body(body, find_header(headers, b"content-encoding"), max_bytes=limits.max_body_bytes)
+    coding = find_header(headers, b"content-encoding")
+    if coding is None:
+        yield body
+        return
+    held = min(limits.max_body_bytes, len(body) * LARGEST_RATIO)
+    try:
+        await budget.reserve(held)
+    except TimeoutError:
+        raise CapacityError("other compressed requests take all the memory there is for unpacking") from None
+    try:
+        body = await decode_body(body, coding, max_bytes=limits.max_body_bytes)
+        unused, held = max(0, held - len(body)), min(held, len(body))
+        budget.release(unused)
+        yield body
+    finally:
+        budget.release(held)
 
 
 def _decompress(body: bytes, name: str, max_bytes: int) -> bytes:

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
@@ -70,6 +71,16 @@ class BoundedProtocol(H11Protocol):
         """The client has taken nearly all."""
         super().resume_writing()
         self._stop_write_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is not HTTP, unless the answer before it was to be the last; the application's goes nowhere."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        try:
+            super().send_400_response(msg)
+        except h11.LocalProtocolError:
+            self.transport.close()
 
     def _time_head(self) -> None:
         self._head_timer = self.loop.call_later(self._patience.head_timeout_s, self.transport.close)

@@ -30,6 +30,7 @@ from aiorch_server.frontends.rest.infer_json import parse_document
 from aiorch_server.frontends.rest.planes import ManagementPlane, RestLimits
 from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
 from aiorch_server.frontends.rest.tensor_json import name_json_type
+from aiorch_server.frontends.unpacking import UnpackBudget
 
 logger = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -65,9 +66,10 @@ register_url_convertor("version", VersionConvertor())
 class ControlRoutes:
     """The endpoints over one control plane."""
 
-    def __init__(self, controlplane: ManagementPlane, limits: RestLimits) -> None:
+    def __init__(self, controlplane: ManagementPlane, limits: RestLimits, budget: UnpackBudget) -> None:
         self._controlplane = controlplane
         self._limits = limits
+        self._budget = budget
 
     def build_app(self) -> FastAPI:
         """The application with all routes; answers are written by hand because the protocol fixes their shape."""
@@ -161,16 +163,16 @@ class ControlRoutes:
         return _json(None)
 
     async def _read_document(self, request: Request) -> dict[str, Any]:
-        body = await receive_body(request.receive, request.scope["headers"], self._limits)
-        return parse_document(body, _MAX_DOCUMENT_BYTES) if body else {}
+        async with receive_body(request.receive, request.scope["headers"], self._limits, self._budget) as body:
+            return parse_document(body, _MAX_DOCUMENT_BYTES) if body else {}
 
     async def _read_load(self, request: Request) -> dict[str, Any]:
-        body = await receive_body(request.receive, request.scope["headers"], self._limits)
-        # Files in base64 are cheap to parse, so the body's own limit holds for them; Python objects are not.
-        elements = sum(map(body.count, (b"[", b"{", b",")))
-        if elements > _MAX_LOAD_ELEMENTS:
-            raise PayloadTooLarge(f"the load request has about {elements} elements, more than {_MAX_LOAD_ELEMENTS}")
-        return parse_document(body, self._limits.max_body_bytes) if body else {}
+        async with receive_body(request.receive, request.scope["headers"], self._limits, self._budget) as body:
+            # Files in base64 are cheap to parse, so the body's own limit holds for them; Python objects are not.
+            elements = sum(map(body.count, (b"[", b"{", b",")))
+            if elements > _MAX_LOAD_ELEMENTS:
+                raise PayloadTooLarge(f"the load request has about {elements} elements, more than {_MAX_LOAD_ELEMENTS}")
+            return parse_document(body, self._limits.max_body_bytes) if body else {}
 
 
 def _guard(endpoint: Endpoint) -> Endpoint:

@@ -21,6 +21,7 @@ from aiorch_server.frontends.rest.body import (
 from aiorch_server.frontends.rest.infer_json import count_json_bytes, parse_infer, render_infer
 from aiorch_server.frontends.rest.planes import InferencePlane, RestLimits
 from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
+from aiorch_server.frontends.unpacking import UnpackBudget
 from aiorch_server.types import InferenceRequest, InferenceResponse
 
 logger = logging.getLogger(__name__)
@@ -33,9 +34,10 @@ _LARGEST_INLINE_BYTES = 64 * 1024
 class InferRoute:
     """Answers inference requests; every request is answered once, unless its client went away."""
 
-    def __init__(self, dataplane: InferencePlane, limits: RestLimits) -> None:
+    def __init__(self, dataplane: InferencePlane, limits: RestLimits, budget: UnpackBudget) -> None:
         self._dataplane = dataplane
         self._limits = limits
+        self._budget = budget
         self._running: set[asyncio.Future[InferenceResponse]] = set()
         self._is_abandoned = False
 
@@ -72,10 +74,10 @@ class InferRoute:
         self, headers: list[tuple[bytes, bytes]], receive: Receive, model_name: str, model_version: str
     ) -> tuple[bytes, list[tuple[bytes, bytes]]]:
         limits = self._limits
-        body = await receive_body(receive, headers, limits)
         header_length = find_header(headers, b"inference-header-content-length")
-        call = parse_infer(body, header_length, model_name, model_version, limits.max_json_bytes)
-        response = await self._infer(call.request, receive)
+        async with receive_body(receive, headers, limits, self._budget) as body:
+            call = parse_infer(body, header_length, model_name, model_version, limits.max_json_bytes)
+            response = await self._infer(call.request, receive)
         if count_json_bytes(response, call) > _LARGEST_INLINE_BYTES:
             answer, json_bytes = await asyncio.to_thread(render_infer, response, call)
         else:

@@ -15,6 +15,7 @@ import uvicorn
 from aiorch_server.frontends.rest.connection import BoundedProtocol, Patience
 
 logger = logging.getLogger(__name__)
+Application = Callable[..., Any]
 
 _BACKLOG = 1024
 _TICK_S = 1.0
@@ -49,12 +50,30 @@ class _Server(uvicorn.Server):
         self.is_stopping.set()
 
 
+def _refuse_two_lengths(app: Application) -> Application:
+    """``app`` without requests that give both lengths: who is in front of us may have gone by the other one.
+
+    RFC 9112, 6.3: such a request ought to be handled as an error, and the connection must be closed.
+    """
+
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        names = {name for name, _ in scope["headers"]}
+        if names.issuperset((b"content-length", b"transfer-encoding")):
+            headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+            await send({"type": "http.response.start", "status": 400, "headers": headers})
+            await send({"type": "http.response.body", "body": b"both Content-Length and Transfer-Encoding are given\n"})
+            return
+        await app(scope, receive, send)
+
+    return serve
+
+
 class HttpListener:
     """Serves ``app`` on ``host``:``port`` (0 picks a free port) with at most ``max_connections`` at a time."""
 
     def __init__(
         self,
-        app: Callable[..., Any],
+        app: Application,
         host: str,
         port: int,
         *,
@@ -66,7 +85,7 @@ class HttpListener:
         self._port = port
         self._server = _Server(
             uvicorn.Config(
-                app,
+                _refuse_two_lengths(app),
                 http=cast("type[asyncio.Protocol]", partial(BoundedProtocol, patience=patience)),
                 h11_max_incomplete_event_size=patience.max_head_bytes,
                 loop="none",

@@ -10,6 +10,7 @@ from aiorch_server.frontends.rest.control import ControlRoutes
 from aiorch_server.frontends.rest.infer import InferRoute
 from aiorch_server.frontends.rest.listener import HttpListener
 from aiorch_server.frontends.rest.planes import InferencePlane, ManagementPlane, RestLimits
+from aiorch_server.frontends.unpacking import UnpackBudget
 
 _INFER_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
 
@@ -31,8 +32,9 @@ class RestServer:
         max_connections: int = 4096,
     ) -> None:
         limits = limits or RestLimits()
-        self._infer = InferRoute(dataplane, limits)
-        self._control = ControlRoutes(controlplane, limits).build_app()
+        budget = UnpackBudget()
+        self._infer = InferRoute(dataplane, limits, budget)
+        self._control = ControlRoutes(controlplane, limits, budget).build_app()
         self._listener = HttpListener(
             self._serve, host, port, max_connections=max_connections, patience=limits.patience
         )

@@ -22,6 +22,7 @@ class IdentityBackend(Backend):
 
     name = "identity"
     platforms = ("identity",)
+    runs_code = False
 
     def inspect(self, context: LoadContext) -> ModelSignature:
         """The declared signature, missing outputs named after their inputs; batching unless declared otherwise."""

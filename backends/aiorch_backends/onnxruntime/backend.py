@@ -37,6 +37,7 @@ class OnnxRuntimeBackend(Backend):
     name = "onnxruntime"
     platforms = ("onnxruntime_onnx", "onnx")
     artefacts = ("model.onnx",)
+    runs_code = False
 
     def __init__(self) -> None:
         self._sessions: OpenedArtefacts[Any] = OpenedArtefacts()

@@ -31,7 +31,7 @@ class ExportedProgram:
         """Loads the file; ModelLoadError when it is no program or holds pickles that are not allowed."""
         path = require_artefact(context)
         torch = import_torch()
-        if not context.allow_pickle:
+        if not context.allow_code:
             _refuse_pickles(context, torch)
         try:
             return cls(torch.export.load(str(path)))
@@ -135,7 +135,7 @@ def _refuse_pickles(context: LoadContext, torch: Any) -> None:
             raise refuse(context, f"not a torch.export program: {error}") from error
         first = str(error).strip().split("\n", 1)[0]
         raise refuse(
-            context, f"the archive holds pickled objects, which are not allowed here (allow_pickle is off): {first}"
+            context, f"the archive holds pickled objects, which are not allowed here (allow_code is off): {first}"
         ) from error
 
 

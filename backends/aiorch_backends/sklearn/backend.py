@@ -31,6 +31,8 @@ class SklearnBackend(Backend):
     name = "sklearn"
     platforms = ("sklearn", "scikit-learn")
     artefacts = ("model.skops", "model.joblib", "model.pkl")
+    #: skops files hold trusted types only, and pickles ask for allow_code wherever they come from.
+    runs_code = False
 
     def __init__(self) -> None:
         self._estimators: OpenedArtefacts[Any] = OpenedArtefacts()

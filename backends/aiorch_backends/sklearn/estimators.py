@@ -34,6 +34,14 @@ def _open_skops(context: LoadContext) -> Any:
         untrusted = set(skops.get_untrusted_types(file=context.artefact))
     except Exception as error:
         raise refuse(context, f"not a skops file: {error}") from error
+    if untrusted and context.is_requested and not context.allow_code:
+        names = ", ".join(sorted(untrusted))
+        raise refuse(
+            context,
+            f"the file holds types that are not trusted: {names}; a load request cannot declare them trusted_types, "
+            "because they may run code (allow_code is off). Put the model and its configuration into the repository, "
+            "or start the server with --allow-code to trust whoever can send load requests",
+        )
     if untrusted - allowed:
         names = ", ".join(sorted(untrusted - allowed))
         raise refuse(
@@ -48,11 +56,11 @@ def _open_skops(context: LoadContext) -> Any:
 
 
 def _open_pickle(context: LoadContext) -> Any:
-    if not context.allow_pickle:
+    if not context.allow_code:
         raise refuse(
             context,
-            "pickled models run code when they are opened and are not allowed here (allow_pickle is off); save the "
-            "model with skops.io.dump(model, 'model.skops')",
+            "pickled models run code when they are opened and are not allowed here (allow_code is off, --allow-code "
+            "turns it on); save the model with skops.io.dump(model, 'model.skops')",
         )
     joblib = import_framework("joblib", extra="sklearn")
     try:

@@ -72,7 +72,7 @@ def open_keras(context: LoadContext, tf: Any) -> OpenedProgram:
     if keras.backend.backend() != "tensorflow":
         raise refuse(context, f"Keras runs on {keras.backend.backend()} here; KERAS_BACKEND must be tensorflow")
     try:
-        model = keras.saving.load_model(str(path), compile=False, safe_mode=not context.allow_pickle)
+        model = keras.saving.load_model(str(path), compile=False, safe_mode=not context.allow_code)
     except Exception as error:
         raise refuse(context, error) from error
     if not getattr(model, "inputs", None):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import random
+import select
 import socket
+import threading
+import time
 from collections.abc import Callable
 
 import h2.config
@@ -27,6 +31,7 @@ from hyperframe.frame import (
 )
 
 from aiorch_server.frontends.grpc import ConnectionLimits
+from aiorch_server.frontends.unpacking import UnpackBudget
 
 from .conftest import NATIVE, SERVICE, TIMEOUT_S, Door, wait_until
 
@@ -289,3 +294,100 @@ def test_bytes_one_by_one(native_door: Door) -> None:
                     data += event.data
                 is_ended = is_ended or isinstance(event, h2.events.StreamEnded)
     assert data == message(b"hello")
+
+
+def test_resets_that_the_client_provokes(native_door: Door) -> None:
+    """Window overflows make the server reset the streams, which the bound of rapid resets does not count."""
+    overflow = (2**31 - 1).to_bytes(4, "big")
+    with Attacker(native_door) as attacker:
+        for stream_id in range(1, 20_001, 2):
+            update = WindowUpdateFrame(stream_id, 1).serialize()[:-4] + overflow
+            if not attacker.send(headers(stream_id, WAIT, "END_HEADERS") + update * 2):
+                break
+        else:
+            pytest.fail("10,000 calls were begun and reset")
+        expect_only_this_one_is_closed(native_door, attacker)
+    servicer = native_door.servicer
+    wait_until(lambda: native_door.server.calls == 0, "the end of all calls")
+    assert servicer.count("cancelled") == servicer.count("started")
+
+
+def test_callers_that_give_up_by_the_hundred_keep_their_connection(native_door: Door) -> None:
+    """Deadlines that pass under load look like resets; a burst of them and another later are no attack."""
+    with Attacker(native_door) as attacker:
+        for burst in range(2):
+            first = 1 + 2000 * burst
+            for stream_id in range(first, first + 1800, 2):
+                attacker.send(headers(stream_id, WAIT, "END_HEADERS") + RstStreamFrame(stream_id, 8).serialize())
+            time.sleep(1.1)  # the bound refills with time
+        one = headers(9001, ECHO, "END_HEADERS") + DataFrame(9001, message(b"x"), flags=["END_STREAM"]).serialize()
+        attacker.send(one)
+        attacker.read_until(lambda frames: any(isinstance(frame, DataFrame) for frame in frames))
+
+
+def test_cheap_bytes_that_cost_much_do_not_hold_up_others(native_door: Door) -> None:
+    """Header blocks of one-byte references: 16 KB name 60 MB, and decoding them cannot be refused half-way."""
+    encoder = hpack.Encoder()
+    block = encoder.encode([*fields_of(ECHO), ("bomb", "x" * 3900)])
+    first = HeadersFrame(1, block, flags=["END_HEADERS", "END_STREAM"]).serialize()
+    again = encoder.encode(fields_of(ECHO)) + encoder.encode([("bomb", "x" * 3900)]) * 15_000
+    stop = threading.Event()
+
+    def bomb() -> None:
+        with Attacker(native_door) as attacker:
+            attacker.send(first)
+            attacker.socket.setblocking(False)
+            for stream_id in range(3, 2**20, 2):
+                rest = HeadersFrame(stream_id, again, flags=["END_HEADERS", "END_STREAM"]).serialize()
+                while rest and not stop.is_set():
+                    try:
+                        rest = rest[attacker.socket.send(rest) :]
+                        attacker.socket.recv(1 << 20)
+                    except BlockingIOError:
+                        select.select([attacker.socket], [attacker.socket], [], 0.1)
+                    except OSError:
+                        return
+                if stop.is_set():
+                    return
+
+    thread = threading.Thread(target=bomb)
+    thread.start()
+    try:
+        with Attacker(native_door) as other:
+            waits = []
+            for number in range(1, 31):
+                began = time.monotonic()
+                other.send(PingFrame(0, number.to_bytes(8, "big")).serialize())
+                other.read_until(
+                    lambda frames, number=number: sum(isinstance(frame, PingFrame) for frame in frames) >= number
+                )
+                waits.append(time.monotonic() - began)
+    finally:
+        stop.set()
+        thread.join()
+    assert sorted(waits)[len(waits) // 2] < 0.2
+    native_door.check_next_call()
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_compressed_calls_share_a_budget(make_door: Callable[..., Door], kind: str) -> None:
+    """Each is within the message limit, all together unpack to far more than they are."""
+    door = make_door(kind)
+    budget = UnpackBudget(3 << 20, patience_s=0.5)
+    door.server._unpack_budget = budget
+    packed = gzip.compress(bytes(1 << 20))
+    body = b"\1" + len(packed).to_bytes(4, "big") + packed
+    with Attacker(door) as attacker:
+        for stream_id in range(1, 41, 2):
+            head = headers(stream_id, WAIT, "END_HEADERS", **{"grpc-encoding": "gzip"})
+            attacker.send(head + DataFrame(stream_id, body, flags=["END_STREAM"]).serialize())
+        # those that have their message hold its bytes; the others are refused when their patience ends
+        frames = attacker.read_until(lambda frames: sum(isinstance(frame, HeadersFrame) for frame in frames) >= 17)
+        assert door.servicer.count("started") <= 3
+        assert budget.reserved_bytes <= 3 << 20
+        decoder = hpack.Decoder()
+        statuses = [dict(decoder.decode(frame.data)) for frame in frames if isinstance(frame, HeadersFrame)]
+        assert {fields["grpc-status"] for fields in statuses} == {"8"}
+        door.check_next_call()
+    wait_until(lambda: door.server.calls == 0, "the end of all calls")
+    assert budget.reserved_bytes == 0

@@ -63,7 +63,8 @@ class FastDoor:
         self.instance.go(50)
         assert values_of(running.result()) == [42.0]
         self.wait_in_flight(0)
-        assert self.scheduler.in_flight == 0
+        # the answer leaves a moment before the instance is through with its batch
+        wait_until(lambda: self.scheduler.in_flight == 0, "the end of the batch")
 
 
 @pytest.fixture(params=NATIVE)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import h2.connection
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
@@ -197,6 +198,29 @@ async def test_cancel_while_it_runs(real_site: SimpleNamespace) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await real_site.stub.ModelInfer(request(9), timeout=0.05)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_deadline_beyond_64_bits_of_nanoseconds(real_site: SimpleNamespace) -> None:
+    """The longest that the header can say; grpc's own clients cannot, so the frames are written by hand."""
+    message = pb.ModelInferRequest(model_name="slow", id="é", raw_input_contents=[np.float32(1).tobytes()])
+    message.inputs.add(name="A", datatype="FP32", shape=[1, 1])
+    body = message.SerializeToString()
+    client = h2.connection.H2Connection()
+    client.initiate_connection()
+    head = {":method": "POST", ":scheme": "http", ":path": "/inference.GRPCInferenceService/ModelInfer"}
+    head |= {":authority": "x", "te": "trailers", "content-type": "application/grpc", "grpc-timeout": "99999999H"}
+    client.send_headers(1, list(head.items()))
+    client.send_data(1, b"\0" + len(body).to_bytes(4, "big") + body, end_stream=True)
+    host, port = real_site.url.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    fields: dict[bytes, bytes] = {}
+    async with asyncio.timeout(20):
+        while b"grpc-status" not in fields:
+            writer.write(client.data_to_send())
+            for event in client.receive_data(await reader.read(65536)):
+                fields |= dict(getattr(event, "headers", None) or ())
+    writer.close()
+    assert fields[b"grpc-status"] == b"0", fields
 
 
 async def test_unload_and_load(client: Any) -> None:
