@@ -62,21 +62,26 @@ $(VENV)/bin/python: | $(CACHE)/system
 	$(PYTHON) -m venv $(VENV)
 
 # torch first: with a CPU build of it in place nothing below pulls in a CUDA build
-$(CACHE)/examples: pyproject.toml setup.py $(CACHE)/system | $(VENV)/bin/python
+$(CACHE)/base: $(CACHE)/system | $(VENV)/bin/python
 	@echo "== installing Python packages (a few minutes the first time)"
 	$(PIP) "setuptools>=77" wheel "Cython>=3.1,<4"
 	$(PIP) "torch==2.13.0"
+	@touch $@
+
+$(CACHE)/examples: pyproject.toml setup.py $(CACHE)/base
+	@echo "== installing the frameworks, compiling the core"
 	$(PIP) --no-build-isolation -e ".[examples]"
 	@touch $@ $(CACHE)/compiled
 
-$(CACHE)/test: pyproject.toml $(CACHE)/examples
-	@echo "== installing what the tests need"
+# the tests' packages include those of the examples
+$(CACHE)/test: pyproject.toml setup.py $(CACHE)/base
+	@echo "== installing what the tests need, compiling the core"
 	$(PIP) --no-build-isolation -e ".[test]"
 	@command -v prometheus >/dev/null && command -v h2load >/dev/null \
 	    || deploy/install-packages prometheus nghttp2-client
-	@touch $@ $(CACHE)/compiled
+	@touch $@ $(CACHE)/examples $(CACHE)/compiled
 
-$(CACHE)/compiled: $(CORE) $(CACHE)/examples
+$(CACHE)/compiled: $(CORE) $(CACHE)/base
 	@echo "== compiling the core"
 	$(PY) setup.py -q build_ext --inplace
 	@touch $@

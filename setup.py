@@ -80,4 +80,5 @@ setup(
     ext_modules=cythonize(
         list_extensions(), compiler_directives=DIRECTIVES, annotate=DEBUG, nthreads=os.cpu_count() or 1
     ),
+    options={"build_ext": {"parallel": os.cpu_count() or 1}},
 )

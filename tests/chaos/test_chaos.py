@@ -38,7 +38,7 @@ class Model:
             raise ValueError("negative")
         return {"Y": inputs["X"] * 2}
 '''
-#: A client in a process of its own: many calls in flight, no end; it is killed.
+#: A client in a process of its own: many calls in flight; it is killed, or ends by itself when nobody does.
 DOOMED = """
 import sys, threading
 import grpc
@@ -47,14 +47,15 @@ message = bytes.fromhex(sys.argv[2])
 channel = grpc.insecure_channel(sys.argv[1])
 call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
 first = threading.Event()
-def again(_):
+def again(done):
     first.set()
-    call.future(message, timeout=30).add_done_callback(again)
+    if done.code() is grpc.StatusCode.OK:
+        call.future(message, timeout=30).add_done_callback(again)
 for _ in range(24):
     call.future(message, timeout=30).add_done_callback(again)
 first.wait()
 print("going", flush=True)
-threading.Event().wait()
+threading.Event().wait(60)
 """
 
 pytestmark = pytest.mark.timeout(300)
