@@ -42,7 +42,9 @@ VOID = (WrongAnswer, LoadFailed, ServerFailed, grpc.RpcError)
 def main() -> int:
     options = parse_options()
     out = Console(stderr=True, highlight=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are ended on the way out of their blocks
+    # Servers are ended on the way out of their blocks. SIGINT too: a shell's background job starts with it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         result = run_comparison(options, out)
     except (*VOID, FileNotFoundError, subprocess.SubprocessError) as error:
