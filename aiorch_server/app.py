@@ -191,7 +191,10 @@ class Application:
         limits = self.config.limits
         is_native = config.transport is Transport.NATIVE
         if is_native and not door.is_native_available():
-            logger.warning("built without libnghttp2: gRPC is served by grpcio, which is several times slower")
+            logger.warning(
+                "built without libnghttp2: gRPC is served by grpcio, which is several times slower; "
+                "for the fast door install libnghttp2-dev and pkg-config, then this package again"
+            )
             is_native = False
         if not is_native:
             return door.create_grpcio_server(

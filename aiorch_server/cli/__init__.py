@@ -6,6 +6,8 @@ be reached.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from aiorch_server.cli.bench import bench
@@ -16,12 +18,28 @@ from aiorch_server.cli.version import version
 
 app = typer.Typer(
     name="aiorch",
-    help="AIOrchestrator: serves models over gRPC and REST, and talks to such servers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="The same as the command version.")
+    ] = False,
+) -> None:
+    """AIOrchestrator: serves models over gRPC and REST, and talks to such servers."""
+
+
 for command in (serve, status, infer, bench, version):
     app.command()(command)
 

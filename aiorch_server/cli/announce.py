@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.status import Status
@@ -19,6 +23,7 @@ from aiorch_server.types import ModelIndexEntry, ModelMetadata, ModelState, Tens
 
 #: The largest tensor that a line to paste writes out.
 _MAX_PASTED = 64
+_NO_MODELS = "no models: a repository holds a folder per model with a folder per version, as in my_model/1/model.onnx"
 _DTYPES = {"FP16": "float16", "BF16": "float32", "FP32": "float32", "FP64": "float64", "BOOL": "bool"}
 
 
@@ -95,7 +100,7 @@ class Announcer:
         document = {"event": "ready", "addresses": dict(addresses), "models": rows}
         where = "\nserving: " + "  ".join(f"{door} {address}" for door, address in addresses.items()) + "\n"
         examples = write_examples(addresses, models, has_tls=has_tls)
-        self._output.show(document, table, *write_reasons(rows), where, *examples)
+        self._output.show(document, table if rows else _NO_MODELS, *write_reasons(rows), where, *examples)
 
     def on_stop(self) -> None:
         """The server has answered what was under way and gone."""
@@ -114,15 +119,24 @@ def write_examples(addresses: Mapping[str, str], models: Sequence[ServedModel], 
     if grpc_address is not None and not has_tls:
         arrays = ", ".join(f'"{tensor.name}": {_write_array(tensor)}' for tensor in metadata.inputs)
         call = f'c.Client("{grpc_address}").infer("{name}", {{{arrays}}}).outputs'
-        lines.append(f"python -c 'import numpy as np, aiorch_client as c; print({call})'")
+        lines.append(f"{_name_program('python')} -c 'import numpy as np, aiorch_client as c; print({call})'")
     if http_address is not None:
         url = f"http://{http_address}/v2/models/{name}"
         body = _write_body(metadata)
         lines.append(f"curl -s {url}/infer -d '{body}'" if body else f"curl -s {url}")
     if grpc_address is not None:
         tls = " --tls-root-cert ROOT.pem" if has_tls else ""
-        lines.append(f"aiorch bench {name} --url {grpc_address} --concurrency 16 --duration 5{tls}")
+        lines.append(f"{_name_program('aiorch')} bench {name} --url {grpc_address} --concurrency 16 --duration 5{tls}")
     return lines
+
+
+def _name_program(name: str) -> str:
+    """What a shell is told to run ``name`` of this environment: its path where PATH does not lead to it."""
+    program = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if not program.is_file() or (found is not None and Path(found).parent == program.parent):
+        return name
+    return shlex.quote(str(program))
 
 
 def _fill(tensor: TensorMetadata) -> list[int]:

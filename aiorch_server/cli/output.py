@@ -18,9 +18,12 @@ from typing import Any
 import typer
 from aiorch_client import ClientError, UnreachableError
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
 _FILE_COLUMNS = 200
+_WIDEST_TABLE = 1000
 
 
 class ExitCode(enum.IntEnum):
@@ -62,6 +65,12 @@ class Output:
             typer.echo(json.dumps(to_json(document), allow_nan=False))
         else:
             for part in people:
+                if isinstance(part, Table):
+                    # A narrow terminal may break the lines; names that are cut off could not be told apart.
+                    unbounded = self.console.options.update(max_width=_WIDEST_TABLE)
+                    width = Measurement.get(self.console, unbounded, part).maximum
+                    Console(highlight=False, width=max(width, self.console.width)).print(part)
+                    continue
                 # Pasted lines and messages of servers must not be broken up or read as markup.
                 self.console.print(
                     Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str | Text)

@@ -30,24 +30,32 @@ def serve(
     ] = None,
     model_control_mode: Annotated[
         ControlMode | None,
-        typer.Option(help="none: load all at start; explicit: on request; poll: as the repository changes."),
+        typer.Option(help="none: all at start; explicit: on request; poll: as the repository changes; default none."),
     ] = None,
     load_model: Annotated[
         list[str] | None, typer.Option(help="A model to load at start in mode explicit, * for all; repeatable.")
     ] = None,
-    repository_poll_secs: Annotated[float | None, typer.Option(help="Seconds between two looks in mode poll.")] = None,
+    repository_poll_secs: Annotated[
+        float | None, typer.Option(help="Seconds between two looks in mode poll; default 15.")
+    ] = None,
     strict_readiness: Annotated[
-        str | None, typer.Option(metavar=_BOOLEAN, help="Ready only while every model is that should be.")
+        str | None, typer.Option(metavar=_BOOLEAN, help="Ready only while every model is that should be; default true.")
     ] = None,
     exit_timeout_secs: Annotated[
-        float | None, typer.Option(help="Longest wait for requests under way when stopping.")
+        float | None, typer.Option(help="Longest wait for requests under way when stopping; default 30.")
     ] = None,
-    model_load_timeout_secs: Annotated[float | None, typer.Option(help="Longest time for one model to load.")] = None,
-    model_load_thread_count: Annotated[int | None, typer.Option(help="Models that load at the same time.")] = None,
-    allow_grpc: Annotated[str | None, typer.Option(metavar=_BOOLEAN, help="Whether to listen for gRPC.")] = None,
-    grpc_address: Annotated[str | None, typer.Option(help="Address to listen on; loopback by default.")] = None,
-    grpc_port: Annotated[int | None, typer.Option(help="Port, 8001 by default; 0 takes a free one.")] = None,
-    transport: Annotated[Transport | None, typer.Option(help="What carries gRPC.")] = None,
+    model_load_timeout_secs: Annotated[
+        float | None, typer.Option(help="Longest time for one model to load; default 300.")
+    ] = None,
+    model_load_thread_count: Annotated[
+        int | None, typer.Option(help="Models that load at the same time; default 4.")
+    ] = None,
+    allow_grpc: Annotated[
+        str | None, typer.Option(metavar=_BOOLEAN, help="Whether to listen for gRPC; default true.")
+    ] = None,
+    grpc_address: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port, 0 takes a free one; default 8001.")] = None,
+    transport: Annotated[Transport | None, typer.Option(help="What carries gRPC; default native.")] = None,
     grpc_use_ssl: Annotated[str | None, typer.Option(metavar=_BOOLEAN, help="Whether gRPC speaks TLS.")] = None,
     grpc_server_cert: Annotated[Path | None, typer.Option(help="PEM of the server's certificate.")] = None,
     grpc_server_key: Annotated[Path | None, typer.Option(help="PEM of the server's key.")] = None,
@@ -55,17 +63,21 @@ def serve(
     grpc_use_ssl_mutual: Annotated[
         str | None, typer.Option(metavar=_BOOLEAN, help="Whether clients must show a certificate.")
     ] = None,
-    allow_http: Annotated[str | None, typer.Option(metavar=_BOOLEAN, help="Whether to listen for REST.")] = None,
-    http_address: Annotated[str | None, typer.Option(help="Address to listen on; loopback by default.")] = None,
-    http_port: Annotated[int | None, typer.Option(help="Port, 8000 by default; 0 takes a free one.")] = None,
-    allow_metrics: Annotated[str | None, typer.Option(metavar=_BOOLEAN, help="Whether to serve metrics.")] = None,
-    metrics_address: Annotated[str | None, typer.Option(help="Address to listen on; loopback by default.")] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Port, 8002 by default; 0 takes a free one.")] = None,
+    allow_http: Annotated[
+        str | None, typer.Option(metavar=_BOOLEAN, help="Whether to listen for REST; default true.")
+    ] = None,
+    http_address: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Port, 0 takes a free one; default 8000.")] = None,
+    allow_metrics: Annotated[
+        str | None, typer.Option(metavar=_BOOLEAN, help="Whether to serve metrics; default true.")
+    ] = None,
+    metrics_address: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Port, 0 takes a free one; default 8002.")] = None,
     instances: Annotated[
-        int | None, typer.Option(help="Instances of a model whose configuration does not say.")
+        int | None, typer.Option(help="Instances of a model whose configuration does not say; default 1.")
     ] = None,
     default_max_batch_size: Annotated[
-        int | None, typer.Option(help="Batch size of a model that can batch and does not say; 0: never.")
+        int | None, typer.Option(help="Batch size of a model that can batch and does not say, 0: never; default 32.")
     ] = None,
     backend: Annotated[list[str] | None, typer.Option(help="A further backend, MODULE:ATTRIBUTE; repeatable.")] = None,
     backend_config: Annotated[
@@ -74,10 +86,14 @@ def serve(
     allow_code: Annotated[
         bool | None, typer.Option("--allow-code", help="Open pickles, and code that comes with load requests.")
     ] = None,
-    log_level: Annotated[LogLevel | None, typer.Option(help="The least severe records to write.")] = None,
+    log_level: Annotated[LogLevel | None, typer.Option(help="The least severe records to write; default info.")] = None,
     log_verbose: Annotated[int | None, typer.Option(help="Above 0: the same as --log-level debug.")] = None,
-    log_format: Annotated[LogFormat | None, typer.Option(help="Text or JSON lines, to standard error.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML or TOML with these and all other settings.")] = None,
+    log_format: Annotated[
+        LogFormat | None, typer.Option(help="Text or JSON lines, to standard error; default text.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or TOML with these and all other settings: docs/settings.md.")
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(

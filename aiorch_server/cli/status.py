@@ -81,14 +81,14 @@ def _describe(entry: ModelIndexEntry, statistics: ModelStatistics | None) -> dic
 
 
 def _tabulate(models: list[dict[str, Any]]) -> Table:
-    table = Table("model", "version", "state", box=None, header_style="bold")
-    for column in ("requests", "failed", "rows", "batches", "rows/batch", "queue ms", "compute ms"):
+    table = Table("model", "version", "state", box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for column in ("requests", "failed", "rows", "rows/\nbatch", "queue\nms", "compute\nms"):
         table.add_column(column, justify="right")
     for model in models:
         counts = model["statistics"]
-        numbers = [""] * 7
+        numbers = [""] * 6
         if counts is not None:
-            numbers = [f"{counts[key]:,}" for key in ("requests", "failed", "rows", "batches")]
+            numbers = [f"{counts[key]:,}" for key in ("requests", "failed", "rows")]
             numbers += [f"{counts['mean_batch']:.1f}"]
             numbers += [f"{counts[key]:.3f}" for key in ("mean_queue_ms", "mean_compute_ms")]
         state = Text(model["state"], STATE_STYLES.get(model["state"], ""))
@@ -98,4 +98,6 @@ def _tabulate(models: list[dict[str, Any]]) -> Table:
 
 def write_reasons(models: list[dict[str, Any]]) -> list[str]:
     """A line for each model that has something to say; a column would leave no room for the others."""
-    return [f"{model['name']} {model['version']}: {model['reason']}" for model in models if model["reason"]]
+    return [
+        f"{model['name']} {model['version']}".strip() + f": {model['reason']}" for model in models if model["reason"]
+    ]

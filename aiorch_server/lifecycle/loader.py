@@ -163,8 +163,6 @@ class Loader:
         instances.ended.add_done_callback(lambda _: source.release())
         instances.start(max(0.0, self._startup_timeout_s - (time.monotonic() - started)))
         seconds = time.monotonic() - started
-        for note in model.config.notes():
-            logger.info("configuration of '%s': %s", model.name, note)
         return Servable(
             model.name,
             version,

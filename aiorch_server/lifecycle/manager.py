@@ -379,4 +379,7 @@ def _explain_missing_versions(name: str, missing: Sequence[int]) -> str:
     if missing:
         wanted = ", ".join(map(str, missing))
         return f"load failed for model '{name}': version_policy asks for version {wanted}, which is not there"
-    return f"load failed for model '{name}': it has no version folder (a folder named 1, 2, ...)"
+    text = f"load failed for model '{name}': it has no version folder (a folder named 1, 2, ...)"
+    return (
+        f"{text}; if it is a version itself, the repository is the folder above its model" if name.isdecimal() else text
+    )

@@ -278,4 +278,5 @@ def test_a_token_is_read_from_a_file(peer, tmp_path):
 
 def test_version():
     assert run("version").stdout.startswith("aiorchestrator ")
+    assert run("--version").stdout == run("version").stdout
     assert run_json("version")[1]["aiorchestrator"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import sys
@@ -177,7 +178,9 @@ def test_bytes_output_takes_text_and_refuses_the_rest(folder: Path) -> None:
         ("import there_is_no_such_module", "ModuleNotFoundError: No module named 'there_is_no_such_module'"),
         ("x = (", "SyntaxError"),
         ("import sys; sys.exit(2)", "SystemExit: 2"),
-        ("model = 1", "no class 'Model'"),
+        ("model = 1", "no class 'Model'$"),
+        ("import triton_python_backend_utils", "ModuleNotFoundError: .*written for Triton's python backend"),
+        ("class TritonPythonModel: pass", "no class 'Model'; it is written for Triton's python backend"),
         ("class Model:\n    pass", "no method 'execute'"),
         ("class Model:\n    def __init__(self, needed): pass\n    def execute(self, i): pass", "TypeError"),
         ("class Model:\n    inputs = [('x', 'FP99', [1])]\n    def execute(self, i): pass", "Model.inputs: .*FP99"),
@@ -302,3 +305,8 @@ def test_configuration_may_lower_but_not_raise_the_batch(folder: Path) -> None:
     backend, context = write(folder, SUM_AND_TEXT, DeclaredSignature(max_batch_size=64))
     with pytest.raises(ModelLoadError, match="64 is declared, but the model takes 16 rows at most"):
         backend.inspect(context)
+
+
+def test_the_batch_that_the_class_declares_is_not_narrowed_by_the_default(folder: Path) -> None:
+    backend, context = write(folder, SUM_AND_TEXT)
+    assert backend.inspect(dataclasses.replace(context, default_max_batch_size=4)).max_batch_size == 16

@@ -1,14 +1,29 @@
 import ast
 import json
 import shlex
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aiorch_server.cli.announce import ServedModel, write_examples
+from aiorch_server.cli.announce import Announcer, ServedModel, write_examples
+from aiorch_server.cli.output import Output
 from aiorch_server.types import ModelIndexEntry, ModelMetadata, ModelState, TensorMetadata
 
 ADDRESSES = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
+
+
+@pytest.fixture(autouse=True)
+def programs(monkeypatch, tmp_path):
+    """An environment with both programs, on PATH."""
+    folder = tmp_path / "own environment"
+    folder.mkdir()
+    for name in ("python", "aiorch"):
+        (folder / name).touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
 
 
 def served(name, *inputs, state=ModelState.READY):
@@ -56,3 +71,28 @@ def test_doors_that_are_shut_are_not_advertised():
 def test_long_inputs_are_not_written_out():
     lines = write_examples(ADDRESSES, [served("m", ("FP32", (-1, 2048)))], has_tls=False)
     assert all(len(line) < 200 for line in lines)
+
+
+def test_programs_that_path_does_not_lead_to_are_named_in_full(programs, monkeypatch, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "python").touch(0o755)
+    monkeypatch.setenv("PATH", str(other))
+    model = [served("m", ("FP32", (-1, 2)))]
+    lines = write_examples({"grpc": "h:1"}, model, has_tls=False)
+    assert [Path(shlex.split(line)[0]) for line in lines] == [programs / "python", programs / "aiorch"]
+    (programs / "aiorch").unlink()  # the package is on the path, but was not installed
+    assert write_examples({"grpc": "h:1"}, model, has_tls=False)[-1].startswith("aiorch ")
+
+
+def test_names_are_never_cut_off(capsys):
+    names = ["n" * 300 + end for end in "ab"]
+    models = [served(name, ("FP32", (-1, 2)), state=ModelState.UNAVAILABLE) for name in names]
+    Announcer(Output(is_json=False)).on_ready({}, models, has_tls=False)
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "UNAVAILABLE" in line]
+    assert rows == names
+
+
+def test_an_empty_repository_is_told_what_it_should_hold(capsys):
+    Announcer(Output(is_json=False)).on_ready(ADDRESSES, [], has_tls=False)
+    assert "my_model/1/model.onnx" in capsys.readouterr().out

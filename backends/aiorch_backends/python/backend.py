@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -143,6 +144,8 @@ def _complete(context: LoadContext, own: ModelSignature) -> ModelSignature:
             context, f"neither class 'Model' nor the configuration declares {missing}; write Model.{missing} = [...]"
         )
     size = (declared.max_batch_size or 0) if own.max_batch_size < 0 else own.max_batch_size
+    # The server's default is for models that do not say; one whose code says must not be narrowed by it.
+    context = dataclasses.replace(context, default_max_batch_size=size)
     # The batch dimension, which declarations leave out, is put in front where there is one.
     front = (-1,) if size else ()
     signature = complete_signature(

@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import weakref
+from collections.abc import Container
 from typing import Any
 
 from aiorch_backends.common import refuse, require_artefact
@@ -43,7 +44,7 @@ class UserModule:
             spec.loader.exec_module(module)
             model_class = getattr(module, "Model", None)
             if not isinstance(model_class, type):
-                raise refuse(context, "the file has no class 'Model'")
+                raise refuse(context, f"the file has no class 'Model'{_hint_at_triton(vars(module))}")
             model = model_class()
             if not callable(getattr(model, "execute", None)):
                 raise refuse(context, "class 'Model' has no method 'execute'")
@@ -65,13 +66,21 @@ def explain(context: LoadContext, error: BaseException) -> Exception:
     if isinstance(error, AiorchError):
         return error
     logger.error("model '%s': its code failed while loading", context.model_name, exc_info=error)
-    return refuse(context, summarize(error))
+    hint = _hint_at_triton({error.name}) if isinstance(error, ModuleNotFoundError) else ""
+    return refuse(context, summarize(error) + hint)
 
 
 def summarize(error: BaseException) -> str:
     """Type and first line of an error: what its owner needs, without the stack."""
     first = str(error).strip().split("\n", 1)[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _hint_at_triton(names: Container[str | None]) -> str:
+    """What to do with a model written for Triton's python backend, if one of its names is among ``names``."""
+    if "TritonPythonModel" in names or "triton_python_backend_utils" in names:
+        return "; it is written for Triton's python backend: here a class 'Model' takes and gives arrays by name"
+    return ""
 
 
 def _forget(name: str) -> None:
