@@ -12,7 +12,7 @@ CORE := $(wildcard aiorch_server/_core/*.pyx aiorch_server/_core/*.pxd) setup.py
 .PHONY: serve test lint compile debug models bench-micro bench-peers clean
 
 serve: $(CACHE)/examples $(CACHE)/compiled models
-	$(VENV)/bin/aiorch serve --model-repository $(MODELS) $(SERVE_ARGS)
+	$(VENV)/bin/aiorch serve --model-repository $(MODELS) --log-level warning $(SERVE_ARGS)
 
 # One process per folder: frameworks bring C libraries that do not all get along in one process, and a crash of one
 # must not hide the results of the rest.
