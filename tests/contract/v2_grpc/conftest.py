@@ -32,7 +32,7 @@ DEADLINE_S = 20.0
 
 
 class MemoryDataPlane:
-    """Models by name: echo, slow (waits for ``release``), broken, buggy, dropped and expired."""
+    """Models by name: echo, slow (waits for ``release``), broken, broken_beside, buggy, dropped and expired."""
 
     def __init__(self) -> None:
         self.requests: list[types.InferenceRequest] = []
@@ -74,6 +74,9 @@ class MemoryDataPlane:
             case "backwards":  # the first to come is the last to be done
                 await asyncio.sleep(0.2 / (1 + int(request.id)))
             case "broken":
+                raise errors.ModelExecutionError(f"[request id: {request.id}] the model said no")
+            case "broken_beside":  # once a slow neighbour is there too
+                await self.wait_until(lambda: any(each.model_name == "slow" for each in self.requests))
                 raise errors.ModelExecutionError(f"[request id: {request.id}] the model said no")
             case "buggy":
                 raise ZeroDivisionError("secret of the house")

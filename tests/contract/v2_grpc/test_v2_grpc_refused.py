@@ -219,7 +219,7 @@ async def test_settings_are_refused(site: SimpleNamespace, name: str) -> None:
 async def test_stream_error_with_status(site: SimpleNamespace) -> None:
     """With triton_grpc_error the first error ends the stream, and what runs behind it is cancelled."""
     call = site.stub.ModelStreamInfer(metadata=(("triton_grpc_error", "true"),))
-    for request in (build("echo", "1"), build("broken", "2"), build("slow", "3")):
+    for request in (build("echo", "1"), build("broken_beside", "2"), build("slow", "3")):
         await call.write(request)
     first = await call.read()
     assert (first.infer_response.id, first.error_message) == ("1", "")
