@@ -42,6 +42,7 @@ class MemoryDataPlane:
         self.most_running = 0
         self.cancelled = 0
         self.changed = asyncio.Condition()
+        self.notices: set[asyncio.Future[None]] = set()
 
     async def infer(self, request: types.InferenceRequest, *, deadline_ns: int = 0) -> types.InferenceResponse:
         self.requests.append(request)
@@ -49,14 +50,16 @@ class MemoryDataPlane:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            async with self.changed:
-                self.changed.notify_all()
+            await self.notify()
             await self._run(request)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
         finally:
             self.running -= 1
+            # beside, because a cancelled request may not wait any more
+            self.notices.add(notice := asyncio.ensure_future(self.notify()))
+            notice.add_done_callback(self.notices.discard)
         return types.InferenceResponse(
             request.model_name,
             request.model_version or "7",
@@ -86,6 +89,10 @@ class MemoryDataPlane:
                 await future
             case name:
                 raise errors.UnknownModel(f"Request for unknown model: '{name}' is not found")
+
+    async def notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
 
     async def wait_until(self, is_true: Any) -> None:
         async with asyncio.timeout(DEADLINE_S):
