@@ -13,13 +13,14 @@ from libc.stdint cimport int64_t, uint8_t
 from aiorch_server._core.aio_call cimport CallCarrier
 from aiorch_server._core.h2_stream cimport Connection, Group, Stream
 from aiorch_server._core.request cimport CompletionSink
-from aiorch_server._core.routes cimport Router
+from aiorch_server._core.routes cimport RouteReader, Router
 
 
 cdef class NativeServer:
     cdef object loop
     cdef object on_call             # callable(Call): starts a slow call
     cdef Router router              # may be None: then every call is a slow one
+    cdef RouteReader reader
     cdef Group *group
     cdef CompletionSink *sink       # NULL once closed
     cdef uint8_t *receive_buffer    # shared: a read is fed before the next one begins
@@ -55,7 +56,7 @@ cdef class ConnectionProtocol(CallCarrier):
     cdef object greeting_timer
     cdef object write_timer
 
-    cdef bint dispatch(self)
+    cdef void dispatch_ready(self)
     cdef int handle_events(self) except -1
     cdef int handle_event(self, Stream *stream, unsigned int events) except -1
     cdef int flush(self) except -1

@@ -25,7 +25,7 @@ from aiorch_server._core.request cimport (
     now_ns,
     release_sink,
 )
-from aiorch_server._core.routes cimport DISPATCHED, Router, cancel_request
+from aiorch_server._core.routes cimport DISPATCHED, RouteReader, Router, begin_round, cancel_request, dispatch, end_round
 from aiorch_server._core.timers cimport next_due, take_due
 
 logger = logging.getLogger(__name__)
@@ -206,14 +206,14 @@ cdef class NativeServer:
     cdef int run_tick(self) except -1:
         cdef list dirty = self.dirty
         cdef ConnectionProtocol protocol
-        cdef bint is_dispatched = False
         self.dirty = []
+        if self.router is not None:
+            begin_round(self.router.state, &self.reader)
         for protocol in dirty:
             protocol.is_dirty = False
-            if protocol.connection != NULL and protocol.dispatch():
-                is_dispatched = True
-        if is_dispatched:
-            self.router.wake_instances()
+            if protocol.connection != NULL:
+                protocol.dispatch_ready()
+        end_round(&self.reader)
         for protocol in dirty:
             protocol.handle_events()
             protocol.flush()
@@ -402,26 +402,23 @@ cdef class ConnectionProtocol(CallCarrier):
     cdef int mark_dirty(self) except -1:
         return self.server.mark_dirty(self)
 
-    cdef bint dispatch(self):
+    cdef void dispatch_ready(self):
         """Puts complete messages into their queues; what the router declines becomes a slow call."""
-        cdef Router router = self.server.router
+        cdef RouteReader *reader = &self.server.reader
         cdef Group *group = self.server.group
         cdef CompletionSink *sink = self.server.sink
         cdef Request *request = NULL
-        cdef bint is_dispatched = False
         cdef Stream *stream = take_ready(self.connection)
         while stream != NULL:
-            if (stream.message != NULL and sink != NULL and router.dispatch(
-                    stream.message, stream.message_size, stream.received_ns, stream.deadline.due_ns, sink, stream,
-                    &request) == DISPATCHED):
+            if (stream.message != NULL and sink != NULL and dispatch(
+                    reader, stream.message, stream.message_size, stream.received_ns, stream.deadline.due_ns, sink,
+                    stream, &request) == DISPATCHED):
                 stream.message = NULL
                 stream.request = request
                 group.in_flight += 1
-                is_dispatched = True
             else:
                 make_slow(stream)
             stream = take_ready(self.connection)
-        return is_dispatched
 
     cdef int handle_events(self) except -1:
         cdef Stream *stream

@@ -124,7 +124,7 @@ cdef class Mailbox:
             raise MemoryError
         request.received_ns = now
         request.deadline_ns = deadline_ns
-        if not bind_request(&scheduler.spec.state, &scan, request):
+        if not bind_request(scheduler.spec.state, &scan, request):
             free_request(request)
             raise InternalError(f"the data plane queued a message that does not fit model '{scheduler.spec.name}'")
         ticket.future = self.loop.create_future()

@@ -2,11 +2,15 @@
 #
 # A door calls `dispatch` with a complete ModelInferRequest. What the compiled path can carry is enqueued; everything
 # else is declined without a word: the Python plane then does the same request again and finds the words.
+#
+# Many threads read, the control plane publishes: a reader holds a counted reference to the table for one round (all that
+# came with one wait for the network), so a retired table is freed by whoever leaves it last, with or without the
+# interpreter lock. The lock here guards the exchange of a pointer and its count, never more.
 
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
-from aiorch_server._core.request cimport CompletionSink, Request
+from aiorch_server._core.request cimport CompletionSink, Request, pthread_mutex_t
 from aiorch_server._core.scheduler cimport SchedulerState, cancel_request  # noqa: re-exported for doors
 from aiorch_server._core.wire cimport Slice
 
@@ -29,17 +33,40 @@ cdef struct ModelRoute:
     VersionRoute *versions      # owned, ascending
 
 
+cdef enum:
+    MAX_TOUCHED = 32
+
+
 cdef struct RouteTable:         # immutable once published
+    int references              # the router's, and those of the readers in a round
     int mask                    # number of slots - 1, a power of two - 1
     ModelRoute *slots           # open addressing; name.data NULL: free
 
 
-cdef class Router:
-    cdef RouteTable *table      # NULL: nothing is published
-    cdef SchedulerState *touched    # got something since wake_instances; holds references
+cdef struct RouterState:        # counted references: the Router object and each driver hold one
+    pthread_mutex_t lock
+    RouteTable *table           # guarded by lock; NULL: nothing is published
+    int references
 
-    # `deadline_ns` is absolute on CLOCK_MONOTONIC, 0 for none. On DISPATCHED `*request` is the new request, whose
-    # `owner` is as given. Instances are not woken until wake_instances: call that once per round of reads.
-    cdef DispatchResult dispatch(self, uint8_t *message, size_t size, int64_t received_ns, int64_t deadline_ns,
-                                 CompletionSink *sink, void *owner, Request **request) noexcept nogil
-    cdef void wake_instances(self) noexcept nogil
+
+# What one thread has in its hands during a round; zero-initialised is "no round".
+cdef struct RouteReader:
+    RouteTable *table           # holds one reference; NULL: nothing is published, or no round
+    SchedulerState *touched[MAX_TOUCHED]    # got something in this round; holds references
+    int n_touched
+
+
+cdef void retain_router(RouterState *router) noexcept nogil
+cdef void release_router(RouterState *router) noexcept nogil
+
+# A round: begin_round, any number of dispatches, end_round, which wakes the instances of what was dispatched.
+cdef void begin_round(RouterState *router, RouteReader *reader) noexcept nogil
+cdef void end_round(RouteReader *reader) noexcept nogil
+# `deadline_ns` is absolute on CLOCK_MONOTONIC, 0 for none. On DISPATCHED `*request` is the new request, whose `owner` is
+# as given.
+cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size, int64_t received_ns,
+                             int64_t deadline_ns, CompletionSink *sink, void *owner, Request **request) noexcept nogil
+
+
+cdef class Router:
+    cdef RouterState *state

@@ -3,7 +3,18 @@
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
-from aiorch_server._core.request cimport free_request, new_request, now_ns, put_settled, refuse_request
+from aiorch_server._core.request cimport (
+    aiorch_add_reference,
+    free_request,
+    new_request,
+    now_ns,
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+    put_settled,
+    refuse_request,
+)
 from aiorch_server._core.scheduler cimport (
     ENQUEUED,
     FAILURE_REJECTED,
@@ -72,12 +83,68 @@ cdef void free_table(RouteTable *table) noexcept nogil:
     free(table)
 
 
+cdef void release_table(RouteTable *table) noexcept nogil:
+    if table != NULL and aiorch_add_reference(&table.references, -1) == 0:
+        free_table(table)
+
+
+cdef void retain_router(RouterState *router) noexcept nogil:
+    aiorch_add_reference(&router.references, 1)
+
+
+cdef void release_router(RouterState *router) noexcept nogil:
+    if aiorch_add_reference(&router.references, -1) > 0:
+        return
+    release_table(router.table)
+    pthread_mutex_destroy(&router.lock)
+    free(router)
+
+
+cdef void begin_round(RouterState *router, RouteReader *reader) noexcept nogil:
+    pthread_mutex_lock(&router.lock)
+    reader.table = router.table
+    if reader.table != NULL:
+        aiorch_add_reference(&reader.table.references, 1)
+    pthread_mutex_unlock(&router.lock)
+
+
+cdef void end_round(RouteReader *reader) noexcept nogil:
+    wake_touched(reader)
+    release_table(reader.table)
+    reader.table = NULL
+
+
+cdef void touch(RouteReader *reader, SchedulerState *scheduler) noexcept nogil:
+    for i in range(reader.n_touched):
+        if reader.touched[i] == scheduler:
+            return
+    if reader.n_touched == MAX_TOUCHED:
+        wake_touched(reader)
+    retain_scheduler(scheduler)     # its requests may be answered, and its table retired, before the round ends
+    reader.touched[reader.n_touched] = scheduler
+    reader.n_touched += 1
+
+
+cdef void wake_touched(RouteReader *reader) noexcept nogil:
+    for i in range(reader.n_touched):
+        wake(reader.touched[i])
+        release_scheduler(reader.touched[i])
+    reader.n_touched = 0
+
+
 cdef class Router:
-    """The compiled route table; ``publish`` and dispatch happen on the same thread."""
+    """The published route table; any number of threads read it, one at a time publishes."""
+
+    def __cinit__(self):
+        self.state = <RouterState *> calloc(1, sizeof(RouterState))
+        if self.state == NULL:
+            raise MemoryError
+        self.state.references = 1
+        pthread_mutex_init(&self.state.lock, NULL)
 
     def __dealloc__(self):
-        self.wake_instances()
-        free_table(self.table)
+        if self.state != NULL:
+            release_router(self.state)
 
     def publish(self, routes not None):
         """Replaces the table: ``{name: (default_version, {version: Scheduler})}``.
@@ -90,6 +157,7 @@ cdef class Router:
         cdef int n_slots = 8
         if table == NULL:
             raise MemoryError
+        table.references = 1
         try:
             while n_slots < 2 * len(routes):
                 n_slots *= 2
@@ -102,67 +170,55 @@ cdef class Router:
         except BaseException:
             free_table(table)
             raise
-        retired = self.table
-        self.table = table
-        free_table(retired)
+        pthread_mutex_lock(&self.state.lock)
+        retired = self.state.table
+        self.state.table = table
+        pthread_mutex_unlock(&self.state.lock)
+        release_table(retired)
 
-    cdef DispatchResult dispatch(self, uint8_t *message, size_t size, int64_t received_ns, int64_t deadline_ns,
-                                 CompletionSink *sink, void *owner, Request **request) noexcept nogil:
-        cdef InferScan scan
-        cdef const ModelRoute *model
-        cdef SchedulerState *scheduler
-        cdef Request *candidate
-        cdef EnqueueResult result
-        if self.table == NULL or scan_request(message, size, &scan) != SCAN_OK or not scan.is_plain:
-            return DECLINED
-        model = find_model(self.table, &scan.model_name)
-        if model == NULL:
-            return DECLINED
-        scheduler = find_version(model, &scan.model_version)
-        if scheduler == NULL:
-            return DECLINED
-        candidate = new_request(message, size, scheduler.spec.n_inputs, scheduler.spec.n_key, sink, owner)
-        if candidate == NULL:
-            return DECLINED
-        candidate.received_ns = received_ns
-        candidate.deadline_ns = deadline_ns
-        if not bind_request(scheduler.spec, &scan, candidate):
-            candidate.message = NULL    # stays the caller's
-            free_request(candidate)
-            return DECLINED
-        result = enqueue(scheduler, candidate, scan.priority, scan.timeout_us, now_ns())
-        if result == ENQUEUED:
-            if not scheduler.is_touched:
-                scheduler.is_touched = True
-                scheduler.next_touched = self.touched
-                self.touched = scheduler
-                retain_scheduler(scheduler)
-        elif result == REFUSED_FULL or result == REFUSED_CLOSED:
-            # Answered here: under overload a refusal must cost less than a request.
-            if result == REFUSED_FULL:
-                refuse_request(candidate, UNAVAILABLE, b"Exceeds maximum queue size")
-            else:
-                refuse_request(candidate, UNAVAILABLE, b"Server is stopping, scheduler for model has stopped "
-                                                       b"accepting new inference requests")
-            count_failure(scheduler, candidate, FAILURE_REJECTED, candidate.enqueued_ns)
-            put_settled(sink, candidate, candidate)
+
+cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size, int64_t received_ns,
+                             int64_t deadline_ns, CompletionSink *sink, void *owner, Request **request) noexcept nogil:
+    cdef InferScan scan
+    cdef const ModelRoute *model
+    cdef SchedulerState *scheduler
+    cdef Request *candidate
+    cdef EnqueueResult result
+    if reader.table == NULL or scan_request(message, size, &scan) != SCAN_OK or not scan.is_plain:
+        return DECLINED
+    model = find_model(reader.table, &scan.model_name)
+    if model == NULL:
+        return DECLINED
+    scheduler = find_version(model, &scan.model_version)
+    if scheduler == NULL:
+        return DECLINED
+    candidate = new_request(message, size, scheduler.spec.n_inputs, scheduler.spec.n_key, sink, owner)
+    if candidate == NULL:
+        return DECLINED
+    candidate.received_ns = received_ns
+    candidate.deadline_ns = deadline_ns
+    if not bind_request(scheduler.spec, &scan, candidate):
+        candidate.message = NULL    # stays the caller's
+        free_request(candidate)
+        return DECLINED
+    result = enqueue(scheduler, candidate, scan.priority, scan.timeout_us, now_ns())
+    if result == ENQUEUED:
+        touch(reader, scheduler)
+    elif result == REFUSED_FULL or result == REFUSED_CLOSED:
+        # Answered here: under overload a refusal must cost less than a request.
+        if result == REFUSED_FULL:
+            refuse_request(candidate, UNAVAILABLE, b"Exceeds maximum queue size")
         else:
-            candidate.message = NULL
-            free_request(candidate)
-            return DECLINED
-        request[0] = candidate
-        return DISPATCHED
-
-    cdef void wake_instances(self) noexcept nogil:
-        cdef SchedulerState *scheduler = self.touched
-        cdef SchedulerState *following
-        self.touched = NULL
-        while scheduler != NULL:
-            following = scheduler.next_touched
-            scheduler.is_touched = False
-            wake(scheduler)
-            release_scheduler(scheduler)
-            scheduler = following
+            refuse_request(candidate, UNAVAILABLE, b"Server is stopping, scheduler for model has stopped "
+                                                   b"accepting new inference requests")
+        count_failure(scheduler, candidate, FAILURE_REJECTED, candidate.enqueued_ns)
+        put_settled(sink, candidate, candidate)
+    else:
+        candidate.message = NULL
+        free_request(candidate)
+        return DECLINED
+    request[0] = candidate
+    return DISPATCHED
 
 
 cdef int add_model(RouteTable *table, str name, int64_t default_version, versions) except -1:

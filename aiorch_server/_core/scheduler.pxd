@@ -79,11 +79,7 @@ cdef struct SchedulerState:
     pthread_mutex_t stats_lock
     Counters counters
     # constant
-    const SpecState *spec           # owned by the ModelSpec that the Scheduler object and `keeper` keep alive
-    void *keeper                    # a strong reference to the ModelSpec (PyObject *)
-    # the router's list of schedulers that got something in this round; loop thread only
-    SchedulerState *next_touched
-    bint is_touched
+    SpecState *spec                 # holds one reference
 
 
 cdef enum EnqueueResult:

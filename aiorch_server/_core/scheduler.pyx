@@ -1,6 +1,5 @@
 """The scheduler of one model version: enqueue, cancel, take, settle; all of it callable without the interpreter."""
 
-from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
@@ -21,6 +20,7 @@ from aiorch_server._core.request cimport (
     put_settled,
     refuse_request,
 )
+from aiorch_server._core.spec cimport release_spec, retain_spec
 
 import time
 
@@ -86,8 +86,7 @@ cdef void release_scheduler(SchedulerState *state) noexcept nogil:
     pthread_cond_destroy(&state.idle)
     pthread_mutex_destroy(&state.lock)
     pthread_mutex_destroy(&state.stats_lock)
-    with gil:
-        Py_DECREF(<object> state.keeper)
+    release_spec(state.spec)
     free(state.counters.batch_sizes)
     free(state)
 
@@ -320,9 +319,8 @@ cdef class Scheduler:
         state.default_level = default_priority_level
         state.default_expiry_ns = default_timeout_us * 1000
         state.allow_expiry_override = allow_timeout_override
-        state.spec = &spec.state
-        Py_INCREF(spec)
-        state.keeper = <void *> spec
+        state.spec = spec.state
+        retain_spec(state.spec)
         self.state = state
 
     def __dealloc__(self):

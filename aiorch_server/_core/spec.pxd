@@ -18,7 +18,14 @@ cdef struct TensorLayout:
     int key_at              # inputs: where its dimensions start in the shape key
 
 
+cdef struct SpecText:        # a string that slices point to
+    SpecText *next
+
+
+# Counted references: the ModelSpec object holds one, and each scheduler; whoever drops the last needs no interpreter.
 cdef struct SpecState:
+    int references
+    SpecText *texts         # owned
     int64_t max_batch_size  # 0: no batch dimension, a request is a batch
     int n_inputs
     int n_outputs
@@ -36,15 +43,17 @@ cdef enum:
 
 
 cdef class ModelSpec:
-    cdef SpecState state
+    cdef SpecState *state
     cdef readonly str name
     cdef readonly int version
     cdef readonly object signature
-    cdef list _owned        # the bytes objects behind the slices
 
     cdef object keep(self, bytes text, Slice *slice)
     cdef object describe(self, tensor, TensorLayout *layout)
 
+
+cdef void retain_spec(SpecState *spec) noexcept nogil
+cdef void release_spec(SpecState *spec) noexcept nogil
 
 # Checks a plain scan against the model and fills request.inputs, shape_key, output_mask, rows and id.
 # False: something is not as the model wants it (the Python plane finds the words); `request` is void then.

@@ -1,7 +1,9 @@
 """What a model takes and gives, and the check of a request against it."""
 
-from libc.string cimport memset
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
 
+from aiorch_server._core.request cimport aiorch_add_reference
 from aiorch_server._core.wire cimport TensorView, check_bytes_elements, encode_field, slice_equals
 
 
@@ -103,13 +105,30 @@ cdef bint bind_request(const SpecState *spec, const InferScan *scan, Request *re
     return True
 
 
+cdef void retain_spec(SpecState *spec) noexcept nogil:
+    aiorch_add_reference(&spec.references, 1)
+
+
+cdef void release_spec(SpecState *spec) noexcept nogil:
+    cdef SpecText *text
+    if aiorch_add_reference(&spec.references, -1) > 0:
+        return
+    while spec.texts != NULL:
+        text = spec.texts
+        spec.texts = text.next
+        free(text)
+    free(spec)
+
+
 cdef class ModelSpec:
     """A model version's name and signature in the form that the compiled path reads; immutable."""
 
     def __cinit__(self, str name not None, int version, signature not None):
         """Takes a ``ModelSignature``; ValueError where it exceeds what the compiled path can hold."""
-        memset(&self.state, 0, sizeof(self.state))
-        self._owned = []
+        self.state = <SpecState *> calloc(1, sizeof(SpecState))
+        if self.state == NULL:
+            raise MemoryError
+        self.state.references = 1
         self.name = name
         self.version = version
         self.signature = signature
@@ -132,10 +151,20 @@ cdef class ModelSpec:
         for i, tensor in enumerate(signature.outputs):
             self.describe(tensor, &self.state.outputs[i])
 
+    def __dealloc__(self):
+        if self.state != NULL:
+            release_spec(self.state)
+
     cdef object keep(self, bytes text, Slice *slice):
-        self._owned.append(text)
-        slice.data = <const uint8_t *> <char *> text
-        slice.size = <size_t> len(text)
+        cdef size_t size = <size_t> len(text)
+        cdef SpecText *copy = <SpecText *> malloc(sizeof(SpecText) + size)
+        if copy == NULL:
+            raise MemoryError
+        copy.next = self.state.texts
+        self.state.texts = copy
+        memcpy(copy + 1, <char *> text, size)
+        slice.data = <const uint8_t *> (copy + 1)
+        slice.size = size
 
     cdef object describe(self, tensor, TensorLayout *layout):
         # one dimension is kept free for the batch

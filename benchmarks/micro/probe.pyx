@@ -15,7 +15,7 @@ from aiorch_server._core.request cimport (
     now_ns,
     release_sink,
 )
-from aiorch_server._core.routes cimport DISPATCHED, Router
+from aiorch_server._core.routes cimport DISPATCHED, RouteReader, Router, begin_round, dispatch, end_round
 from aiorch_server._core.wire cimport SCAN_OK, InferScan, scan_request
 
 
@@ -40,6 +40,7 @@ cdef class Probe:
     """One door: a router to dispatch into and a sink that answers come back to."""
 
     cdef Router router
+    cdef RouteReader reader
     cdef CompletionSink *sink
 
     def __cinit__(self, Router router not None):
@@ -68,12 +69,13 @@ cdef class Probe:
                 if copies[number] != NULL:
                     memcpy(copies[number], data, size)
             started = now_ns()
+            begin_round(self.router.state, &self.reader)
             for number in range(count):
-                if copies[number] == NULL or self.router.dispatch(
-                        copies[number], size, started, 0, self.sink, NULL, &request) != DISPATCHED:
+                if copies[number] == NULL or dispatch(
+                        &self.reader, copies[number], size, started, 0, self.sink, NULL, &request) != DISPATCHED:
                     break
                 dispatched += 1
-            self.router.wake_instances()
+            end_round(&self.reader)
             started = now_ns() - started
             for number in range(dispatched, count):
                 free(copies[number])
