@@ -11,7 +11,7 @@ from aiorch_server._core.wire import decode_response, encode_request, scan, walk
 
 try:
     from aiorch_server._core.aio import NativeServer
-    from aiorch_server._core.aio_call import Call
+    from aiorch_server._core.call import Call
 except ImportError:  # built without libnghttp2, or it is not there at run time: only the grpcio door works
     Call = NativeServer = None  # type: ignore[assignment, misc]
 

@@ -1,7 +1,7 @@
 from asyncio import AbstractEventLoop, BaseProtocol, Future
 from collections.abc import Callable
 
-from aiorch_server._core.aio_call import Call
+from aiorch_server._core.call import Call
 from aiorch_server._core.routes import Router
 
 class NativeServer:

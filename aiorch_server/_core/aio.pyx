@@ -11,7 +11,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport strlen
 
-from aiorch_server._core.aio_call cimport Call, CallCarrier
+from aiorch_server._core.aio_call cimport CallCarrier, StreamCall
 from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_answer cimport answer_stream, expire_stream, fail_stream, revoke_stream
 from aiorch_server._core.h2_request cimport make_slow, take_event, take_ready
@@ -296,8 +296,8 @@ cdef class ConnectionProtocol(CallCarrier):
                 if stream == NULL:
                     break
                 if stream.owner != NULL:
-                    (<Call> stream.owner).stream = NULL
-                    Py_DECREF(<Call> stream.owner)
+                    (<StreamCall> stream.owner).stream = NULL
+                    Py_DECREF(<StreamCall> stream.owner)
                     stream.owner = NULL
                 release_stream(stream)
             free_connection(self.connection)
@@ -435,9 +435,9 @@ cdef class ConnectionProtocol(CallCarrier):
         return 0
 
     cdef int handle_event(self, Stream *stream, unsigned int events) except -1:
-        cdef Call call
+        cdef StreamCall call
         if events & EVENT_OVER:
-            call = <Call> stream.owner
+            call = <StreamCall> stream.owner
             call.stream = NULL
             stream.owner = NULL
             release_stream(stream)
@@ -446,17 +446,17 @@ cdef class ConnectionProtocol(CallCarrier):
             return 0
         if stream.owner == NULL:
             try:
-                call = Call.__new__(Call)
+                call = StreamCall.__new__(StreamCall)
                 call.open(self, stream)
                 self.server.on_call(call)
             except Exception:
                 if stream.owner != NULL:
-                    (<Call> stream.owner).finish(STATUS_INTERNAL, "The server failed to start the call")
+                    (<StreamCall> stream.owner).finish(STATUS_INTERNAL, "The server failed to start the call")
                 else:
                     revoke_stream(stream, STATUS_INTERNAL, b"The server failed to start the call")
                 raise
         else:
-            call = <Call> stream.owner
+            call = <StreamCall> stream.owner
         if events & EVENT_HALF_CLOSE:
             call.is_half_closed = True
         if events & (EVENT_MESSAGE | EVENT_HALF_CLOSE) and call.readable is not None:
