@@ -205,6 +205,7 @@ class Application:
         return door.NativeGrpcServer(
             router=self.router,
             max_message_bytes=config.max_message_bytes,
+            io_threads=config.io_threads,
             limits=door.ConnectionLimits(
                 max_concurrent_streams=limits.max_concurrent_streams, max_header_list_bytes=limits.max_header_bytes
             ),

@@ -12,14 +12,16 @@ from aiorch_server._core.wire import decode_response, encode_request, scan, walk
 try:
     from aiorch_server._core.aio import NativeServer
     from aiorch_server._core.call import Call
+    from aiorch_server._core.io import IoThread
 except ImportError:  # built without libnghttp2, or it is not there at run time: only the grpcio door works
-    Call = NativeServer = None  # type: ignore[assignment, misc]
+    Call = IoThread = NativeServer = None  # type: ignore[assignment, misc]
 
 __all__ = [
     "Batch",
     "BatchFormer",
     "Call",
     "Histogram",
+    "IoThread",
     "Mailbox",
     "ModelSpec",
     "NativeServer",

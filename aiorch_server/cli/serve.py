@@ -56,6 +56,9 @@ def serve(
     grpc_address: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port, 0 takes a free one; default 8001.")] = None,
     transport: Annotated[Transport | None, typer.Option(help="What carries gRPC; default native.")] = None,
+    io_threads: Annotated[
+        int | None, typer.Option(help="Threads for plaintext gRPC; 0: the event loop does it; default 1.")
+    ] = None,
     grpc_use_ssl: Annotated[str | None, typer.Option(metavar=_BOOLEAN, help="Whether gRPC speaks TLS.")] = None,
     grpc_server_cert: Annotated[Path | None, typer.Option(help="PEM of the server's certificate.")] = None,
     grpc_server_key: Annotated[Path | None, typer.Option(help="PEM of the server's key.")] = None,
@@ -116,6 +119,7 @@ def serve(
         "grpc_address": grpc_address,
         "grpc_port": grpc_port,
         "transport": transport,
+        "io_threads": io_threads,
         "grpc_server_cert": grpc_server_cert,
         "grpc_server_key": grpc_server_key,
         "grpc_root_cert": grpc_root_cert,

@@ -44,6 +44,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "grpc_root_cert": ("grpc", "tls", "root"),
     "grpc_use_ssl_mutual": ("grpc", "tls", "require_client_auth"),
     "transport": ("grpc", "transport"),
+    "io_threads": ("grpc", "io_threads"),
     "allow_http": ("http", "enabled"),
     "http_address": ("http", "host"),
     "allow_metrics": ("metrics", "enabled"),

@@ -105,12 +105,17 @@ class TlsConfig(Section):
 
 
 class GrpcConfig(Section):
-    """The gRPC door; port 0 takes any free one."""
+    """The gRPC door; port 0 takes any free one.
+
+    ``io_threads`` serve plaintext without the interpreter lock; with 0, and with TLS, the event loop does. Only the
+    native transport has them.
+    """
 
     enabled: Flag = True
     host: Host = LOOPBACK
     port: Port = 8001
     transport: Transport = Transport.NATIVE
+    io_threads: Annotated[Whole, Field(ge=0, le=64)] = 1
     max_message_bytes: Bytes = DEFAULT_MESSAGE_BYTES
     tls: TlsConfig = TlsConfig()
 

@@ -11,15 +11,17 @@ from typing import Final
 _BACKLOG: Final = 1024
 
 
-def bind_socket(address: str) -> tuple[socket.socket, int]:
-    """A bound socket for ``host:port``, ``[v6]:port`` or ``unix:path``, and its port (1 for a unix socket).
+def bind_sockets(address: str, count: int = 1) -> tuple[list[socket.socket], int]:
+    """Listening sockets for ``host:port``, ``[v6]:port`` or ``unix:path``, and their port (1 for a unix socket).
 
-    Port 0 takes a free one; ``[::]`` listens on IPv4 too. Raises RuntimeError, as grpc.aio does, and says why.
+    The kernel spreads connections over the ``count`` sockets of a TCP port (SO_REUSEPORT); of a unix socket there is
+    one alone. Port 0 takes a free one; ``[::]`` listens on IPv4 too. Raises RuntimeError, as grpc.aio does, and says
+    why.
     """
     try:
         if address.startswith("unix:"):
-            return _bind_unix(Path(address.removeprefix("unix:").removeprefix("//"))), 1
-        return _bind_tcp(*_split(address))
+            return [_bind_unix(Path(address.removeprefix("unix:").removeprefix("//")))], 1
+        return _bind_tcp(*_split(address), count)
     except (OSError, ValueError) as error:
         raise RuntimeError(f"Failed to bind to address {address}: {error}") from error
 
@@ -42,22 +44,33 @@ def _split(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _bind_tcp(host: str, port: int) -> tuple[socket.socket, int]:
+def _bind_tcp(host: str, port: int, count: int) -> tuple[list[socket.socket], int]:
     family, kind, protocol, _, sockaddr = socket.getaddrinfo(
         host if host not in ("", "*") else "::", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    bound = socket.socket(family, kind, protocol)
+    sockets: list[socket.socket] = []
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host in ("", "*", "::") else 1)
-        bound.bind(sockaddr)
-        bound.listen(_BACKLOG)
-        bound.setblocking(False)
+        for index in range(count):
+            bound = socket.socket(family, kind, protocol)
+            sockets.append(bound)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host in ("", "*", "::") else 1)
+            if index == 0:
+                # Shared only once it is ours: another server of this user on the port is refused, not joined.
+                bound.bind(sockaddr)
+            if count > 1:
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if index > 0:
+                bound.bind(sockets[0].getsockname())
+        for bound in sockets:
+            bound.listen(_BACKLOG)
+            bound.setblocking(False)
     except BaseException:
-        bound.close()
+        for bound in sockets:
+            bound.close()
         raise
-    return bound, int(bound.getsockname()[1])
+    return sockets, int(sockets[0].getsockname()[1])
 
 
 def _bind_unix(path: Path) -> socket.socket:

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import grpc
 
 from aiorch_server import _core
-from aiorch_server.frontends.grpc.address import bind_socket, remove_socket_file
+from aiorch_server.frontends.grpc.address import bind_sockets, remove_socket_file
 from aiorch_server.frontends.grpc.call import run_call
 from aiorch_server.frontends.grpc.context import ServicerContext
 from aiorch_server.frontends.grpc.credentials import ServerCredentials
@@ -27,7 +27,7 @@ from aiorch_server.frontends.grpc.metadata import MalformedMetadata, decode_meta
 from aiorch_server.frontends.unpacking import UnpackBudget
 
 if TYPE_CHECKING:
-    from aiorch_server._core import Call, NativeServer, Router
+    from aiorch_server._core import Call, IoThread, NativeServer, Router
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +61,16 @@ class ConnectionLimits:
     write_timeout_s: float = 60.0
 
 
+_Driver = TypeVar("_Driver", "NativeServer", "IoThread")
+
+
 class _HandlerCallDetails(NamedTuple):
     method: str
     invocation_metadata: Any
 
 
 class _Port(NamedTuple):
-    socket: socket.socket
+    sockets: list[socket.socket]
     ssl_context: ssl.SSLContext | None
 
 
@@ -81,7 +84,9 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
 
     ``router`` None sends every call to the registered handlers. ``maximum_concurrent_rpcs`` counts the calls that
     handlers run; those of the fast path are bounded by their queues. Handlers that are plain functions run on
-    ``executor`` (a pool of 8 threads if None). Raises RuntimeError where the compiled door was not built.
+    ``executor`` (a pool of 8 threads if None). Plaintext ports are served by ``io_threads`` threads that never need
+    the interpreter lock, or, with 0, by the loop; ports with TLS always by the loop. Raises RuntimeError where the
+    compiled door was not built.
     """
 
     def __init__(
@@ -93,9 +98,13 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         maximum_concurrent_rpcs: int | None = None,
         executor: ThreadPoolExecutor | None = None,
         limits: ConnectionLimits | None = None,
+        io_threads: int = 1,
     ) -> None:
         if not is_native_available():
             raise RuntimeError("the native gRPC door needs libnghttp2 at build time; use --transport grpcio instead")
+        if io_threads < 0:
+            raise ValueError(f"io_threads is {io_threads}; expected 0 (the loop) or more")
+        self._io_threads = io_threads
         self._router = router
         self._fast_path = fast_path
         self._max_message_bytes = max_message_bytes
@@ -109,7 +118,8 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         self._ports: list[_Port] = []
         self._listeners: list[asyncio.AbstractServer] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._native: NativeServer | None = None
+        self._drivers: list[NativeServer | IoThread] = []
+        self._is_started = False
         self._shutdown: asyncio.Task[None] | None = None
         self._stop_at: float | None = None
         self._hurry = asyncio.Event()
@@ -145,37 +155,62 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         return self._add_port(address, server_credentials.make_ssl_context())
 
     def _add_port(self, address: str, ssl_context: ssl.SSLContext | None) -> int:
-        if self._native is not None:
+        if self._is_started:
             raise RuntimeError("ports are added before the server is started")
-        bound, port = bind_socket(address)
-        self._ports.append(_Port(bound, ssl_context))
+        sockets, port = bind_sockets(address, max(1, self._io_threads) if ssl_context is None else 1)
+        self._ports.append(_Port(sockets, ssl_context))
         return port
 
     # ------------------------------------------------------------------------------------------------ life cycle
 
     async def start(self) -> None:
         """Begins to accept; once only."""
-        if self._native is not None or self._stop_at is not None:
+        if self._is_started or self._stop_at is not None:
             raise grpc.aio.UsageError("the server was started or stopped already")
+        self._is_started = True
+        on_loop = [port for port in self._ports if self._is_for_loop(port)]
+        on_threads = [port for port in self._ports if not self._is_for_loop(port)]
+        if on_loop:
+            await self._listen_on_loop(on_loop)
+        if on_threads:
+            self._listen_on_threads(on_threads)
+
+    def _is_for_loop(self, port: _Port) -> bool:
+        return port.ssl_context is not None or self._io_threads == 0
+
+    async def _listen_on_loop(self, ports: Sequence[_Port]) -> None:
         loop = asyncio.get_running_loop()
         assert _core.NativeServer is not None
-        self._native = _core.NativeServer(
-            loop,
+        native = self._make_driver(_core.NativeServer)
+        for port in ports:
+            (bound,) = port.sockets
+            create = loop.create_unix_server if bound.family == socket.AF_UNIX else loop.create_server
+            options: dict[str, Any] = {}
+            if port.ssl_context is not None:
+                # A client that does not say goodbye would otherwise hold up a drain for asyncio's 30 s.
+                options = {"ssl_handshake_timeout": _TLS_HANDSHAKE_S, "ssl_shutdown_timeout": _LAST_WORDS_S}
+            self._listeners.append(await create(native.make_protocol, sock=bound, ssl=port.ssl_context, **options))
+
+    def _listen_on_threads(self, ports: Sequence[_Port]) -> None:
+        assert _core.IoThread is not None
+        threads = [self._make_driver(_core.IoThread) for _ in range(self._io_threads)]
+        for port in ports:
+            for thread, bound in zip(threads, port.sockets, strict=False):  # of a unix socket there is one alone
+                thread.listen(bound.fileno())
+        for index, thread in enumerate(threads):
+            thread.start(f"aiorch-io-{index}")
+
+    def _make_driver(self, kind: type[_Driver]) -> _Driver:
+        driver = kind(
+            asyncio.get_running_loop(),
             self._on_call,
             self._router,
             fast_path=self._fast_path,
             max_message_bytes=self._max_message_bytes,
             **asdict(self._limits),
         )
-        for port in self._ports:
-            create = loop.create_unix_server if port.socket.family == socket.AF_UNIX else loop.create_server
-            options: dict[str, Any] = {}
-            if port.ssl_context is not None:
-                # A client that does not say goodbye would otherwise hold up a drain for asyncio's 30 s.
-                options = {"ssl_handshake_timeout": _TLS_HANDSHAKE_S, "ssl_shutdown_timeout": _LAST_WORDS_S}
-            self._listeners.append(
-                await create(self._native.make_protocol, sock=port.socket, ssl=port.ssl_context, **options)
-            )
+        self._drivers.append(driver)
+        return driver
 
     async def stop(self, grace: float | None) -> None:
         """Stops accepting, lets calls end for ``grace`` seconds, then answers the rest with UNAVAILABLE.
@@ -203,7 +238,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
     @property
     def connections(self) -> int:
         """The number of open connections."""
-        return self._native.connections if self._native is not None else 0
+        return sum(driver.connections for driver in self._drivers)
 
     @property
     def calls(self) -> int:
@@ -213,31 +248,31 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
     @property
     def in_flight(self) -> int:
         """The number of requests of the fast path that have not come back from their queues."""
-        return self._native.in_flight if self._native is not None else 0
+        return sum(driver.in_flight for driver in self._drivers)
 
     async def _shut_down(self) -> None:
         try:
             await self._end_connections()
             await self._end_servicers()
         finally:
-            if self._native is not None:
-                self._native.close()
+            for driver in self._drivers:
+                driver.close()
             if self._owned_executor is not None:
                 self._owned_executor.shutdown(wait=False, cancel_futures=True)
             self._terminated.set()
 
     async def _end_connections(self) -> None:
-        for port in self._ports:
-            remove_socket_file(port.socket)
+        sockets = [(bound, port) for port in self._ports for bound in port.sockets]
+        for bound, _ in sockets:
+            remove_socket_file(bound)
         for listener in self._listeners:
             listener.close()
-        native = self._native
-        if native is None:
-            for port in self._ports:
-                port.socket.close()
-            return
-        native.drain()
-        disconnected = asyncio.ensure_future(native.wait_disconnected())
+        for bound, port in sockets:
+            if not self._is_started or not self._is_for_loop(port):  # the loop closes its own
+                bound.close()
+        for driver in self._drivers:
+            driver.drain()
+        disconnected: asyncio.Future[Any] = asyncio.gather(*[driver.wait_disconnected() for driver in self._drivers])
         while not disconnected.done():
             assert self._stop_at is not None
             left = self._stop_at - asyncio.get_running_loop().time()
@@ -249,9 +284,11 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
             await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             hurry.cancel()
         if not disconnected.done():
-            native.cancel_calls(grpc.StatusCode.UNAVAILABLE.value[0], "Cancelling all calls")
+            for driver in self._drivers:
+                driver.cancel_calls(grpc.StatusCode.UNAVAILABLE.value[0], "Cancelling all calls")
             await asyncio.wait({disconnected}, timeout=_LAST_WORDS_S)
-            native.abort_connections()
+            for driver in self._drivers:
+                driver.abort_connections()
             await disconnected
 
     async def _end_servicers(self) -> None:

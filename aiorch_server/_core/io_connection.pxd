@@ -1,0 +1,17 @@
+# One connection of an I/O thread: its socket, what is read and written, and how it begins and ends.
+
+from libc.stdint cimport int64_t
+
+from aiorch_server._core.crossing cimport sockaddr_storage, socklen_t
+from aiorch_server._core.io_state cimport IoConnection, IoState
+
+
+# Takes over the descriptor (not blocking); -1: no memory, it is closed.
+cdef int open_io_connection(IoState *io, int fd, const sockaddr_storage *peer, socklen_t peer_size,
+                            int64_t now) noexcept nogil
+# Reads once and feeds the session; how much depends on what the last reads cost.
+cdef void receive(IoConnection *connection, int64_t now) noexcept nogil
+# Puts complete messages into their queues; what the router declines becomes a slow call.
+cdef void dispatch_ready(IoConnection *connection) noexcept nogil
+# The last step of a round: tells the asyncio plane, writes, and closes the connection if it must go.
+cdef void end_turn(IoConnection *connection) noexcept nogil

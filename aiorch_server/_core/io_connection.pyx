@@ -1,0 +1,244 @@
+"""One connection of an I/O thread; see io_connection.pxd."""
+
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
+
+from aiorch_server._core.crossing cimport Link
+from aiorch_server._core.h2 cimport *
+from aiorch_server._core.h2_request cimport make_slow, take_ready
+from aiorch_server._core.h2_stream cimport Limits, Stream
+from aiorch_server._core.io_plane cimport tell_events
+from aiorch_server._core.io_state cimport *
+from aiorch_server._core.request cimport Request, now_ns
+from aiorch_server._core.routes cimport DISPATCHED, dispatch
+from aiorch_server._core.timers cimport clear_timer, set_timer
+
+cdef extern from "<sys/socket.h>" nogil:
+    Py_ssize_t recv(int fd, void *buffer, size_t size, int flags)
+    Py_ssize_t send(int fd, const void *buffer, size_t size, int flags)
+    int setsockopt(int fd, int level, int option, const void *value, socklen_t size)
+    int AF_UNIX
+    int SOL_SOCKET
+    int SO_KEEPALIVE
+    int MSG_NOSIGNAL
+
+cdef extern from "<netinet/in.h>" nogil:
+    int IPPROTO_TCP
+
+cdef extern from "<netinet/tcp.h>" nogil:
+    int TCP_NODELAY
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
+cdef enum:
+    FIRST_READ_BYTES = 16384
+    LEAST_READ_BYTES = 2048
+    SEND_BYTES_PER_ROUND = 1048576      # to one connection: then it is the others' turn
+    READ_SLICE_NS = 5000000             # a read that took longer to understand is followed by a smaller one
+    GREETING_BYTES = 33                 # client preface and the header of its SETTINGS frame
+
+
+cdef int open_io_connection(IoState *io, int fd, const sockaddr_storage *peer, socklen_t peer_size,
+                            int64_t now) noexcept nogil:
+    """Takes over the descriptor; -1: no memory, it is closed."""
+    cdef IoConnection *connection = <IoConnection *> calloc(1, sizeof(IoConnection))
+    cdef int yes = 1
+    if connection == NULL:
+        close(fd)
+        return -1
+    connection.io, connection.peer, connection.peer_size = io, peer[0], peer_size
+    connection.watched.kind, connection.watched.fd = WATCHED_CONNECTION, fd
+    connection.interest, connection.read_bytes = EPOLLIN, FIRST_READ_BYTES
+    connection.session = open_connection(io.group, connection)
+    if (connection.session == NULL
+            or set_timer(&io.timers, &connection.greeting, now + io.greeting_timeout_ns, connection) < 0
+            or watch(io, &connection.watched, EPOLLIN, EPOLL_CTL_ADD) < 0):
+        clear_timer(&io.timers, &connection.greeting)
+        if connection.session != NULL:
+            close_connection(connection.session)
+            free_connection(connection.session)
+        close(fd)
+        free(connection)
+        return -1
+    if peer.ss_family != AF_UNIX:
+        setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &yes, sizeof(yes))
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes))
+    connection.older = io.connections
+    if connection.older != NULL:
+        connection.older.newer = connection
+    io.connections = connection
+    io.n_connections += 1
+    if io.is_draining:
+        drain_connection(connection.session)
+    mark_dirty(connection)
+    return 0
+
+
+cdef void destroy_connection(IoConnection *connection) noexcept nogil:
+    cdef IoState *io = connection.io
+    cdef Link *link
+    close_connection(connection.session)
+    tell_events(connection)
+    free_connection(connection.session)
+    while connection.links != NULL:
+        link = connection.links
+        connection.links = link.older
+        link.connection = NULL
+        link.older = link.newer = NULL
+    clear_timer(&io.timers, &connection.greeting)
+    clear_timer(&io.timers, &connection.stall)
+    close(connection.watched.fd)
+    free(connection.unsent)
+    if connection.newer != NULL:
+        connection.newer.older = connection.older
+    else:
+        io.connections = connection.older
+    if connection.older != NULL:
+        connection.older.newer = connection.newer
+    io.n_connections -= 1
+    free(connection)
+
+
+cdef void receive(IoConnection *connection, int64_t now) noexcept nogil:
+    cdef IoState *io = connection.io
+    cdef int64_t spent_ns
+    cdef Py_ssize_t size = recv(connection.watched.fd, io.receive_buffer, connection.read_bytes, 0)
+    if size < 0:
+        if errno != EAGAIN and errno != EINTR:
+            doom(connection)
+        return
+    mark_dirty(connection)
+    if size == 0:
+        connection.has_ended = True     # a client that only listens is of no use to HTTP/2
+        return
+    if feed(connection.session, io.receive_buffer, <size_t> size, now) < 0:
+        doom(connection)
+        return
+    if connection.greeting.place:
+        connection.greeting_bytes += <size_t> size
+        if connection.greeting_bytes >= GREETING_BYTES:
+            clear_timer(&io.timers, &connection.greeting)
+    if <size_t> size < connection.read_bytes:
+        return
+    # Small frames that cost much must not hold up the other connections.
+    spent_ns = now_ns() - now
+    if spent_ns > READ_SLICE_NS:
+        connection.read_bytes = max(connection.read_bytes // 4, <size_t> LEAST_READ_BYTES)
+    elif connection.read_bytes < RECEIVE_BYTES:
+        connection.read_bytes *= 2
+
+
+cdef Py_ssize_t send_some(IoConnection *connection, const uint8_t *data, size_t size) noexcept nogil:
+    """Bytes that the socket took, 0 when it is full, -1 when it is broken."""
+    cdef Py_ssize_t taken = send(connection.watched.fd, data, size, MSG_NOSIGNAL)
+    if taken >= 0:
+        return taken
+    return 0 if errno == EAGAIN or errno == EINTR else -1
+
+
+cdef int send_unsent(IoConnection *connection) noexcept nogil:
+    """What an earlier round left; -1: broken."""
+    cdef Py_ssize_t taken = send_some(
+        connection, connection.unsent + connection.unsent_at, connection.unsent_size - connection.unsent_at)
+    if taken < 0:
+        return -1
+    connection.unsent_at += <size_t> taken
+    if connection.unsent_at < connection.unsent_size:
+        connection.is_write_blocked = True
+        return 0
+    free(connection.unsent)
+    connection.unsent = NULL
+    clear_timer(&connection.io.timers, &connection.stall)
+    return 0
+
+
+cdef int keep_unsent(IoConnection *connection, const uint8_t *data, size_t size) noexcept nogil:
+    """The socket is full: keeps a copy, and expects the client to take it in time. -1: no memory."""
+    cdef IoState *io = connection.io
+    connection.unsent = <uint8_t *> malloc(size)
+    if connection.unsent == NULL:
+        return -1
+    memcpy(connection.unsent, data, size)
+    connection.unsent_size, connection.unsent_at = size, 0
+    connection.is_write_blocked = True
+    return set_timer(&io.timers, &connection.stall, now_ns() + io.write_timeout_ns, connection)
+
+
+cdef int flush(IoConnection *connection) noexcept nogil:
+    """Writes what the session has to say, until the socket is full; -1: broken."""
+    cdef IoState *io = connection.io
+    cdef Py_ssize_t size, taken
+    cdef size_t total = 0
+    if connection.is_write_blocked:
+        return 0
+    if connection.unsent == NULL:
+        clear_timer(&io.timers, &connection.stall)
+    elif send_unsent(connection) < 0:
+        return -1
+    while not connection.is_write_blocked:
+        size = collect(connection.session, io.send_buffer, SEND_BYTES)
+        if size <= 0:
+            return <int> size
+        taken = send_some(connection, io.send_buffer, <size_t> size)
+        if taken < 0:
+            return -1
+        if taken < size:
+            return keep_unsent(connection, io.send_buffer + taken, <size_t> (size - taken))
+        total += <size_t> size
+        if total >= SEND_BYTES_PER_ROUND:
+            # the next round comes at once, but where the socket is full by chance
+            connection.is_write_blocked = True
+            return set_timer(&io.timers, &connection.stall, now_ns() + io.write_timeout_ns, connection)
+    return 0
+
+
+cdef void watch_connection(IoConnection *connection) noexcept nogil:
+    """Asks epoll for what is wanted now: a client that takes no answers, or gives up too many calls, is not read."""
+    cdef Limits *limits = &connection.io.group.limits
+    cdef uint32_t interest = EPOLLIN
+    if (connection.is_write_blocked and connection.session.outbound_bytes > limits.max_outbound_bytes
+            or connection.orphan_bytes > limits.max_buffered_bytes):
+        interest = 0
+    if connection.is_write_blocked:
+        interest |= EPOLLOUT
+    if interest != connection.interest:
+        connection.interest = interest
+        if watch(connection.io, &connection.watched, interest, EPOLL_CTL_MOD) < 0:
+            connection.must_close = True
+
+
+cdef void dispatch_ready(IoConnection *connection) noexcept nogil:
+    """Puts complete messages into their queues; what the router declines becomes a slow call."""
+    cdef IoState *io = connection.io
+    cdef Request *request = NULL
+    cdef Stream *stream = take_ready(connection.session)
+    while stream != NULL:
+        if stream.message != NULL and dispatch(
+                &io.reader, stream.message, stream.message_size, stream.received_ns, stream.deadline.due_ns, io.sink,
+                stream, &request) == DISPATCHED:
+            stream.message = NULL
+            stream.request = request
+            io.group.in_flight += 1
+        else:
+            make_slow(stream)
+        stream = take_ready(connection.session)
+
+
+cdef void end_turn(IoConnection *connection) noexcept nogil:
+    """The last step for a dirty connection: tells, writes, and closes it if it must go."""
+    if not connection.must_close:
+        tell_events(connection)
+        if flush(connection) < 0:
+            connection.must_close = True
+        elif connection.session.event_head != NULL:
+            tell_events(connection)     # the client has taken enough
+        if connection.has_ended or (connection.unsent == NULL and is_over(connection.session)):
+            connection.must_close = True
+    if not connection.must_close:
+        watch_connection(connection)
+    if connection.must_close:
+        destroy_connection(connection)
