@@ -61,11 +61,11 @@ threading.Event().wait(60)
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.fixture(params=["native", "grpcio"])
+@pytest.fixture(params=["native --io-threads 0", "native --io-threads 1", "native --io-threads 2", "grpcio"])
 def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
     (tmp_path / "double" / "1").mkdir(parents=True)
     (tmp_path / "double" / "1" / "model.py").write_text(MODEL)
-    with serve(tmp_path, "--transport", request.param) as running:
+    with serve(tmp_path, "--transport", *request.param.split()) as running:
         yield running
 
 

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parent / "leaks" / "sessions.py"
 
 
-@pytest.mark.parametrize("case", ["session", "driver"])
+@pytest.mark.parametrize("case", ["session", "driver", "thread"])
 def test_memory_is_given_back(case: str) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), case], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr

@@ -30,6 +30,8 @@ from aiorch_server.types import ModelIndexEntry
 
 BACKENDS = ("aiorch_backends.identity:IdentityBackend", "aiorch_backends.python:PythonBackend")
 DEADLINE_S = 20.0
+#: The native one on the event loop, and on one or two I/O threads.
+TRANSPORTS = ["native-0", "native-1", "native-2", "grpcio"]
 MODEL = """
 class Model:
     inputs = [("X", "INT32", [1])]
@@ -61,10 +63,15 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
+def describe_door(transport: str) -> dict[str, Any]:
+    name, _, threads = transport.partition("-")
+    return {"port": 0, "transport": name, "io_threads": int(threads or 1)}
+
+
 def configure(root: Path, transport: str = "native", **sections: Any) -> ServerConfig:
     return ServerConfig.model_validate(
         {
-            "grpc": {"port": 0, "transport": transport},
+            "grpc": describe_door(transport),
             "http": {"port": 0},
             "metrics": {"port": 0},
             "repository": {"paths": [str(root)]},
@@ -97,7 +104,7 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.005)
 
 
-@pytest.mark.parametrize("transport", ["native", "grpcio"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_all_doors_serve_the_same_models(repository: Path, transport: str) -> None:
     entries: list[ModelIndexEntry] = []
     async with (
@@ -125,7 +132,7 @@ async def test_all_doors_serve_the_same_models(repository: Path, transport: str)
     ]
 
 
-@pytest.mark.parametrize("transport", ["native", "grpcio"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_every_door_keeps_the_limit_of_headers(repository: Path, transport: str) -> None:
     config = configure(repository, transport, limits={"max_header_bytes": 2048})
     async with Application(config) as app:
@@ -151,10 +158,10 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("is_mutual", [False, True])
-@pytest.mark.parametrize("transport", ["native", "grpcio"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_grpc_over_tls(repository: Path, tls: dict[str, str], transport: str, is_mutual: bool) -> None:
     settings: dict[str, Any] = {**tls, "root": tls["certificate"], "require_client_auth": True} if is_mutual else tls
-    config = configure(repository, grpc={"port": 0, "transport": transport, "tls": settings})
+    config = configure(repository, grpc={**describe_door(transport), "tls": settings})
     certificate, key = Path(tls["certificate"]).read_bytes(), Path(tls["key"]).read_bytes()
     known = grpc.ssl_channel_credentials(certificate, key, certificate)
     stranger = grpc.ssl_channel_credentials(certificate)
@@ -176,7 +183,7 @@ async def test_grpc_over_tls(repository: Path, tls: dict[str, str], transport: s
                 await InferenceStub(channel).ModelInfer(make_request("echo"), timeout=DEADLINE_S)
 
 
-@pytest.mark.parametrize("transport", ["native", "grpcio"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_stop_answers_what_is_under_way(repository: Path, transport: str) -> None:
     async with (
         Application(configure(repository, transport)) as app,
@@ -188,7 +195,7 @@ async def test_stop_answers_what_is_under_way(repository: Path, transport: str) 
         assert [read_value(await call) for call in calls] == list(range(6))
 
 
-@pytest.mark.parametrize("transport", ["native", "grpcio"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_what_does_not_end_within_the_grace_is_failed_and_the_server_ends(tmp_path: Path, transport: str) -> None:
     write_identity(tmp_path, "stuck", 3_000_000)
     app = Application(configure(tmp_path, transport))
@@ -212,7 +219,7 @@ async def test_what_does_not_end_within_the_grace_is_failed_and_the_server_ends(
             assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
-@pytest.mark.parametrize("transport", ["native", "grpcio"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_a_swap_under_load_loses_no_request(repository: Path, transport: str) -> None:
     lifecycle = {"control_mode": "explicit", "load_models": ["echo"]}
     async with (

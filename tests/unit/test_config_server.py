@@ -33,6 +33,7 @@ def test_defaults_are_tritons_ports_on_loopback() -> None:
         ("127.0.0.1", 8002),
     ]
     assert config.grpc.transport is Transport.NATIVE
+    assert config.grpc.io_threads == 1
     assert config.grpc.max_message_bytes == 64 * 1024 * 1024
     assert not config.grpc.tls.is_enabled
     assert config.lifecycle.control_mode is ControlMode.NONE

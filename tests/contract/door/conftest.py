@@ -1,4 +1,4 @@
-"""Doors on threads of their own: the native one on asyncio and on uvloop, and grpcio's; real clients in the tests."""
+"""Doors with real clients: the native one on asyncio, on uvloop and on I/O threads; and grpcio's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from aiorch_server.frontends.grpc import (
 
 TIMEOUT_S = 20.0
 SERVICE = "door.Test"
-NATIVE = ["native-asyncio", "native-uvloop"]
+#: native-LOOP-N: N I/O threads, or none: the loop serves the sockets.
+NATIVE = ["native-asyncio-0", "native-uvloop-0", "native-asyncio-1"]
+NATIVE_AND_TWO_THREADS = [*NATIVE, "native-uvloop-2"]
 
 
 def wait_until(is_true: Callable[[], Any], what: str = "the state") -> None:
@@ -247,7 +249,7 @@ class Door:
         assert is_native_available(), "the compiled door was not built"
         self.kind = kind
         self.servicer = Servicer()
-        self.loop = uvloop.new_event_loop() if kind == "native-uvloop" else asyncio.new_event_loop()
+        self.loop = uvloop.new_event_loop() if "uvloop" in kind else asyncio.new_event_loop()
         self.problems: list[dict[str, Any]] = []
         self.loop.set_exception_handler(lambda _, context: self.problems.append(context))
         self._thread = threading.Thread(target=self._run_loop, name=kind)
@@ -263,7 +265,10 @@ class Door:
 
     async def _start(self, address: str, credentials: Any, options: dict[str, Any]) -> None:
         register = options.pop("register", None)
-        self.server = NativeGrpcServer(**options) if self.is_native else create_grpcio_server(**options)
+        if self.is_native:
+            self.server = NativeGrpcServer(io_threads=int(self.kind.rpartition("-")[2]), **options)
+        else:
+            self.server = create_grpcio_server(**options)
         self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self.servicer.handlers()),))
         if register is not None:
             result = register(self.server)
@@ -349,6 +354,11 @@ def make_door() -> Iterator[Callable[..., Door]]:
 
 @pytest.fixture(params=[*NATIVE, "grpcio"])
 def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=[*NATIVE_AND_TWO_THREADS, "grpcio"])
+def kind_or_two(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 

@@ -254,8 +254,9 @@ def test_a_client_that_takes_no_bytes_is_closed(make_door: Callable[..., Door]) 
             door.check_next_call()
 
 
-def test_streams_above_the_limit_are_refused(make_door: Callable[..., Door]) -> None:
-    door = make_door("native-asyncio", limits=ConnectionLimits(max_concurrent_streams=10))
+@pytest.mark.parametrize("kind", NATIVE)
+def test_streams_above_the_limit_are_refused(make_door: Callable[..., Door], kind: str) -> None:
+    door = make_door(kind, limits=ConnectionLimits(max_concurrent_streams=10))
     with Attacker(door) as attacker:
         for stream_id in range(1, 41, 2):
             one = headers(stream_id, WAIT, "END_HEADERS")

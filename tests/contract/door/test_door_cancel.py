@@ -17,6 +17,12 @@ import pytest
 from .conftest import SERVICE, TIMEOUT_S, Door, wait_until
 
 
+@pytest.fixture
+def kind(kind_or_two: str) -> str:
+    """Of two threads as well."""
+    return kind_or_two
+
+
 def fail_of(call: Any) -> grpc.RpcError:
     with pytest.raises(grpc.RpcError) as caught:
         call()

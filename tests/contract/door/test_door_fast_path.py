@@ -19,7 +19,7 @@ from hand_driven import HandDriven, make_spec, message, values_of
 from aiorch_server._core import Batch, Router, Scheduler, decode_response, encode_request
 from aiorch_server.frontends.grpc import FAST_PATH
 
-from .conftest import NATIVE, TIMEOUT_S, Door, wait_until
+from .conftest import NATIVE, NATIVE_AND_TWO_THREADS, TIMEOUT_S, Door, wait_until
 
 
 class FastDoor:
@@ -67,7 +67,7 @@ class FastDoor:
         wait_until(lambda: self.scheduler.in_flight == 0, "the end of the batch")
 
 
-@pytest.fixture(params=NATIVE)
+@pytest.fixture(params=NATIVE_AND_TWO_THREADS)
 def fast(request: pytest.FixtureRequest, make_door: Callable[..., Door]) -> Iterator[FastDoor]:
     site = FastDoor(make_door, request.param)
     yield site
@@ -198,8 +198,9 @@ def test_compressed_requests_go_to_python(fast: FastDoor) -> None:
     assert answer == b"python: %d" % len(request)
 
 
-def test_a_full_queue_is_refused_at_once(make_door: Callable[..., Door]) -> None:
-    fast = FastDoor(make_door, "native-asyncio", max_queue_size=2)
+@pytest.mark.parametrize("kind", NATIVE)
+def test_a_full_queue_is_refused_at_once(make_door: Callable[..., Door], kind: str) -> None:
+    fast = FastDoor(make_door, kind, max_queue_size=2)
     try:
         running = fast.begin(1)
         fast.wait_taken(1)
@@ -249,12 +250,13 @@ def test_64_clients_get_their_own_answers(fast: FastDoor) -> None:
     fast.check_next_call()
 
 
-def test_a_router_published_while_calls_run(make_door: Callable[..., Door]) -> None:
+@pytest.mark.parametrize("kind", NATIVE)
+def test_a_router_published_while_calls_run(make_door: Callable[..., Door], kind: str) -> None:
     """Publishing belongs to the loop's thread, as the lifecycle manager does it."""
     schedulers = [Scheduler(make_spec()) for _ in range(2)]
     router = Router()
     router.publish({"echo": (3, {3: schedulers[0]})})
-    door = make_door("native-uvloop", router=router)
+    door = make_door(kind, router=router)
 
     def serve(scheduler: Scheduler) -> None:
         batch = Batch(scheduler)

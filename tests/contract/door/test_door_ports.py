@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from aiorch_server.frontends.grpc import NativeGrpcServer, ServerCredentials
 
-from .conftest import NATIVE, TIMEOUT_S, Door, wait_until
+from .conftest import NATIVE, NATIVE_AND_TWO_THREADS, TIMEOUT_S, Door, wait_until
 
 Certificates = Callable[[str], bytes]
 
@@ -42,11 +42,12 @@ def test_unix_socket(make_door: Callable[..., Door], kind: str, tmp_path: Path) 
     assert not path.exists()
 
 
-def test_a_unix_socket_left_behind_is_replaced(make_door: Callable[..., Door], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", NATIVE_AND_TWO_THREADS)
+def test_a_unix_socket_left_behind_is_replaced(make_door: Callable[..., Door], kind: str, tmp_path: Path) -> None:
     path = tmp_path / "door.sock"
     with socket.socket(socket.AF_UNIX) as abandoned:
         abandoned.bind(str(path))
-    make_door("native-asyncio", f"unix:{path}").check_next_call()
+    make_door(kind, f"unix:{path}").check_next_call()
     with pytest.raises(RuntimeError, match="Failed to bind to address unix:"):
         NativeGrpcServer().add_insecure_port(f"unix:{path}")
 
@@ -57,9 +58,12 @@ def test_bad_addresses(address: str) -> None:
         NativeGrpcServer().add_insecure_port(address)
 
 
-def test_a_taken_port_is_refused(native_door: Door) -> None:
-    with pytest.raises(RuntimeError, match=f"Failed to bind to address 127.0.0.1:{native_door.port}"):
-        NativeGrpcServer().add_insecure_port(f"127.0.0.1:{native_door.port}")
+@pytest.mark.parametrize("kind", NATIVE_AND_TWO_THREADS)
+@pytest.mark.parametrize("io_threads", [0, 1, 2])
+def test_a_taken_port_is_refused(make_door: Callable[..., Door], kind: str, io_threads: int) -> None:
+    door = make_door(kind)
+    with pytest.raises(RuntimeError, match=f"Failed to bind to address 127.0.0.1:{door.port}"):
+        NativeGrpcServer(io_threads=io_threads).add_insecure_port(f"127.0.0.1:{door.port}")
 
 
 def test_ports_come_before_start(native_door: Door) -> None:

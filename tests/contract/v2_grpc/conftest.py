@@ -198,12 +198,8 @@ class MemoryControlPlane:
 
 
 #: The servers on which every test of this folder runs.
-DOORS = [
-    "grpcio",
-    pytest.param(
-        "native", marks=pytest.mark.skipif(not is_native_available(), reason="built without libnghttp2: no native door")
-    ),
-]
+NEEDS_NATIVE = pytest.mark.skipif(not is_native_available(), reason="built without libnghttp2: no native door")
+DOORS = ["grpcio", *[pytest.param(f"native-{threads}", marks=NEEDS_NATIVE) for threads in (0, 1)]]
 
 
 @asynccontextmanager
@@ -211,7 +207,10 @@ async def serve(
     door: str, dataplane: Any, controlplane: Any, router: Router | None = None
 ) -> AsyncIterator[SimpleNamespace]:
     """A running server: ``url``, ``dataplane``, ``controlplane``, ``health``, ``stub`` and ``channel`` (grpc.aio)."""
-    server = create_grpcio_server() if door == "grpcio" else NativeGrpcServer(router=router)
+    if door == "grpcio":
+        server = create_grpcio_server()
+    else:
+        server = NativeGrpcServer(router=router, io_threads=int(door.removeprefix("native-")))
     add_inference_service(InferenceServicer(dataplane, controlplane), server)
     health = await add_health_service(server)
     add_reflection_service(server)

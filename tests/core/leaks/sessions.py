@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import h2.config
 import h2.connection
 from hand_driven import make_spec, message
 
-from aiorch_server._core import Batch, NativeServer, Router, Scheduler
+from aiorch_server._core import Batch, IoThread, NativeServer, Router, Scheduler
 
 SessionProbe: Any = importlib.import_module("aiorch_server._core.h2_probe").SessionProbe
 FIELDS = [(":method", "POST"), (":scheme", "http"), (":authority", "x"), ("content-type", "application/grpc")]
@@ -80,6 +81,15 @@ def session() -> None:
 
 def driver() -> None:
     """A server on a loop: connections that come, call both planes, and go in the middle of it."""
+    drive(is_threaded=False)
+
+
+def thread() -> None:
+    """The same on an I/O thread."""
+    drive(is_threaded=True)
+
+
+def drive(*, is_threaded: bool) -> None:
     scheduler = Scheduler(make_spec())
     router = Router()
     router.publish({"echo": (3, {3: scheduler})})
@@ -103,9 +113,17 @@ def driver() -> None:
             if len(calls) % 2:
                 call.finish(0, "", [(b"k", b"v")])
 
-        native = NativeServer(loop, on_call, router, fast_path="/fast")
-        listener = await loop.create_server(native.make_protocol, "127.0.0.1", 0)
-        port = listener.sockets[0].getsockname()[1]
+        native: Any
+        if is_threaded:
+            native = IoThread(loop, on_call, router, fast_path="/fast")
+            listening = socket.create_server(("127.0.0.1", 0))
+            native.listen(listening.fileno())
+            native.start()
+            port = listening.getsockname()[1]
+        else:
+            native = NativeServer(loop, on_call, router, fast_path="/fast")
+            listener = await loop.create_server(native.make_protocol, "127.0.0.1", 0)
+            port = listener.sockets[0].getsockname()[1]
         for turn in range(6):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             client = make_client()
@@ -117,7 +135,7 @@ def driver() -> None:
             for _ in range(turn):
                 await reader.read(100)
             writer.transport.abort()
-        listener.close()
+        (listening if is_threaded else listener).close()
         native.drain()
         native.cancel_calls(14, "bye")
         native.abort_connections()
@@ -134,6 +152,7 @@ def driver() -> None:
 #: Rounds, and how many KiB may stay: a driver has buffers of 512 KiB, whose places in the heap vary. Losing one record
 #: per stream would come to 9 MiB.
 CASES: dict[str, tuple[Callable[[], None], int, int]] = {"session": (session, 200, 512), "driver": (driver, 200, 3072)}
+CASES["thread"] = (thread, 200, 3072)
 
 
 def main() -> None:
