@@ -12,14 +12,17 @@ from aiorch_server._core.wire import decode_response, encode_request, scan, walk
 try:
     from aiorch_server._core.aio import NativeServer
     from aiorch_server._core.call import Call
+    from aiorch_server._core.h2_ledger import ServerLedger
+    from aiorch_server._core.h2_life import ConnectionRules
     from aiorch_server._core.io import IoThread
 except ImportError:  # built without libnghttp2, or it is not there at run time: only the grpcio door works
-    Call = IoThread = NativeServer = None  # type: ignore[assignment, misc]
+    Call = ConnectionRules = IoThread = NativeServer = ServerLedger = None  # type: ignore[assignment, misc]
 
 __all__ = [
     "Batch",
     "BatchFormer",
     "Call",
+    "ConnectionRules",
     "Histogram",
     "IoThread",
     "Mailbox",
@@ -27,6 +30,7 @@ __all__ = [
     "NativeServer",
     "Router",
     "Scheduler",
+    "ServerLedger",
     "decode_response",
     "encode_request",
     "scan",

@@ -2,6 +2,8 @@ from asyncio import AbstractEventLoop, BaseProtocol, Future
 from collections.abc import Callable
 
 from aiorch_server._core.call import Call
+from aiorch_server._core.h2_ledger import ServerLedger
+from aiorch_server._core.h2_life import ConnectionRules
 from aiorch_server._core.routes import Router
 
 class NativeServer:
@@ -24,6 +26,9 @@ class NativeServer:
         high_water_bytes: int = ...,
         greeting_timeout_s: float = ...,
         write_timeout_s: float = ...,
+        rules: ConnectionRules | None = None,
+        ledger: ServerLedger | None = None,
+        packed_encodings: int = 0,
     ) -> None: ...
     def make_protocol(self) -> BaseProtocol: ...
     @property

@@ -14,6 +14,8 @@ from libc.string cimport strlen
 from aiorch_server._core.aio_call cimport CallCarrier, StreamCall
 from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_answer cimport answer_stream, expire_stream, fail_stream, revoke_stream
+from aiorch_server._core.h2_ledger cimport ServerLedger, has_place
+from aiorch_server._core.h2_life cimport ConnectionRules, begin_life, next_tending, tend_due
 from aiorch_server._core.h2_request cimport make_slow, take_event, take_ready
 from aiorch_server._core.h2_stream cimport *
 from aiorch_server._core.request cimport (
@@ -71,7 +73,8 @@ cdef class NativeServer:
                   uint32_t max_concurrent_streams=1024, uint32_t max_header_list_bytes=16 << 10,
                   uint32_t stream_window_bytes=8 << 20, uint32_t connection_window_bytes=16 << 20,
                   size_t max_buffered_bytes=256 << 20, size_t max_outbound_bytes=256 << 20,
-                  size_t high_water_bytes=1 << 20, double greeting_timeout_s=20.0, double write_timeout_s=60.0):
+                  size_t high_water_bytes=1 << 20, double greeting_timeout_s=20.0, double write_timeout_s=60.0,
+                  ConnectionRules rules=None, ServerLedger ledger=None, uint32_t packed_encodings=0):
         cdef Limits limits
         cdef bytes path = fast_path.encode() if router is not None else b""
         if stream_window_bytes >= 1 << 31 or connection_window_bytes >= 1 << 31:
@@ -89,6 +92,9 @@ cdef class NativeServer:
         self.send_buffer = <uint8_t *> malloc(SEND_BYTES)
         if self.group == NULL or self.receive_buffer == NULL or self.send_buffer == NULL:
             raise MemoryError
+        if rules is None:
+            rules = ConnectionRules()
+        set_rules(self.group, &rules.rules, ledger.ledger if ledger is not None else NULL, packed_encodings)
         self.receive_view = <uint8_t[:RECEIVE_BYTES]> self.receive_buffer
         self.sink = new_sink()
         if self.sink == NULL:
@@ -207,6 +213,7 @@ cdef class NativeServer:
         cdef list dirty = self.dirty
         cdef ConnectionProtocol protocol
         self.dirty = []
+        self.group.now_ns = now_ns()
         if self.router is not None:
             begin_round(self.router.state, &self.reader)
         for protocol in dirty:
@@ -230,6 +237,7 @@ cdef class NativeServer:
         if self.sink == NULL:
             return
         request = drain_sink(self.sink)
+        self.group.now_ns = now_ns()
         while request != NULL:
             following = request.next
             self.group.in_flight -= 1
@@ -256,6 +264,9 @@ cdef class NativeServer:
 
     cdef int arm_timer(self) except -1:
         cdef int64_t due_ns = next_due(&self.group.deadlines)
+        cdef int64_t tending_ns = next_tending(self.group)
+        if due_ns == 0 or (tending_ns and tending_ns < due_ns):
+            due_ns = tending_ns
         if due_ns == 0 or (self.timer is not None and self.timer_due_ns <= due_ns):
             return 0
         if self.timer is not None:
@@ -267,8 +278,12 @@ cdef class NativeServer:
 
     def _on_deadline(self):
         cdef int64_t now = now_ns()
+        cdef Connection *connection = tend_due(self.group, now)
         cdef Stream *stream = <Stream *> take_due(&self.group.deadlines, now)
         self.timer = None
+        while connection != NULL:
+            self.mark_dirty(<ConnectionProtocol> connection.owner)
+            connection = tend_due(self.group, now)
         while stream != NULL:
             protocol = <ConnectionProtocol> stream.connection.owner
             expire_stream(stream)
@@ -315,11 +330,15 @@ cdef class ConnectionProtocol(CallCarrier):
         self.peer_name = name_peer(transport)
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if not has_place(self.server.group.ledger):
+            transport.abort()
+            return
         self.connection = open_connection(self.server.group, <void *> self)
-        if self.connection == NULL:
+        if self.connection == NULL or begin_life(self.connection, now_ns()) < 0:
             logger.error("no memory for another connection")
             transport.abort()
             return
+        self.server.arm_timer()
         transport.set_write_buffer_limits(high=TRANSPORT_HIGH_WATER_BYTES)
         self.greeting_timer = self.server.loop.call_later(self.server.greeting_timeout_s, self._on_stalled)
         if self.server.is_draining:
@@ -391,6 +410,8 @@ cdef class ConnectionProtocol(CallCarrier):
             self.write_timer = None
         if self.is_read_paused:
             self.is_read_paused = False
+            if self.connection != NULL:
+                self.connection.life.is_unread = False
             self.transport.resume_reading()
         self.server.mark_dirty(self)
 
@@ -480,11 +501,15 @@ cdef class ConnectionProtocol(CallCarrier):
             self.transport.write(PyBytes_FromStringAndSize(<char *> self.server.send_buffer, size))
         if self.connection.event_head != NULL:
             self.handle_events()
-        if is_over(self.connection):
+        if self.connection.is_broken:
+            self.transport.abort()
+        elif is_over(self.connection):
             self.transport.close()
+            if self.write_timer is None:    # it closes when the client has taken what is buffered
+                self.write_timer = self.server.loop.call_later(self.server.write_timeout_s, self._on_stalled)
         elif (self.is_write_paused and not self.is_read_paused
                 and self.connection.outbound_bytes > self.server.group.limits.max_outbound_bytes):
-            self.is_read_paused = True
+            self.is_read_paused = self.connection.life.is_unread = True
             self.transport.pause_reading()
         return 0
 

@@ -25,7 +25,8 @@ cdef class StreamCall(Call):
     cdef int open(self, CallCarrier carrier, Stream *stream) except -1:
         self.carrier = carrier
         self.loop = carrier.loop
-        self.describe(stream.metadata, stream.metadata_size, <int> stream.encoding, stream.deadline.due_ns)
+        self.describe(stream.metadata, stream.metadata_size, <int> stream.encoding, stream.accepted,
+                      stream.deadline.due_ns)
         self.stream = stream
         stream.owner = <void *> self
         Py_INCREF(self)

@@ -5,7 +5,7 @@
 # A call without a stream drops whatever is sent. Everything runs on the loop's thread.
 
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 
 cdef class Call:
@@ -13,6 +13,7 @@ cdef class Call:
     cdef readonly str path
     cdef readonly list metadata
     cdef readonly str encoding
+    cdef readonly frozenset accepted
     cdef readonly int64_t deadline_ns
     cdef readonly bint is_half_closed
     cdef readonly bint is_over
@@ -22,7 +23,8 @@ cdef class Call:
     cdef object writable
 
     # --- for the driver
-    cdef int describe(self, const uint8_t *packed, size_t size, int encoding, int64_t deadline_ns) except -1
+    cdef int describe(self, const uint8_t *packed, size_t size, int encoding, uint32_t accepted,
+                      int64_t deadline_ns) except -1
     cdef void end(self)
     cdef int wake_reader(self) except -1
     cdef int wake_writer(self) except -1

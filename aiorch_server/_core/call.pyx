@@ -12,18 +12,22 @@ from aiorch_server._core.request cimport now_ns
 logger = logging.getLogger(__name__)
 
 cdef tuple ENCODINGS = ("identity", "gzip", "deflate")     # as StreamEncoding numbers them
+cdef tuple ACCEPTED = tuple(
+    [frozenset([name for number, name in enumerate(ENCODINGS) if number and bits >> number & 1]) for bits in range(8)])
 cdef size_t MAX_FRAME_BYTES = 0xFFFFFFFF
 
 
 cdef class Call:
     """One call on the Python plane, as bytes; made by the driver and passed to ``on_call``.
 
+    ``encoding`` names that of compressed requests, ``accepted`` those that the client takes beside identity.
     ``metadata`` are the request's header pairs as bytes, without those that gRPC itself uses. All methods belong to
     the loop's thread. When the call is over before ``finish`` (cancelled, expired, connection lost), the callback is
     called once, and everything sent later is dropped without an error.
     """
 
-    cdef int describe(self, const uint8_t *packed, size_t size, int encoding, int64_t deadline_ns) except -1:
+    cdef int describe(self, const uint8_t *packed, size_t size, int encoding, uint32_t accepted,
+                      int64_t deadline_ns) except -1:
         self.path = ""
         self.metadata = []
         for pair in unpack_metadata(packed, size):
@@ -32,6 +36,7 @@ cdef class Call:
             else:
                 self.metadata.append(pair)
         self.encoding = ENCODINGS[encoding]
+        self.accepted = ACCEPTED[accepted & 7]
         self.deadline_ns = deadline_ns
         return 0
 
@@ -154,8 +159,16 @@ cdef class Call:
         if self.is_linked():
             self.put_head(packed)
 
-    def send_message(self, message):
-        """Queues one response message, any bytes-like object, which is copied. ValueError above 4 GiB."""
+    @property
+    def has_begun(self):
+        """Whether response headers are sent."""
+        return bool(self.is_head_sent)
+
+    def send_message(self, message, bint is_compressed=False):
+        """Queues one response message, any bytes-like object, which is copied. ValueError above 4 GiB.
+
+        One that ``is_compressed`` needs ``grpc-encoding`` among the initial metadata.
+        """
         cdef const uint8_t[::1] view = message
         cdef size_t size = <size_t> view.shape[0]
         cdef uint8_t *frame
@@ -167,6 +180,7 @@ cdef class Call:
         if frame == NULL:
             raise MemoryError
         put_frame_prefix(frame, size)
+        frame[0] = is_compressed
         if size:
             memcpy(frame + FRAME_PREFIX_BYTES, &view[0], size)
         self.is_head_sent = True

@@ -66,6 +66,7 @@ cdef struct Link:
     # constant
     int64_t deadline_ns
     int encoding
+    uint32_t accepted
     sockaddr_storage peer
     socklen_t peer_size
     uint8_t *metadata           # packed

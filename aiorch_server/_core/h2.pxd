@@ -13,12 +13,15 @@
 # through the ready list. SLOW: everything else, seen through events; also what the driver turns away from the fast
 # path with make_slow().
 #
-# The session lies in four modules, each on those before it: h2_stream (records and life), h2_answer (going out),
-# h2_request (coming in), and this one: groups, connections, nghttp2's callbacks. Drivers cimport from all four.
+# The session lies in five modules, each on those before it: h2_stream (records and life of streams), h2_answer (going
+# out), h2_life (of connections: keep-alive, age, memory), h2_request (coming in), and this one: groups, connections,
+# nghttp2's callbacks. Drivers cimport from all five.
 
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t
 
+from aiorch_server._core.h2_ledger cimport Ledger
+from aiorch_server._core.h2_rules cimport LifeRules
 from aiorch_server._core.h2_stream cimport Connection, Group, Limits, Stream
 
 
@@ -30,7 +33,10 @@ cdef enum:
 # NULL when memory ran out. `abandon` may be NULL where no request is ever put into a stream.
 cdef Group *new_group(const Limits *limits, const uint8_t *fast_path, size_t fast_path_size,
                       void (*abandon)(Stream *) noexcept nogil) noexcept nogil
+# Before the first connection: its rules, what it shares with others (may be NULL), and encodings (see Group).
+cdef void set_rules(Group *group, const LifeRules *rules, Ledger *ledger, uint32_t packed_encodings) noexcept nogil
 cdef void release_group(Group *group) noexcept nogil
+# NULL when memory or the ledger's places ran out (has_place tells). Without begin_life() no rule is ever looked at.
 cdef Connection *open_connection(Group *group, void *owner) noexcept nogil
 # Ends all streams (events tell slow calls, `abandon` the fast ones). Nothing can be sent afterwards.
 cdef void close_connection(Connection *connection) noexcept nogil

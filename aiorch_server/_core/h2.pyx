@@ -5,10 +5,20 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 from aiorch_server._core.h2_answer cimport send_data
+from aiorch_server._core.h2_ledger cimport Ledger, give_place, release_ledger, retain_ledger, take_place
+from aiorch_server._core.h2_life cimport (
+    balance_books,
+    begin_leaving,
+    finish_leaving,
+    note_idle_frame,
+    note_ping,
+    note_ping_sent,
+    submit_drain_ping,
+)
 from aiorch_server._core.h2_request cimport end_request, open_call, take_bytes, take_header, take_ready
 from aiorch_server._core.h2_stream cimport STREAM_NEW, close_stream, new_stream
 from aiorch_server._core.nghttp2 cimport *
-from aiorch_server._core.timers cimport free_timers
+from aiorch_server._core.timers cimport clear_timer, free_timers
 
 cdef enum:
     RESETS_BURST = 1000     # CVE-2023-44487: streams a client may reset at once ...
@@ -55,7 +65,7 @@ cdef int _on_data(nghttp2_session *session, uint8_t flags, int32_t stream_id, co
         stream.unconsumed_bytes += size
     else:
         nghttp2_session_consume_stream(session, stream_id, size)
-    if connection.unread_bytes > connection.group.limits.max_buffered_bytes:
+    if connection.unread_bytes > connection.group.limits.max_buffered_bytes or connection.life.is_held:
         connection.withheld_bytes += size
     else:
         nghttp2_session_consume_connection(session, size)
@@ -66,11 +76,16 @@ cdef int _on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, vo
     cdef Connection *connection = <Connection *> context
     cdef Stream *stream
     if frame.hd.type == NGHTTP2_PING:
-        if frame.hd.flags & NGHTTP2_FLAG_ACK:
-            finish_drain(connection)
+        note_ping(connection, frame)
         return 0
     if frame.hd.type != NGHTTP2_DATA and frame.hd.type != NGHTTP2_HEADERS:
+        if frame.hd.type in (NGHTTP2_PRIORITY, NGHTTP2_SETTINGS, NGHTTP2_WINDOW_UPDATE):
+            note_idle_frame(connection)
         return 0
+    if frame.hd.type == NGHTTP2_DATA and frame.hd.length == 0 and not frame.hd.flags & NGHTTP2_FLAG_END_STREAM:
+        note_idle_frame(connection)
+        return 0
+    connection.life.n_idle_frames = 0
     stream = _find(session, frame.hd.stream_id)
     if stream == NULL:
         return 0
@@ -84,6 +99,8 @@ cdef int _on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, vo
 cdef int _on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, void *context) noexcept nogil:
     cdef Connection *connection = <Connection *> context
     cdef Stream *stream
+    if frame.hd.type in (NGHTTP2_DATA, NGHTTP2_HEADERS, NGHTTP2_WINDOW_UPDATE):
+        connection.life.pinged_ns, connection.life.n_strikes, connection.life.n_idle_frames = 0, 0, 0
     if frame.hd.type == NGHTTP2_HEADERS and frame.hd.flags & NGHTTP2_FLAG_END_STREAM:
         stream = _find(session, frame.hd.stream_id)
         if stream != NULL and not stream.is_remote_closed:
@@ -94,9 +111,13 @@ cdef int _on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, vo
             connection.n_faults += 1
             if connection.n_faults > MAX_FAULTS:
                 return NGHTTP2_ERR_CALLBACK_FAILURE
+    elif frame.hd.type == NGHTTP2_PING:
+        note_ping_sent(connection, frame)
+    elif frame.hd.type == NGHTTP2_GOAWAY and connection.life.is_terminating:
+        connection.life.is_terminated = True
     elif frame.hd.type == NGHTTP2_GOAWAY and connection.is_draining:
         # submitted no earlier, because PINGs overtake: its answer must prove that the client has seen the notice
-        nghttp2_submit_ping(session, NGHTTP2_FLAG_NONE, NULL)
+        submit_drain_ping(connection)
     return 0
 
 
@@ -137,6 +158,14 @@ cdef Group *new_group(const Limits *limits, const uint8_t *fast_path, size_t fas
     return group
 
 
+cdef void set_rules(Group *group, const LifeRules *rules, Ledger *ledger, uint32_t packed_encodings) noexcept nogil:
+    group.rules = rules[0]
+    group.packed_encodings = packed_encodings
+    if ledger != NULL:
+        retain_ledger(ledger)
+    group.ledger = ledger
+
+
 cdef void release_group(Group *group) noexcept nogil:
     cdef Stream *stream
     group.references -= 1
@@ -151,17 +180,25 @@ cdef void release_group(Group *group) noexcept nogil:
     if group.option != NULL:
         nghttp2_option_del(group.option)
     free_timers(&group.deadlines)
+    free_timers(&group.lives)
+    if group.ledger != NULL:
+        release_ledger(group.ledger)
     free(group.fast_path)
     free(group)
 
 
 cdef Connection *open_connection(Group *group, void *owner) noexcept nogil:
-    cdef Connection *connection = <Connection *> calloc(1, sizeof(Connection))
+    cdef Connection *connection
     cdef nghttp2_settings_entry settings[3]
+    if not take_place(group.ledger):
+        return NULL
+    connection = <Connection *> calloc(1, sizeof(Connection))
     if connection == NULL:
+        give_place(group.ledger)
         return NULL
     connection.group, connection.owner = group, owner
     if nghttp2_session_server_new2(&connection.session, group.callbacks, connection, group.option) != 0:
+        give_place(group.ledger)
         free(connection)
         return NULL
     settings[0].settings_id = NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS
@@ -174,6 +211,7 @@ cdef Connection *open_connection(Group *group, void *owner) noexcept nogil:
             or nghttp2_session_set_local_window_size(connection.session, NGHTTP2_FLAG_NONE, 0,
                                                      <int32_t> group.limits.connection_window_bytes) != 0):
         nghttp2_session_del(connection.session)
+        give_place(group.ledger)
         free(connection)
         return NULL
     group.references += 1
@@ -185,11 +223,14 @@ cdef void close_connection(Connection *connection) noexcept nogil:
     while connection.streams != NULL:
         close_stream(connection.streams)
     take_ready(connection)      # all of them are closed: this lets go of them
+    clear_timer(&connection.group.lives, &connection.life.timer)
+    balance_books(connection)
 
 
 cdef void free_connection(Connection *connection) noexcept nogil:
     cdef Group *group = connection.group
     nghttp2_session_del(connection.session)
+    give_place(group.ledger)
     free(connection)
     release_group(group)
 
@@ -198,11 +239,14 @@ cdef int feed(Connection *connection, const uint8_t *data, size_t size, int64_t 
     cdef ssize_t taken
     if connection.is_broken:
         return -1
-    connection.now_ns = now_ns
+    connection.now_ns = connection.group.now_ns = now_ns
+    if connection.life.is_terminating:
+        return 0
     taken = nghttp2_session_mem_recv(connection.session, data, size)
     if taken < 0:
         connection.is_broken = True
         return -1
+    balance_books(connection)
     return 0
 
 
@@ -214,6 +258,8 @@ cdef Py_ssize_t collect(Connection *connection, uint8_t *buffer, size_t capacity
     connection.buffer, connection.buffer_size, connection.buffer_capacity = buffer, 0, capacity
     while True:
         if connection.pending_size == 0:
+            if connection.life.is_terminated:
+                break
             size = nghttp2_session_mem_send(connection.session, &connection.pending)
             if size < 0:
                 connection.is_broken = True
@@ -230,29 +276,19 @@ cdef Py_ssize_t collect(Connection *connection, uint8_t *buffer, size_t capacity
         connection.pending_size -= n
         if connection.pending_size:
             break
+    balance_books(connection)
     return <Py_ssize_t> connection.buffer_size
 
 
 cdef bint is_over(Connection *connection) noexcept nogil:
-    return connection.is_broken or (
+    return connection.is_broken or (connection.life.is_terminated and connection.pending_size == 0) or (
         not nghttp2_session_want_read(connection.session) and not nghttp2_session_want_write(connection.session)
         and connection.pending_size == 0)
 
 
 cdef void drain_connection(Connection *connection) noexcept nogil:
-    # Streams that the client opened before it saw the notice are still taken: a PING's answer proves that it has.
-    if connection.is_draining or connection.is_broken:
-        return
-    connection.is_draining = True
-    if nghttp2_submit_shutdown_notice(connection.session) != 0:
-        connection.is_broken = True
+    begin_leaving(connection)
 
 
 cdef void finish_drain(Connection *connection) noexcept nogil:
-    if not connection.is_draining or connection.is_broken:
-        return
-    connection.is_draining = False
-    if nghttp2_submit_goaway(connection.session, NGHTTP2_FLAG_NONE,
-                             nghttp2_session_get_last_proc_stream_id(connection.session),
-                             NGHTTP2_NO_ERROR, NULL, 0) != 0:
-        connection.is_broken = True
+    finish_leaving(connection)

@@ -150,6 +150,12 @@ cdef inline void _resume(Stream *stream) noexcept nogil:
             _reset(stream)
 
 
+cdef inline void _add_outbound(Connection *connection, size_t size) noexcept nogil:
+    if connection.outbound_bytes == 0:
+        connection.life.moved_ns = connection.group.now_ns
+    connection.outbound_bytes += size
+
+
 cdef void answer_stream(Stream *stream, uint8_t *frame, size_t size) noexcept nogil:
     if not takes_answers(stream):
         free(frame)
@@ -158,7 +164,7 @@ cdef void answer_stream(Stream *stream, uint8_t *frame, size_t size) noexcept no
     clear_timer(&stream.group.deadlines, &stream.deadline)
     stream.out, stream.out_size = frame, size
     stream.unsent_bytes = size
-    stream.connection.outbound_bytes += size
+    _add_outbound(stream.connection, size)
     _submit_head(stream, NULL, 0)
 
 
@@ -187,7 +193,7 @@ cdef void send_message(Stream *stream, uint8_t *frame, size_t size) noexcept nog
             stream.out_head = chunk
         stream.out_tail = chunk
     stream.unsent_bytes += size
-    stream.connection.outbound_bytes += size
+    _add_outbound(stream.connection, size)
     if not stream.is_head_sent:
         _submit_head(stream, NULL, 0)
     else:
@@ -312,6 +318,7 @@ cdef int send_data(nghttp2_session *session, nghttp2_frame *frame, const uint8_t
     stream.out_sent += length
     stream.unsent_bytes -= length
     connection.outbound_bytes -= length
+    connection.life.moved_ns = connection.group.now_ns
     if stream.out_sent == stream.out_size:
         free(stream.out)
         stream.out, stream.out_size, stream.out_sent = NULL, 0, 0

@@ -15,6 +15,8 @@ from aiorch_server._core.h2_answer cimport (
     send_head,
     send_message,
 )
+from aiorch_server._core.h2_ledger cimport ServerLedger
+from aiorch_server._core.h2_life cimport ConnectionRules, begin_life, next_tending, tend_due
 from aiorch_server._core.h2_request cimport make_slow, take_event, take_message, take_ready
 from aiorch_server._core.h2_stream cimport *
 from aiorch_server._core.timers cimport next_due, take_due
@@ -36,7 +38,8 @@ cdef class SessionProbe:
                   uint32_t max_concurrent_streams=100, uint32_t max_header_list_bytes=16384,
                   uint32_t stream_window_bytes=1 << 20, uint32_t connection_window_bytes=1 << 21,
                   size_t max_buffered_bytes=1 << 22, size_t max_outbound_bytes=1 << 22,
-                  size_t high_water_bytes=65536):
+                  size_t high_water_bytes=65536, ConnectionRules rules=None, ServerLedger ledger=None,
+                  uint32_t packed_encodings=0):
         cdef Limits limits
         limits.max_message_bytes, limits.max_concurrent_streams = max_message_bytes, max_concurrent_streams
         limits.max_header_list_bytes, limits.stream_window_bytes = max_header_list_bytes, stream_window_bytes
@@ -46,8 +49,10 @@ cdef class SessionProbe:
                                abandon_probed)
         if self.group == NULL:
             raise MemoryError
+        if rules is not None:
+            set_rules(self.group, &rules.rules, ledger.ledger if ledger is not None else NULL, packed_encodings)
         self.connection = open_connection(self.group, NULL)
-        if self.connection == NULL:
+        if self.connection == NULL or (rules is not None and begin_life(self.connection, 1) < 0):
             raise MemoryError
 
     def __dealloc__(self):
@@ -192,6 +197,12 @@ cdef class SessionProbe:
             expire_stream(stream)
             stream = <Stream *> take_due(&self.group.deadlines, now_ns)
         return expired
+
+    def tend(self, int64_t now_ns):
+        """Does what the connection's life asks for at that time; gives the next, 0 for never."""
+        while tend_due(self.group, now_ns) != NULL:
+            pass
+        return next_tending(self.group)
 
     def drain(self):
         """Starts the two-step GOAWAY."""

@@ -5,6 +5,7 @@ from libc.string cimport memcmp, memcpy
 
 from aiorch_server._core.grpc_text cimport is_grpc_content_type, parse_timeout, read_frame_size
 from aiorch_server._core.h2_answer cimport answer_http, refuse_size, refuse_stream
+from aiorch_server._core.h2_life cimport has_room
 from aiorch_server._core.h2_stream cimport *
 from aiorch_server._core.nghttp2 cimport nghttp2_session_consume_stream
 from aiorch_server._core.timers cimport set_timer
@@ -19,6 +20,27 @@ cdef enum:
 
 cdef inline bint _is(const uint8_t *text, size_t size, const char *wanted, size_t wanted_size) noexcept nogil:
     return size == wanted_size and memcmp(text, wanted, wanted_size) == 0
+
+
+cdef uint32_t _read_accepted(const uint8_t *value, size_t size) noexcept nogil:
+    """The encodings of a comma-separated list that are known, as bits."""
+    cdef uint32_t bits = 0
+    cdef size_t start = 0, end, next_start
+    while start < size:
+        end = start
+        while end < size and value[end] != c',':
+            end += 1
+        next_start = end + 1
+        while start < end and value[start] == c' ':
+            start += 1
+        while end > start and value[end - 1] == c' ':
+            end -= 1
+        if _is(value + start, end - start, b"gzip", 4):
+            bits |= 1 << ENCODING_GZIP
+        elif _is(value + start, end - start, b"deflate", 7):
+            bits |= 1 << ENCODING_DEFLATE
+        start = next_start
+    return bits
 
 
 cdef int take_header(Stream *stream, const uint8_t *name, size_t name_size,
@@ -37,7 +59,10 @@ cdef int take_header(Stream *stream, const uint8_t *name, size_t name_size,
             return 0
         else:
             return 0
-    elif _is(name, name_size, b"te", 2) or _is(name, name_size, b"grpc-accept-encoding", 20):
+    elif _is(name, name_size, b"te", 2):
+        return 0
+    elif _is(name, name_size, b"grpc-accept-encoding", 20):
+        stream.accepted |= _read_accepted(value, value_size)
         return 0
     elif _is(name, name_size, b"content-type", 12):
         stream.is_grpc = is_grpc_content_type(value, value_size)
@@ -63,6 +88,8 @@ cdef void open_call(Stream *stream) noexcept nogil:
     cdef Connection *connection = stream.connection
     cdef Limits *limits = &connection.group.limits
     stream.kind = STREAM_FAST if stream.is_fast_path else STREAM_SLOW
+    if stream.is_fast_path and stream.accepted & connection.group.packed_encodings:
+        _leave_fast_path(stream)        # its answer is packed, which may take long
     if stream.header_list_bytes > limits.max_header_list_bytes:     # first: what came later was not even looked at
         refuse_size(stream, b"Received metadata larger than max", stream.header_list_bytes,
                     limits.max_header_list_bytes)
@@ -118,6 +145,9 @@ cdef int _reserve_message(Stream *stream, size_t capacity) noexcept nogil:
     if booked > connection.group.limits.max_buffered_bytes:
         refuse_size(stream, b"Unfinished messages on this connection larger than max", booked,
                      connection.group.limits.max_buffered_bytes)
+        return -1
+    if not has_room(connection, capacity - stream.message_capacity):
+        refuse_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"The server holds as many bytes of messages as it may; try again later")
         return -1
     if capacity == 0:
         return 0
@@ -250,12 +280,19 @@ cdef Stream *take_event(Connection *connection, uint32_t *events) noexcept nogil
     return NULL
 
 
-cdef void make_slow(Stream *stream) noexcept nogil:
+cdef int _leave_fast_path(Stream *stream) noexcept nogil:
+    """From now on a slow call. -1: the stream was refused."""
     cdef Group *group = stream.group
     stream.kind = STREAM_SLOW
-    stream.has_message = False
-    if (keep_metadata(stream, <const uint8_t *> b":path", 5, group.fast_path, group.fast_path_size) < 0):
+    if keep_metadata(stream, <const uint8_t *> b":path", 5, group.fast_path, group.fast_path_size) < 0:
         refuse_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"Out of memory")
+        return -1
+    return 0
+
+
+cdef void make_slow(Stream *stream) noexcept nogil:
+    stream.has_message = False
+    if _leave_fast_path(stream) < 0:
         return
     push_event(stream, EVENT_CALL | EVENT_HALF_CLOSE)
     _list_message(stream)

@@ -8,6 +8,8 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 
+from aiorch_server._core.h2_ledger cimport Ledger
+from aiorch_server._core.h2_rules cimport Life, LifeRules
 from aiorch_server._core.nghttp2 cimport nghttp2_option, nghttp2_session, nghttp2_session_callbacks
 from aiorch_server._core.timers cimport Timer, TimerHeap
 
@@ -59,6 +61,13 @@ cdef struct Group:
     TimerHeap deadlines                 # of streams with grpc-timeout; the driver asks take_due and calls expire_stream
     void (*abandon)(Stream *) noexcept nogil    # must set stream.request to NULL and see to it that it is never used
     int64_t in_flight                   # the driver's count of requests that have not come back
+    int64_t now_ns                      # of the driver's round: it sets this before it settles answers
+    LifeRules rules
+    TimerHeap lives                     # of connections, see h2_life.pxd
+    uint32_t packed_encodings           # bits of 1 << StreamEncoding: who takes one of them is answered by slow calls
+    Ledger *ledger                      # a reference, or NULL
+    int64_t held_bytes                  # of all connections, as of their last balance
+    int64_t booked_bytes                # of these, what is booked in the ledger
     nghttp2_session_callbacks *callbacks
     nghttp2_option *option
     Stream *free_streams
@@ -85,7 +94,7 @@ cdef struct Connection:
     void *owner                         # the driver's, not touched here
     int64_t now_ns
     bint is_broken                      # protocol or memory failure: nothing more can be sent
-    bint is_draining                    # shutdown notice sent, final GOAWAY waits for the PING's answer
+    bint is_draining                    # shutdown notice submitted, final GOAWAY waits for the PING's answer
     Stream *streams
     int n_streams
     int n_faults                        # streams that the server had to reset for what the client did
@@ -97,6 +106,8 @@ cdef struct Connection:
     size_t unread_bytes                 # complete messages of slow calls, not yet taken
     size_t withheld_bytes               # received, but not yet given back to the connection's window
     size_t outbound_bytes               # framed answers not yet collected
+    int64_t counted_bytes               # of these three, what is in the group's `held_bytes`
+    Life life
     # while collect() runs: where send_data writes; and what did not fit into the last buffer
     uint8_t *buffer
     size_t buffer_size
@@ -115,6 +126,7 @@ cdef struct Stream:
     Stream *next_event
     StreamKind kind
     StreamEncoding encoding
+    uint32_t accepted                   # bits of 1 << StreamEncoding that the client takes, beside identity
     uint32_t events
     bint is_ready_listed
     bint is_event_listed
@@ -195,6 +207,10 @@ cdef void drop_outbound(Stream *stream) noexcept nogil
 cdef void free_message(Message *message) noexcept nogil
 # Gives the connection's window back what was withheld, once the unread messages are few enough.
 cdef void release_window(Connection *connection) noexcept nogil
+
+
+cdef inline size_t held_bytes(Connection *connection) noexcept nogil:
+    return connection.partial_bytes + connection.unread_bytes + connection.outbound_bytes
 
 
 cdef inline bint takes_answers(Stream *stream) noexcept nogil:

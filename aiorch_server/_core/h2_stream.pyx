@@ -160,6 +160,8 @@ cdef void close_stream(Stream *stream) noexcept nogil:
     if stream.older != NULL:
         stream.older.newer = stream.newer
     connection.n_streams -= 1
+    if connection.n_streams == 0:
+        connection.life.idle_since_ns = connection.group.now_ns
     stream.connection = NULL
     release_window(connection)
     if stream.request != NULL:
@@ -169,7 +171,8 @@ cdef void close_stream(Stream *stream) noexcept nogil:
 
 cdef void release_window(Connection *connection) noexcept nogil:
     cdef size_t size = connection.withheld_bytes
-    if size and connection.unread_bytes <= connection.group.limits.max_buffered_bytes:
+    if (size and connection.unread_bytes <= connection.group.limits.max_buffered_bytes
+            and not connection.life.is_held):
         connection.withheld_bytes = 0
         nghttp2_session_consume_connection(connection.session, size)
 

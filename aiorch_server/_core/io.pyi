@@ -2,6 +2,8 @@ from asyncio import AbstractEventLoop, Future
 from collections.abc import Callable
 
 from aiorch_server._core.call import Call
+from aiorch_server._core.h2_ledger import ServerLedger
+from aiorch_server._core.h2_life import ConnectionRules
 from aiorch_server._core.routes import Router
 
 class IoThread:
@@ -24,6 +26,9 @@ class IoThread:
         high_water_bytes: int = ...,
         greeting_timeout_s: float = ...,
         write_timeout_s: float = ...,
+        rules: ConnectionRules | None = None,
+        ledger: ServerLedger | None = None,
+        packed_encodings: int = 0,
     ) -> None: ...
     def listen(self, descriptor: int) -> None: ...
     def start(self, name: str = ...) -> None: ...

@@ -12,6 +12,9 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from aiorch_server._core.crossing cimport *
+from aiorch_server._core.h2 cimport set_rules
+from aiorch_server._core.h2_ledger cimport ServerLedger
+from aiorch_server._core.h2_life cimport ConnectionRules
 from aiorch_server._core.h2_stream cimport (
     EVENT_CALL,
     EVENT_HALF_CLOSE,
@@ -36,7 +39,8 @@ cdef class IoThread:
                   uint32_t max_concurrent_streams=1024, uint32_t max_header_list_bytes=16 << 10,
                   uint32_t stream_window_bytes=8 << 20, uint32_t connection_window_bytes=16 << 20,
                   size_t max_buffered_bytes=256 << 20, size_t max_outbound_bytes=256 << 20,
-                  size_t high_water_bytes=1 << 20, double greeting_timeout_s=20.0, double write_timeout_s=60.0):
+                  size_t high_water_bytes=1 << 20, double greeting_timeout_s=20.0, double write_timeout_s=60.0,
+                  ConnectionRules rules=None, ServerLedger ledger=None, uint32_t packed_encodings=0):
         cdef Limits limits
         cdef bytes path = fast_path.encode() if router is not None else b""
         if stream_window_bytes >= 1 << 31 or connection_window_bytes >= 1 << 31:
@@ -52,6 +56,9 @@ cdef class IoThread:
                             <int64_t> (greeting_timeout_s * 1e9), <int64_t> (write_timeout_s * 1e9))
         if self.state == NULL:
             raise OSError("no file descriptor or memory left for an I/O thread")
+        if rules is None:
+            rules = ConnectionRules()
+        set_rules(self.state.group, &rules.rules, ledger.ledger if ledger is not None else NULL, packed_encodings)
         loop.add_reader(self.state.crossing.events_fd, self._on_events)
 
     def __dealloc__(self):
@@ -240,7 +247,7 @@ cdef class LinkedCall(Call):
         self.thread = thread
         self.loop = thread.loop
         self.inbox = deque()
-        self.describe(link.metadata, link.metadata_size, link.encoding, link.deadline_ns)
+        self.describe(link.metadata, link.metadata_size, link.encoding, link.accepted, link.deadline_ns)
         retain_link(link)
         self.link = link
         link.call = <void *> self

@@ -8,6 +8,8 @@ from libc.string cimport memcpy
 
 from aiorch_server._core.crossing cimport Link
 from aiorch_server._core.h2 cimport *
+from aiorch_server._core.h2_ledger cimport has_place
+from aiorch_server._core.h2_life cimport begin_life
 from aiorch_server._core.h2_request cimport make_slow, take_ready
 from aiorch_server._core.h2_stream cimport Limits, Stream
 from aiorch_server._core.io_plane cimport tell_events
@@ -45,8 +47,12 @@ cdef enum:
 cdef int open_io_connection(IoState *io, int fd, const sockaddr_storage *peer, socklen_t peer_size,
                             int64_t now) noexcept nogil:
     """Takes over the descriptor; -1: no memory, it is closed."""
-    cdef IoConnection *connection = <IoConnection *> calloc(1, sizeof(IoConnection))
+    cdef IoConnection *connection
     cdef int yes = 1
+    if not has_place(io.group.ledger):
+        close(fd)
+        return 0
+    connection = <IoConnection *> calloc(1, sizeof(IoConnection))
     if connection == NULL:
         close(fd)
         return -1
@@ -55,6 +61,7 @@ cdef int open_io_connection(IoState *io, int fd, const sockaddr_storage *peer, s
     connection.interest, connection.read_bytes = EPOLLIN, FIRST_READ_BYTES
     connection.session = open_connection(io.group, connection)
     if (connection.session == NULL
+            or begin_life(connection.session, now) < 0
             or set_timer(&io.timers, &connection.greeting, now + io.greeting_timeout_ns, connection) < 0
             or watch(io, &connection.watched, EPOLLIN, EPOLL_CTL_ADD) < 0):
         clear_timer(&io.timers, &connection.greeting)
@@ -203,6 +210,7 @@ cdef void watch_connection(IoConnection *connection) noexcept nogil:
     if (connection.is_write_blocked and connection.session.outbound_bytes > limits.max_outbound_bytes
             or connection.orphan_bytes > limits.max_buffered_bytes):
         interest = 0
+    connection.session.life.is_unread = interest == 0
     if connection.is_write_blocked:
         interest |= EPOLLOUT
     if interest != connection.interest:
@@ -236,7 +244,8 @@ cdef void end_turn(IoConnection *connection) noexcept nogil:
             connection.must_close = True
         elif connection.session.event_head != NULL:
             tell_events(connection)     # the client has taken enough
-        if connection.has_ended or (connection.unsent == NULL and is_over(connection.session)):
+        if (connection.has_ended or connection.session.is_broken
+                or (connection.unsent == NULL and is_over(connection.session))):
             connection.must_close = True
     if not connection.must_close:
         watch_connection(connection)

@@ -8,7 +8,8 @@ from libc.string cimport strlen
 from aiorch_server._core.crossing cimport *
 from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_answer cimport answer_stream, expire_stream, fail_stream, revoke_stream
-from aiorch_server._core.h2_stream cimport Stream
+from aiorch_server._core.h2_life cimport next_tending, tend_due
+from aiorch_server._core.h2_stream cimport Connection, Stream
 from aiorch_server._core.io_connection cimport dispatch_ready, end_turn, open_io_connection, receive
 from aiorch_server._core.io_plane cimport carry_out, post
 from aiorch_server._core.io_state cimport *
@@ -254,7 +255,7 @@ cdef inline int64_t earlier(int64_t a_ns, int64_t b_ns) noexcept nogil:
 cdef int find_timeout_ms(IoState *io) noexcept nogil:
     cdef int64_t due_ns = earlier(next_due(&io.group.deadlines), next_due(&io.timers))
     cdef int64_t left_ns
-    due_ns = earlier(earlier(due_ns, io.finish_drain_ns), io.accept_at_ns)
+    due_ns = earlier(earlier(earlier(due_ns, next_tending(io.group)), io.finish_drain_ns), io.accept_at_ns)
     if due_ns == 0:
         return -1
     left_ns = due_ns - now_ns()
@@ -265,7 +266,11 @@ cdef int find_timeout_ms(IoState *io) noexcept nogil:
 
 cdef void expire(IoState *io, int64_t now) noexcept nogil:
     cdef Stream *stream
+    cdef Connection *session = tend_due(io.group, now)
     cdef IoConnection *connection
+    while session != NULL:
+        mark_dirty(<IoConnection *> session.owner)
+        session = tend_due(io.group, now)
     while True:
         stream = <Stream *> take_due(&io.group.deadlines, now)
         if stream == NULL:
@@ -328,6 +333,7 @@ cdef void run_round(IoState *io, epoll_event *events, int n) noexcept nogil:
     cdef int64_t now = now_ns()
     cdef Watched *watched
     cdef IoConnection *connection
+    io.group.now_ns = now
     for i in range(n):
         watched = <Watched *> events[i].data.ptr
         if watched.kind == WATCHED_CONNECTION:

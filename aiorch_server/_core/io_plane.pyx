@@ -27,7 +27,7 @@ cdef Link *open_link(IoConnection *connection, Stream *stream) noexcept nogil:
     cdef Link *link = new_link(stream.metadata, stream.metadata_size)
     if link == NULL:
         return NULL
-    link.deadline_ns, link.encoding = stream.deadline.due_ns, <int> stream.encoding
+    link.deadline_ns, link.encoding, link.accepted = stream.deadline.due_ns, <int> stream.encoding, stream.accepted
     link.peer, link.peer_size = connection.peer, connection.peer_size
     link.stream, link.connection = stream, connection
     link.older = connection.links

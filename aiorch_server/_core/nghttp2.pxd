@@ -17,6 +17,9 @@ cdef extern from "<nghttp2/nghttp2.h>" nogil:
         NGHTTP2_DATA
         NGHTTP2_HEADERS
         NGHTTP2_PING
+        NGHTTP2_PRIORITY
+        NGHTTP2_SETTINGS
+        NGHTTP2_WINDOW_UPDATE
         NGHTTP2_GOAWAY
         NGHTTP2_RST_STREAM
         NGHTTP2_ERR_CALLBACK_FAILURE
@@ -32,6 +35,7 @@ cdef extern from "<nghttp2/nghttp2.h>" nogil:
         NGHTTP2_PROTOCOL_ERROR
         NGHTTP2_FLOW_CONTROL_ERROR
         NGHTTP2_STREAM_CLOSED
+        NGHTTP2_ENHANCE_YOUR_CALM
         NGHTTP2_NV_FLAG_NONE
         NGHTTP2_NV_FLAG_NO_COPY_NAME
         NGHTTP2_NV_FLAG_NO_COPY_VALUE
@@ -65,10 +69,14 @@ cdef extern from "<nghttp2/nghttp2.h>" nogil:
     ctypedef struct nghttp2_rst_stream:
         nghttp2_frame_hd hd
         uint32_t error_code
+    ctypedef struct nghttp2_ping:
+        nghttp2_frame_hd hd
+        uint8_t opaque_data[8]
     ctypedef union nghttp2_frame:
         nghttp2_frame_hd hd
         nghttp2_headers headers
         nghttp2_rst_stream rst_stream
+        nghttp2_ping ping
     ctypedef union nghttp2_data_source:
         int fd
         void *ptr

@@ -63,7 +63,7 @@ async def _invoke(handler: grpc.RpcMethodHandler, context: ServicerContext, exec
         result = await result
     if not handler.response_streaming:
         if context.is_ok:
-            context.send(result)
+            await context.send(result)
     elif hasattr(result, "__aiter__"):
         async for message in result:
             await context.write(message)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import grpc
 
+from aiorch_server.frontends.grpc.compression import WBITS, ResponseCompression, choose_encoding, pack_message
 from aiorch_server.frontends.grpc.credentials import AuthContext, describe_peer, find_identity_key
 from aiorch_server.frontends.grpc.metadata import (
     HeaderPairs,
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
-#: ``wbits`` of zlib for each message encoding; gRPC's "deflate" is the zlib format.
-_WBITS: Final = {"gzip": 31, "deflate": 15}
 #: From this size on a message is unpacked on another thread: less takes the loop a few milliseconds at worst.
 _LARGE_COMPRESSED_BYTES: Final = 4096
 _OVER: Final = "the RPC is over: its client is gone, its deadline has passed, or it was answered"
@@ -45,7 +44,7 @@ class CallFailed(Exception):
 
 def decompress(message: bytes, encoding: str, max_bytes: int) -> bytes:
     """Unpacks one message; raises CallFailed where it is broken or unpacks to more than ``max_bytes``."""
-    unpacker = zlib.decompressobj(wbits=_WBITS[encoding])
+    unpacker = zlib.decompressobj(wbits=WBITS[encoding])
     try:
         plain = unpacker.decompress(message, max_bytes + 1)
     except zlib.error:
@@ -62,7 +61,7 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
     """One RPC as an asynchronous servicer sees it; https://grpc.github.io/grpc/python/grpc_asyncio.html.
 
     All methods belong to the loop's thread. Reading or writing when the RPC is over raises ``grpc.aio.UsageError``;
-    the servicer's task is cancelled at that moment anyway. Compression of responses is accepted and not done.
+    the servicer's task is cancelled at that moment anyway.
     """
 
     def __init__(
@@ -72,6 +71,7 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
         serialize: Callable[[Any], bytes] | None,
         max_message_bytes: int,
         budget: UnpackBudget,
+        compression: ResponseCompression,
     ) -> None:
         self._call = call
         self._deserialize = deserialize
@@ -79,6 +79,9 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
         self._max_message_bytes = max_message_bytes
         self._budget = budget
         self._unpacked_bytes = 0
+        self._compression = compression.algorithm
+        self._min_compress_bytes = compression.min_compress_bytes
+        self._is_next_plain = False
         self._code: grpc.StatusCode | int | None = None
         self._details = ""
         self._trailing_metadata: Metadata = ()
@@ -133,23 +136,37 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
             return grpc.aio.EOF
         return message if self._deserialize is None else self._deserialize(message)
 
-    def send(self, message: Any) -> None:
-        """Serializes and queues a response message, however many are unsent."""
+    async def send(self, message: Any) -> None:
+        """Serializes, packs and queues a response message, however many are unsent."""
         self._ensure_open()
         if self._serialize is not None:
             message = self._serialize(message)
-        self._call.send_message(b"" if message is None else message)
+        if message is None:
+            message = b""
+        is_plain, self._is_next_plain = self._is_next_plain, False
+        encoding = choose_encoding(self._compression, self._call.accepted)
+        if encoding is None:
+            self._call.send_message(message)
+            return
+        if not self._call.has_begun:
+            self._call.send_initial_metadata([(b"grpc-encoding", encoding.encode())])
+        packed = None
+        if not is_plain and len(message) >= self._min_compress_bytes:
+            packed = await pack_message(message, encoding)
+        self._call.send_message(message if packed is None else packed, packed is not None)
 
     async def write(self, message: Any) -> None:
         """Sends a response message; waits while the client takes too little."""
-        self.send(message)
+        await self.send(message)
         while self._call.is_congested:
             await self._call.wait_writable()
 
     async def send_initial_metadata(self, initial_metadata: Metadata) -> None:
         """Sends the response headers, at most once and before the first message."""
         self._ensure_open()
-        self._call.send_initial_metadata(_encode(initial_metadata))
+        encoding = choose_encoding(self._compression, self._call.accepted)
+        pairs = [*_encode(initial_metadata), *([(b"grpc-encoding", encoding.encode())] if encoding else [])]
+        self._call.send_initial_metadata(pairs)
 
     def _ensure_open(self) -> None:
         if self._call.is_over or self._is_finished:
@@ -267,10 +284,14 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
         self._done_callbacks.append(callback)
 
     def set_compression(self, compression: grpc.Compression) -> None:
-        """Accepted; responses are not compressed."""
+        """What the messages are packed with, if the client takes that. RuntimeError once the headers are sent."""
+        if self._call.has_begun:
+            raise RuntimeError("Compression setting must be specified before sending initial metadata")
+        self._compression = compression
 
     def disable_next_message_compression(self) -> None:
-        """Accepted; responses are not compressed."""
+        """The next message goes as it is."""
+        self._is_next_plain = True
 
 
 def _encode(metadata: Metadata) -> HeaderPairs:

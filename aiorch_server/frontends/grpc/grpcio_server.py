@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Any
 
 import grpc
 
 from aiorch_server.frontends.grpc.credentials import ServerCredentials
+from aiorch_server.frontends.grpc.limits import ConnectionLife, list_channel_arguments
 from aiorch_server.frontends.grpc.server import MAX_MESSAGE_BYTES
 
 
@@ -18,10 +20,15 @@ def create_grpcio_server(
     max_concurrent_streams: int = 1024,
     max_header_bytes: int = 16 << 10,
     executor: Executor | None = None,
+    life: ConnectionLife | None = None,
+    compression: grpc.Compression | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] | None = None,
 ) -> Any:
     """A ``grpc.aio.Server`` of the running loop with the native door's limits; answers may have any size."""
     return grpc.aio.server(
         executor,
+        interceptors=interceptors,
+        compression=compression,
         maximum_concurrent_rpcs=maximum_concurrent_rpcs,
         options=(
             ("grpc.max_receive_message_length", max_message_bytes),
@@ -31,6 +38,7 @@ def create_grpcio_server(
             ("grpc.max_metadata_size", max_header_bytes),
             ("grpc.absolute_max_metadata_size", max_header_bytes),
             ("grpc.so_reuseport", 0),
+            *list_channel_arguments(life or ConnectionLife()),
         ),
     )
 

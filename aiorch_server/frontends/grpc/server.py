@@ -10,7 +10,7 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,13 +21,16 @@ import grpc
 from aiorch_server import _core
 from aiorch_server.frontends.grpc.address import bind_sockets, remove_socket_file
 from aiorch_server.frontends.grpc.call import run_call
+from aiorch_server.frontends.grpc.compression import ResponseCompression
 from aiorch_server.frontends.grpc.context import ServicerContext
 from aiorch_server.frontends.grpc.credentials import ServerCredentials
+from aiorch_server.frontends.grpc.intercept import chain_interceptors, check_interceptors, is_skipped
+from aiorch_server.frontends.grpc.limits import ConnectionLife, ServerLimits, make_ledger, make_rules
 from aiorch_server.frontends.grpc.metadata import MalformedMetadata, decode_metadata
 from aiorch_server.frontends.unpacking import UnpackBudget
 
 if TYPE_CHECKING:
-    from aiorch_server._core import Call, IoThread, NativeServer, Router
+    from aiorch_server._core import Call, IoThread, NativeServer, Router, ServerLedger
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +88,10 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
     ``router`` None sends every call to the registered handlers. ``maximum_concurrent_rpcs`` counts the calls that
     handlers run; those of the fast path are bounded by their queues. Handlers that are plain functions run on
     ``executor`` (a pool of 8 threads if None). Plaintext ports are served by ``io_threads`` threads that never need
-    the interpreter lock, or, with 0, by the loop; ports with TLS always by the loop. Raises RuntimeError where the
-    compiled door was not built.
+    the interpreter lock, or, with 0, by the loop; ports with TLS always by the loop. ``interceptors`` and
+    ``compression`` (an algorithm, or with its least size) are those of ``grpc.aio.server``: the first end the fast path
+    unless they declare otherwise (see ``intercept``), the second ends it for clients that take packed answers. Raises
+    RuntimeError where the compiled door was not built.
     """
 
     def __init__(
@@ -99,6 +104,10 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         executor: ThreadPoolExecutor | None = None,
         limits: ConnectionLimits | None = None,
         io_threads: int = 1,
+        life: ConnectionLife | None = None,
+        server_limits: ServerLimits | None = None,
+        compression: ResponseCompression | grpc.Compression | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] | None = None,
     ) -> None:
         if not is_native_available():
             raise RuntimeError("the native gRPC door needs libnghttp2 at build time; use --transport grpcio instead")
@@ -106,7 +115,13 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
             raise ValueError(f"io_threads is {io_threads}; expected 0 (the loop) or more")
         self._io_threads = io_threads
         self._router = router
-        self._fast_path = fast_path
+        self._interceptors = check_interceptors(interceptors)
+        self._fast_path = fast_path if all(is_skipped(each, fast_path) for each in self._interceptors) else ""
+        if not isinstance(compression, ResponseCompression):
+            compression = ResponseCompression(compression or grpc.Compression.NoCompression)
+        self._compression = compression
+        self._life = life or ConnectionLife()
+        self._ledger = make_ledger(server_limits or ServerLimits())
         self._max_message_bytes = max_message_bytes
         self._maximum_concurrent_rpcs = maximum_concurrent_rpcs
         self._limits = limits or ConnectionLimits()
@@ -207,6 +222,9 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
             self._router,
             fast_path=self._fast_path,
             max_message_bytes=self._max_message_bytes,
+            rules=make_rules(self._life),
+            ledger=self._ledger,
+            packed_encodings=self._compression.packed_encodings,
             **asdict(self._limits),
         )
         self._drivers.append(driver)
@@ -239,6 +257,11 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
     def connections(self) -> int:
         """The number of open connections."""
         return sum(driver.connections for driver in self._drivers)
+
+    @property
+    def ledger(self) -> ServerLedger:
+        """What all connections hold together, and what was refused for it."""
+        return self._ledger
 
     @property
     def calls(self) -> int:
@@ -306,37 +329,59 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         if maximum is not None and len(self._tasks) >= maximum:
             call.finish(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], "Concurrent RPC limit exceeded!")
             return
-        try:
-            handler = self._find_handler(call)
-        except MalformedMetadata as error:
-            call.finish(grpc.StatusCode.INVALID_ARGUMENT.value[0], str(error))
+        if self._interceptors:
+            cancelled = partial(call.finish, grpc.StatusCode.CANCELLED.value[0], "RPC cancelled by the server")
+            self._start_task(call, self._run_intercepted(call), cancelled)
             return
+        try:
+            details = _HandlerCallDetails(call.path, decode_metadata(call.metadata) if self._generic else ())
+            handler = self._find_handler(details)
         except Exception as error:
-            logger.exception("unexpected error in a generic handler asked for %s", call.path)
-            call.finish(grpc.StatusCode.UNKNOWN.value[0], f"Unexpected {type(error)}: {error}")
+            _refuse(call, error)
             return
         if handler is None:
             call.finish(grpc.StatusCode.UNIMPLEMENTED.value[0], "Method not found!")
             return
+        context = self._make_context(call, handler)
         assert self._executor is not None
-        context = ServicerContext(
+        # a task that was cancelled before its first step has not finished the call
+        self._start_task(call, run_call(call.path, handler, context, self._executor), context.finish)
+
+    def _start_task(self, call: Call, work: Coroutine[Any, Any, None], finish: Callable[[], None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=call.path)
+        self._tasks.add(task)
+        task.add_done_callback(partial(_end_task, self._tasks, finish))
+        call.set_over_callback(partial(_cancel, task))
+
+    def _make_context(self, call: Call, handler: grpc.RpcMethodHandler) -> ServicerContext:
+        return ServicerContext(
             call,
             handler.request_deserializer,
             handler.response_serializer,
             self._max_message_bytes,
             self._unpack_budget,
+            self._compression,
         )
-        task = asyncio.get_running_loop().create_task(
-            run_call(call.path, handler, context, self._executor), name=call.path
-        )
-        self._tasks.add(task)
-        task.add_done_callback(partial(_end_task, self._tasks, context))
-        call.set_over_callback(partial(_cancel, task))
 
-    def _find_handler(self, call: Call) -> grpc.RpcMethodHandler | None:
-        handler = self._registered.get(call.path)
-        if handler is None and self._generic:
+    async def _run_intercepted(self, call: Call) -> None:
+        async def find(details: Any) -> grpc.RpcMethodHandler | None:
+            return self._find_handler(details)
+
+        try:
             details = _HandlerCallDetails(call.path, decode_metadata(call.metadata))
+            handler = await chain_interceptors(self._interceptors, call.path, find)(details)
+        except Exception as error:
+            _refuse(call, error)
+            return
+        if handler is None:
+            call.finish(grpc.StatusCode.UNIMPLEMENTED.value[0], "Method not found!")
+            return
+        assert self._executor is not None
+        await run_call(call.path, handler, self._make_context(call, handler), self._executor)
+
+    def _find_handler(self, details: Any) -> grpc.RpcMethodHandler | None:
+        handler = self._registered.get(details.method)
+        if handler is None:
             for generic in self._generic:
                 handler = generic.service(details)
                 if handler is not None:
@@ -344,9 +389,18 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         return handler
 
 
-def _end_task(tasks: set[asyncio.Task[None]], context: ServicerContext, task: asyncio.Task[None]) -> None:
+def _refuse(call: Call, error: Exception) -> None:
+    """No handler could be asked for: the client's fault, or that of an interceptor or a generic handler."""
+    if isinstance(error, MalformedMetadata):
+        call.finish(grpc.StatusCode.INVALID_ARGUMENT.value[0], str(error))
+        return
+    logger.error("unexpected error while a handler for %s was looked for", call.path, exc_info=error)
+    call.finish(grpc.StatusCode.UNKNOWN.value[0], f"Unexpected {type(error)}: {error}")
+
+
+def _end_task(tasks: set[asyncio.Task[None]], finish: Callable[[], None], task: asyncio.Task[None]) -> None:
     tasks.discard(task)
-    context.finish()  # a task that was cancelled before its first step has not done it
+    finish()
     if not task.cancelled() and task.exception() is not None:
         logger.error("a call ended with an error of the door itself", exc_info=task.exception())
 

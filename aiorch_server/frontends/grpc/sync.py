@@ -105,10 +105,12 @@ class SyncServicerContext(grpc.ServicerContext):  # type: ignore[misc]
         return self._context.details()
 
     def set_compression(self, compression: grpc.Compression) -> None:
-        """Accepted; responses are not compressed."""
+        """See ``ServicerContext.set_compression``."""
+        self._context.set_compression(compression)
 
     def disable_next_message_compression(self) -> None:
-        """Accepted; responses are not compressed."""
+        """See ``ServicerContext.disable_next_message_compression``."""
+        self._context.disable_next_message_compression()
 
 
 class SyncRequestIterator(Iterator[Any]):

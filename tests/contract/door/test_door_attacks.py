@@ -30,7 +30,7 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 
-from aiorch_server.frontends.grpc import ConnectionLimits
+from aiorch_server.frontends.grpc import ConnectionLife, ConnectionLimits
 from aiorch_server.frontends.unpacking import UnpackBudget
 
 from .conftest import NATIVE, SERVICE, TIMEOUT_S, Door, wait_until
@@ -326,8 +326,10 @@ def test_callers_that_give_up_by_the_hundred_keep_their_connection(native_door: 
         attacker.read_until(lambda frames: any(isinstance(frame, DataFrame) for frame in frames))
 
 
-def test_cheap_bytes_that_cost_much_do_not_hold_up_others(native_door: Door) -> None:
+@pytest.mark.parametrize("kind", NATIVE)
+def test_cheap_bytes_that_cost_much_do_not_hold_up_others(make_door: Callable[..., Door], kind: str) -> None:
     """Header blocks of one-byte references: 16 KB name 60 MB, and decoding them cannot be refused half-way."""
+    native_door = make_door(kind, life=ConnectionLife(max_ping_strikes=0))
     encoder = hpack.Encoder()
     block = encoder.encode([*fields_of(ECHO), ("bomb", "x" * 3900)])
     first = HeadersFrame(1, block, flags=["END_HEADERS", "END_STREAM"]).serialize()
