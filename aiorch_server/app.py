@@ -26,7 +26,8 @@ from aiorch_server.repository import FilesystemRepository
 from aiorch_server.types import ModelIndexEntry
 
 if TYPE_CHECKING:
-    from aiorch_server.frontends.grpc import ServerCredentials
+    from aiorch_server._core import ServerLedger
+    from aiorch_server.frontends.grpc import ConnectionLife, ServerCredentials
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,9 @@ class Application:
             return
         from aiorch_server.frontends.metrics import MetricsServer
 
-        self._metrics = MetricsServer(self.manager.servables, host=config.host, port=config.port)
+        self._metrics = MetricsServer(
+            self.manager.servables, list_ledgers=self._list_ledgers, host=config.host, port=config.port
+        )
         self.metrics_port = await self._metrics.start()
 
     async def _open_rest(self) -> None:
@@ -201,6 +204,9 @@ class Application:
                 max_message_bytes=config.max_message_bytes,
                 max_concurrent_streams=limits.max_concurrent_streams,
                 max_header_bytes=limits.max_header_bytes,
+                life=_make_life(config),
+                compression=door.COMPRESSIONS[config.compression],
+                interceptors=[door.import_interceptor(name) for name in config.interceptors],
             )
         return door.NativeGrpcServer(
             router=self.router,
@@ -209,7 +215,15 @@ class Application:
             limits=door.ConnectionLimits(
                 max_concurrent_streams=limits.max_concurrent_streams, max_header_list_bytes=limits.max_header_bytes
             ),
+            life=_make_life(config),
+            server_limits=door.ServerLimits(config.max_buffered_bytes, config.max_connections),
+            compression=door.ResponseCompression(door.COMPRESSIONS[config.compression], config.min_compress_bytes),
+            interceptors=[door.import_interceptor(name) for name in config.interceptors],
         )
+
+    def _list_ledgers(self) -> list[ServerLedger]:
+        ledger = getattr(self._grpc, "ledger", None)  # grpcio's server has none
+        return [] if ledger is None else [ledger]
 
     def _observe(self, entry: ModelIndexEntry) -> None:
         self._changed.set()
@@ -272,6 +286,21 @@ def _bind(server: Any, config: GrpcConfig) -> int:
     except RuntimeError as error:  # grpcio has no errno to tell
         raise OSError(f"cannot listen on {address}: {error}") from error
     return port
+
+
+def _make_life(config: GrpcConfig) -> ConnectionLife:
+    from aiorch_server.frontends.grpc import ConnectionLife
+
+    return ConnectionLife(
+        keepalive_time_s=config.keepalive_time_ms / 1e3,
+        keepalive_timeout_s=config.keepalive_timeout_ms / 1e3,
+        keepalive_permit_without_calls=config.keepalive_permit_without_calls,
+        min_ping_interval_s=config.http2_min_ping_interval_without_data_ms / 1e3,
+        max_ping_strikes=config.http2_max_ping_strikes,
+        max_connection_idle_s=config.max_connection_idle_ms / 1e3,
+        max_connection_age_s=config.max_connection_age_ms / 1e3,
+        max_connection_age_grace_s=config.max_connection_age_grace_ms / 1e3,
+    )
 
 
 def _read_credentials(tls: TlsConfig) -> ServerCredentials:

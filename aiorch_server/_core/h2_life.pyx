@@ -111,6 +111,8 @@ cdef void note_ping(Connection *connection, const nghttp2_frame *frame) noexcept
     if frame.hd.flags & NGHTTP2_FLAG_ACK:
         if memcmp(frame.ping.opaque_data, DRAIN_PING, PING_BYTES) == 0:
             finish_leaving(connection)
+        elif rules.keepalive_time_ns:
+            _hasten(connection, now + rules.keepalive_time_ns)
         return
     note_idle_frame(connection)
     if interval == 0 or rules.max_ping_strikes == 0:

@@ -59,6 +59,27 @@ def serve(
     io_threads: Annotated[
         int | None, typer.Option(help="Threads for plaintext gRPC; 0: the event loop does it; default 1.")
     ] = None,
+    grpc_keepalive_time: Annotated[
+        int | None, typer.Option(help="Milliseconds of silence until a client is sent a PING; default 7200000.")
+    ] = None,
+    grpc_keepalive_timeout: Annotated[
+        int | None, typer.Option(help="Milliseconds that it may take to answer; default 20000.")
+    ] = None,
+    grpc_keepalive_permit_without_calls: Annotated[
+        str | None, typer.Option(metavar=_BOOLEAN, help="Whether PINGs are fine without calls; default false.")
+    ] = None,
+    grpc_http2_min_recv_ping_interval_without_data: Annotated[
+        int | None, typer.Option(help="Milliseconds between a client's PINGs, unless it is sent data; default 300000.")
+    ] = None,
+    grpc_http2_max_ping_strikes: Annotated[
+        int | None, typer.Option(help="PINGs that may come too early, 0: any number; default 2.")
+    ] = None,
+    grpc_max_connection_age: Annotated[
+        int | None, typer.Option(help="Milliseconds until a connection is told to go, 0: never; default 0.")
+    ] = None,
+    grpc_max_connection_age_grace: Annotated[
+        int | None, typer.Option(help="Milliseconds that its calls may then take, 0: any time; default 0.")
+    ] = None,
     grpc_use_ssl: Annotated[str | None, typer.Option(metavar=_BOOLEAN, help="Whether gRPC speaks TLS.")] = None,
     grpc_server_cert: Annotated[Path | None, typer.Option(help="PEM of the server's certificate.")] = None,
     grpc_server_key: Annotated[Path | None, typer.Option(help="PEM of the server's key.")] = None,
@@ -120,6 +141,13 @@ def serve(
         "grpc_port": grpc_port,
         "transport": transport,
         "io_threads": io_threads,
+        "grpc_keepalive_time": grpc_keepalive_time,
+        "grpc_keepalive_timeout": grpc_keepalive_timeout,
+        "grpc_keepalive_permit_without_calls": grpc_keepalive_permit_without_calls,
+        "grpc_http2_min_recv_ping_interval_without_data": grpc_http2_min_recv_ping_interval_without_data,
+        "grpc_http2_max_ping_strikes": grpc_http2_max_ping_strikes,
+        "grpc_max_connection_age": grpc_max_connection_age,
+        "grpc_max_connection_age_grace": grpc_max_connection_age_grace,
         "grpc_server_cert": grpc_server_cert,
         "grpc_server_key": grpc_server_key,
         "grpc_root_cert": grpc_root_cert,

@@ -34,6 +34,8 @@ Bytes = Annotated[Whole, Field(ge=1024, le=2**31 - 1)]
 Count = Annotated[Whole, Field(ge=1, le=100_000)]
 Seconds = Annotated[Number, Field(ge=0, le=7 * 24 * 3600)]
 Plugin = Annotated[str, AfterValidator(_check_plugin)]
+#: gRPC's channel arguments are in milliseconds; 0 is never.
+Milliseconds = Annotated[Whole, Field(ge=0, le=2**31 - 1)]
 
 
 class Transport(enum.StrEnum):
@@ -41,6 +43,14 @@ class Transport(enum.StrEnum):
 
     NATIVE = "native"
     GRPCIO = "grpcio"
+
+
+class Compression(enum.StrEnum):
+    """What response messages are packed with, for clients that take that."""
+
+    NONE = "none"
+    GZIP = "gzip"
+    DEFLATE = "deflate"
 
 
 class ControlMode(enum.StrEnum):
@@ -108,7 +118,10 @@ class GrpcConfig(Section):
     """The gRPC door; port 0 takes any free one.
 
     ``io_threads`` serve plaintext without the interpreter lock; with 0, and with TLS, the event loop does. Only the
-    native transport has them.
+    native transport has them, ``max_connections``, ``max_buffered_bytes`` (of all connections together; 0: no bound)
+    and ``min_compress_bytes``. Times and PINGs go by gRPC's channel arguments of the same names. ``compression`` and
+    ``interceptors`` (written ``module:attribute``) take ModelInfer off the compiled path: the first for clients that
+    accept packed answers, the second unless their ``skipped_methods`` name it.
     """
 
     enabled: Flag = True
@@ -117,7 +130,32 @@ class GrpcConfig(Section):
     transport: Transport = Transport.NATIVE
     io_threads: Annotated[Whole, Field(ge=0, le=64)] = 1
     max_message_bytes: Bytes = DEFAULT_MESSAGE_BYTES
+    max_buffered_bytes: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 1 << 30
+    max_connections: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 10_000
+    keepalive_time_ms: Milliseconds = 7_200_000
+    keepalive_timeout_ms: Annotated[Milliseconds, Field(ge=1)] = 20_000
+    keepalive_permit_without_calls: Flag = False
+    http2_min_ping_interval_without_data_ms: Milliseconds = 300_000
+    http2_max_ping_strikes: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 2
+    max_connection_idle_ms: Milliseconds = 0
+    max_connection_age_ms: Milliseconds = 0
+    max_connection_age_grace_ms: Milliseconds = 0
+    compression: Compression = Compression.NONE
+    min_compress_bytes: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 1024
+    interceptors: tuple[Plugin, ...] = ()
     tls: TlsConfig = TlsConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        raise_problems(self._find_problems())
+        return self
+
+    def _find_problems(self) -> Iterator[Problem]:
+        if 0 < self.max_buffered_bytes < self.max_message_bytes:
+            text = (
+                f"found {self.max_buffered_bytes}; one message of max_message_bytes ({self.max_message_bytes}) must fit"
+            )
+            yield Problem(("max_buffered_bytes",), text)
 
 
 class HttpConfig(Section):

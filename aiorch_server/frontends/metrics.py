@@ -13,7 +13,13 @@ from prometheus_client.registry import CollectorRegistry
 
 from aiorch_server.frontends.rest.body import Receive, Send, choose_coding, encode_body, find_header
 from aiorch_server.frontends.rest.listener import HttpListener
-from aiorch_server.observability.collector import MachineCollector, MeasuredModel, ModelCollector
+from aiorch_server.observability.collector import (
+    DoorCollector,
+    DoorLedger,
+    MachineCollector,
+    MeasuredModel,
+    ModelCollector,
+)
 from aiorch_server.observability.exposition import render_metrics
 
 logger = logging.getLogger(__name__)
@@ -23,18 +29,23 @@ _MAX_CONNECTIONS = 64
 
 
 class MetricsServer:
-    """Serves the metrics of ``list_models()`` on ``host``:``port`` (0 picks a free port) in the running event loop."""
+    """Serves the metrics of ``list_models()`` and ``list_ledgers()`` on ``host``:``port`` in the running event loop.
+
+    Port 0 picks a free one.
+    """
 
     def __init__(
         self,
         list_models: Callable[[], Iterable[MeasuredModel]],
         *,
+        list_ledgers: Callable[[], Iterable[DoorLedger]] = tuple,
         host: str = "127.0.0.1",
         port: int = 8002,
     ) -> None:
         # Not the library's global registry: two servers in one process (tests) must not share their numbers.
         self.registry = CollectorRegistry()
         self.registry.register(ModelCollector(list_models))
+        self.registry.register(DoorCollector(list_ledgers))
         self.registry.register(MachineCollector())
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)

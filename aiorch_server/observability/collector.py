@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from aiorch_server import __version__
@@ -81,6 +81,30 @@ class MeasuredModel(Protocol):
         ...
 
 
+class DoorLedger(Protocol):
+    """What a gRPC server counts over all its connections."""
+
+    @property
+    def bytes(self) -> int:
+        """Held now: unfinished or unread messages and unsent answers."""
+        ...
+
+    @property
+    def connections(self) -> int:
+        """Open now."""
+        ...
+
+    @property
+    def refused_messages(self) -> int:
+        """Since the start, because too many bytes were held."""
+        ...
+
+    @property
+    def refused_connections(self) -> int:
+        """Since the start, because too many were open."""
+        ...
+
+
 class ModelCollector(Collector):
     """Families of all models that ``list_models`` gives at the time of a scrape.
 
@@ -117,6 +141,37 @@ class ModelCollector(Collector):
         yield _family(_FAILURE, "Number of failed inference requests by reason", "counter", failures)
         yield _family(_PENDING, "Number of requests that wait for execution now", "gauge", pending)
         yield _histogram_family(phases)
+
+
+class DoorCollector(Collector):
+    """What the gRPC doors that ``list_ledgers`` gives hold and refuse, added up."""
+
+    def __init__(self, list_ledgers: Callable[[], Iterable[DoorLedger]]) -> None:
+        self._list_ledgers = list_ledgers
+
+    def collect(self) -> Iterator[Metric]:
+        """No families where no door counts."""
+        ledgers = tuple(self._list_ledgers())
+        if not ledgers:
+            return
+        yield GaugeMetricFamily(
+            "aiorch_grpc_connections", "Open gRPC connections", sum(ledger.connections for ledger in ledgers)
+        )
+        yield GaugeMetricFamily(
+            "aiorch_grpc_buffered_bytes",
+            "Bytes of messages and answers that gRPC connections hold",
+            sum(ledger.bytes for ledger in ledgers),
+        )
+        yield CounterMetricFamily(
+            "aiorch_grpc_refused_connections",
+            "Connections closed at once because too many were open",
+            sum(ledger.refused_connections for ledger in ledgers),
+        )
+        yield CounterMetricFamily(
+            "aiorch_grpc_refused_messages",
+            "Messages refused because too many bytes were held",
+            sum(ledger.refused_messages for ledger in ledgers),
+        )
 
 
 class MachineCollector(Collector):

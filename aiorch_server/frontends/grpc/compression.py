@@ -17,6 +17,12 @@ MIN_COMPRESS_BYTES: Final = 1024
 _LEVEL: Final = 1
 #: From this size on a message is packed on another thread: less takes the loop a millisecond at worst.
 _LARGE_BYTES: Final = 16 << 10
+#: By name, as settings have them.
+COMPRESSIONS: Final = {
+    "none": grpc.Compression.NoCompression,
+    "gzip": grpc.Compression.Gzip,
+    "deflate": grpc.Compression.Deflate,
+}
 _NAMES: Final = {grpc.Compression.Gzip: "gzip", grpc.Compression.Deflate: "deflate"}
 _NUMBERS: Final = {"gzip": 1, "deflate": 2}
 

@@ -8,10 +8,13 @@ skipped always, also for the calls of such a method that the fast path declines.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
+
+from aiorch_server.errors import InvalidSettings
 
 FindHandler = Callable[[Any], Awaitable[grpc.RpcMethodHandler | None]]
 
@@ -23,6 +26,19 @@ def check_interceptors(interceptors: Sequence[grpc.aio.ServerInterceptor] | None
     if invalid:
         raise ValueError(f"Interceptor must be ServerInterceptor, the following are invalid: {invalid}")
     return chosen
+
+
+def import_interceptor(name: str) -> grpc.aio.ServerInterceptor:
+    """The object called ``module:attribute``, made if it is a class; InvalidSettings when it cannot be had."""
+    module, _, attribute = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for step in attribute.split("."):
+            found = getattr(found, step)
+        (interceptor,) = check_interceptors([found() if isinstance(found, type) else found])
+    except (Exception, SystemExit) as error:  # foreign code
+        raise InvalidSettings(f"grpc.interceptors: {name!r} cannot be had: {type(error).__name__}: {error}") from error
+    return interceptor
 
 
 def is_skipped(interceptor: grpc.aio.ServerInterceptor, method: str) -> bool:

@@ -21,6 +21,26 @@ _NEVER_MS: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """Bounds of one client connection; a client that wants more is refused or slowed down, nobody else is.
+
+    ``max_buffered_bytes`` bounds the messages under assembly and, apart from that, those no servicer has read yet;
+    ``max_outbound_bytes`` the answers the client does not take; above ``high_water_bytes`` a streaming servicer's
+    ``write`` waits. A client must speak HTTP/2 within ``greeting_timeout_s`` and take bytes within ``write_timeout_s``.
+    """
+
+    max_concurrent_streams: int = 1024
+    max_header_list_bytes: int = 16 << 10
+    stream_window_bytes: int = 8 << 20
+    connection_window_bytes: int = 16 << 20
+    max_buffered_bytes: int = 256 << 20
+    max_outbound_bytes: int = 256 << 20
+    high_water_bytes: int = 1 << 20
+    greeting_timeout_s: float = 20.0
+    write_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectionLife:
     """How long a connection lives, and how both sides find out that the other is gone; seconds, 0 is never.
 

@@ -12,7 +12,7 @@ import socket
 import ssl
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
@@ -25,7 +25,7 @@ from aiorch_server.frontends.grpc.compression import ResponseCompression
 from aiorch_server.frontends.grpc.context import ServicerContext
 from aiorch_server.frontends.grpc.credentials import ServerCredentials
 from aiorch_server.frontends.grpc.intercept import chain_interceptors, check_interceptors, is_skipped
-from aiorch_server.frontends.grpc.limits import ConnectionLife, ServerLimits, make_ledger, make_rules
+from aiorch_server.frontends.grpc.limits import ConnectionLife, ConnectionLimits, ServerLimits, make_ledger, make_rules
 from aiorch_server.frontends.grpc.metadata import MalformedMetadata, decode_metadata
 from aiorch_server.frontends.unpacking import UnpackBudget
 
@@ -42,26 +42,6 @@ _SYNC_THREADS: Final = 8
 _LAST_WORDS_S: Final = 1.0
 _LAST_SERVICERS_S: Final = 5.0
 _TLS_HANDSHAKE_S: Final = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
-    """Bounds of one client connection; a client that wants more is refused or slowed down, nobody else is.
-
-    ``max_buffered_bytes`` bounds the messages under assembly and, apart from that, those no servicer has read yet;
-    ``max_outbound_bytes`` the answers the client does not take; above ``high_water_bytes`` a streaming servicer's
-    ``write`` waits. A client must speak HTTP/2 within ``greeting_timeout_s`` and take bytes within ``write_timeout_s``.
-    """
-
-    max_concurrent_streams: int = 1024
-    max_header_list_bytes: int = 16 << 10
-    stream_window_bytes: int = 8 << 20
-    connection_window_bytes: int = 16 << 20
-    max_buffered_bytes: int = 256 << 20
-    max_outbound_bytes: int = 256 << 20
-    high_water_bytes: int = 1 << 20
-    greeting_timeout_s: float = 20.0
-    write_timeout_s: float = 60.0
 
 
 _Driver = TypeVar("_Driver", "NativeServer", "IoThread")
