@@ -49,6 +49,22 @@ def wait_until_still(read: Callable[[], int]) -> int:
     return value
 
 
+def make_rich_status() -> Any:
+    """A google.rpc.Status with details of two types, https://cloud.google.com/apis/design/errors."""
+    from google.protobuf import any_pb2, duration_pb2
+    from google.rpc import error_details_pb2, status_pb2
+
+    bad = error_details_pb2.BadRequest()
+    bad.field_violations.add(field="inputs[0].shape", description="expected [-1, 4], found [1, 3] ... é")
+    retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=3))
+    status = status_pb2.Status(code=3, message="the request is wrong: 100% ... é")
+    for detail in (bad, retry):
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
 class Servicer:
     """Handlers of all kinds; what the tests wait for is counted under ``seen``."""
 
@@ -163,6 +179,37 @@ class Servicer:
         context.disable_next_message_compression()
         return repr(info).encode()
 
+    async def RichAbort(self, request: bytes, context: Any) -> bytes:
+        from grpc_status import rpc_status
+
+        status = rpc_status.to_status(make_rich_status())
+        if request == b"trailing":
+            context.set_code(status.code)
+            context.set_details(status.details)
+            context.set_trailing_metadata(status.trailing_metadata)
+            return b""
+        await context.abort_with_status(status)
+        return b""
+
+    def SyncRichAbort(self, request: bytes, context: Any) -> bytes:
+        from grpc_status import rpc_status
+
+        context.abort_with_status(rpc_status.to_status(make_rich_status()))
+        return b""
+
+    async def Pack(self, requests: Any, context: Any) -> Any:
+        """Echoes; the first message names the algorithm, and ``plain`` in front sends one as it is."""
+        if (name := await context.read()) != b"default":
+            context.set_compression(getattr(grpc.Compression, name.decode()))
+        async for request in requests:
+            if request.startswith(b"plain"):
+                context.disable_next_message_compression()
+            yield request
+
+    def SyncPack(self, request: bytes, context: Any) -> bytes:
+        context.set_compression(grpc.Compression.Gzip)
+        return request
+
     async def Count(self, request: bytes, context: Any) -> Any:
         for index in range(int(request)):
             yield b"%d" % index
@@ -225,11 +272,11 @@ class Servicer:
     KINDS: ClassVar = {
         "uu": (
             *("Echo", "Wait", "Stubborn", "Abort", "AbortStatus", "SetCode", "Raise", "Metadata", "BadMetadata"),
-            *("Info", "SyncEcho", "Odd"),
+            *("Info", "SyncEcho", "Odd", "RichAbort", "SyncRichAbort", "SyncPack"),
         ),
         "us": ("WaitStream", "Count", "CountWrite", "CountThenRaise", "Flood", "SyncCount"),
         "su": ("Sum", "SumRead", "SlowSum", "SyncSum"),
-        "ss": ("Chat", "WaitChat", "SyncChat"),
+        "ss": ("Chat", "WaitChat", "SyncChat", "Pack"),
     }
 
     def handlers(self) -> dict[str, Any]:
