@@ -7,7 +7,8 @@ CACHE := .cache
 MODELS ?= models
 SERVE_ARGS ?=
 PIP := $(PY) -m pip install --disable-pip-version-check
-CORE := $(wildcard aiorch_server/_core/*.pyx aiorch_server/_core/*.pxd) setup.py
+CORE := $(wildcard aiorch_server/_core/*.pyx aiorch_server/_core/*.pxd aiorch_server/include/*.h \
+    backends/aiorch_backends/*/*.pyx backends/aiorch_backends/*/*.h) setup.py
 
 .PHONY: serve test lint compile debug models bench-micro bench-peers clean
 
@@ -48,7 +49,8 @@ bench-peers: $(CACHE)/test $(CACHE)/compiled models
 	$(PY) benchmarks/report.py
 
 clean:
-	rm -rf $(CACHE) build dist *.egg-info aiorch_server/_core/*.so aiorch_server/_core/*.c aiorch_server/_core/*.html
+	rm -rf $(CACHE) build dist *.egg-info aiorch_server/_core/*.so aiorch_server/_core/*.c aiorch_server/_core/*.html \
+	    backends/aiorch_backends/*/*.so backends/aiorch_backends/*/*.c
 
 # ---- what the targets above need; each stamp is remade when what it stands on changes
 

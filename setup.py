@@ -18,6 +18,7 @@ from setuptools import Extension, setup
 
 CORE = Path("aiorch_server/_core")
 SESSIONS = {"h2_ledger", "h2_stream", "h2_answer", "h2_life", "h2_request", "h2", "h2_probe"}
+BACKENDS = Path("backends")
 NEEDS_NGHTTP2 = SESSIONS | {"call", "aio_call", "aio", "crossing", "io_plane", "io_connection", "io_loop", "io"}
 DEBUG = os.environ.get("AIORCH_DEBUG", "") not in ("", "0")
 SANITIZE = os.environ.get("AIORCH_SANITIZE", "") not in ("", "0")
@@ -47,7 +48,7 @@ def find_nghttp2() -> tuple[list[str], list[str]] | None:
 
 
 def list_extensions() -> list[Extension]:
-    """One extension per module of the core; those over libnghttp2 only where it was found."""
+    """One extension per compiled module; those over libnghttp2 only where it was found."""
     nghttp2 = find_nghttp2()
     if nghttp2 is None:
         print("aiorch: libnghttp2 not found, building without the native gRPC door", file=sys.stderr)
@@ -58,7 +59,8 @@ def list_extensions() -> list[Extension]:
         compile_args += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
         link_args += ["-fsanitize=address,undefined"]
     extensions = []
-    for source in sorted(CORE.glob("*.pyx")):
+    for source in [*sorted(CORE.glob("*.pyx")), *sorted(BACKENDS.glob("aiorch_backends/*/*.pyx"))]:
+        name = source.relative_to(BACKENDS) if source.is_relative_to(BACKENDS) else source
         extra_compile, extra_link = list(compile_args), list(link_args)
         if source.stem in NEEDS_NGHTTP2:
             if nghttp2 is None:
@@ -67,8 +69,9 @@ def list_extensions() -> list[Extension]:
             extra_link += nghttp2[1]
         extensions.append(
             Extension(
-                f"aiorch_server._core.{source.stem}",
+                ".".join(name.with_suffix("").parts),
                 [str(source)],
+                include_dirs=["aiorch_server/include"],
                 extra_compile_args=extra_compile,
                 extra_link_args=extra_link,
                 define_macros=[("AIORCH_DEBUG", "1" if DEBUG else "0")],

@@ -67,6 +67,15 @@ class ModelInstance(abc.ABC):
         Any exception fails the batch with INTERNAL, but an ``AiorchError`` keeps its own code.
         """
 
+    @property
+    def compiled(self) -> object | None:
+        """A capsule of ``include/aiorch_instance.h`` where batches can run without the interpreter, else None.
+
+        Asked once, after warm-up. All inputs and outputs must have types of a fixed item size. A batch that fails there
+        is run again through ``execute``, member by member.
+        """
+        return None
+
     def close(self) -> None:  # noqa: B027 - most frameworks free with the object
         """Gives back what the instance holds; called once, when no batch runs."""
 

@@ -2,6 +2,7 @@
 
 from aiorch_server._core.batch_former import BatchFormer
 from aiorch_server._core.collate import Batch
+from aiorch_server._core.compiled import serve_compiled
 from aiorch_server._core.histogram import Histogram
 from aiorch_server._core.mailbox import Mailbox
 from aiorch_server._core.routes import Router
@@ -34,5 +35,6 @@ __all__ = [
     "decode_response",
     "encode_request",
     "scan",
+    "serve_compiled",
     "walk_elements",
 ]

@@ -102,24 +102,28 @@ cdef class Batch:
 
     def _fill(self, Scheduler scheduler not None):
         """The body of ``Scheduler.take``."""
-        cdef Request *request
-        cdef int members = 0
-        cdef int64_t rows = 0
+        cdef bint has_batch
         if scheduler is not self._scheduler:
             raise ValueError("a batch belongs to the scheduler it was made for")
         self.fail_rest()
-        self._n = self._first = self._last = 0
         with nogil:
-            request = take_batch(self._state, &members, &rows, &self._free_since_ns)
-        if request == NULL:
-            return False
+            has_batch = self.pull()
+        return has_batch
+
+    cdef bint pull(self) noexcept nogil:
+        """Takes the next due batch; False once the scheduler is closed and empty. Nothing is unsettled."""
+        cdef int members = 0
+        cdef int64_t rows = 0
+        cdef Request *request
+        self._n = self._first = self._last = 0
+        request = take_batch(self._state, &members, &rows, &self._free_since_ns)
         while request != NULL:
             self._members[self._n] = request
             self._n += 1
             request = request.next
         self._last = self._n
         self._rows = rows
-        return True
+        return self._n > 0
 
     def select(self, index=None):
         """Narrows the batch to the member at ``index``, or widens it to all again."""

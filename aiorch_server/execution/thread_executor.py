@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from aiorch_server._core import Batch, Scheduler
+from aiorch_server._core import Batch, Scheduler, serve_compiled
 from aiorch_server.backend import Backend, LoadContext, ModelInstance
-from aiorch_server.errors import AiorchError, Code, ModelLoadError
+from aiorch_server.errors import AiorchError, Code, ModelExecutionError, ModelLoadError
 from aiorch_server.execution.warmup import WarmupSample, warm_up
 from aiorch_server.types import ModelSignature
 
@@ -192,7 +192,12 @@ class _InstanceThread(threading.Thread):
         scheduler = self._group.scheduler
         batch = Batch(scheduler)
         take, gather, execute, settle = scheduler.take, batch.gather, instance.execute, batch.settle
+        compiled = instance.compiled
         try:
+            if compiled is not None:
+                while (reason := serve_compiled(batch, compiled)) is not None:
+                    self._settle_failed(instance, batch, self._describe_failure(reason))
+                return
             while take(batch):
                 try:
                     settle(execute(gather()))
@@ -218,6 +223,9 @@ class _InstanceThread(threading.Thread):
                 batch.settle(instance.execute(batch.gather()))
             except Exception as member_error:
                 batch.fail(*self._answer(member_error))
+
+    def _describe_failure(self, reason: str) -> ModelExecutionError:
+        return ModelExecutionError(f"model '{self._context.model_name}' failed: {reason}")
 
     def _answer(self, error: BaseException) -> tuple[int, str]:
         if isinstance(error, AiorchError):

@@ -43,12 +43,12 @@ def test_contents(wheel: Path) -> None:
     assert not [name for name in names if name.endswith((".c", ".pyx", ".html", ".o")) or "/tests/" in name]
     for package in ("aiorch_server", "aiorch_backends", "aiorch_client"):
         assert f"{package}/py.typed" in names
-    stems = {Path(name).name.split(".")[0] for name in names if name.startswith("aiorch_server/_core/")}
-    compiled = {Path(name).name.split(".")[0] for name in names if name.endswith(".so")}
-    assert compiled == {path.stem for path in (ROOT / "aiorch_server/_core").glob("*.pyx")}
-    for stem in compiled:
-        assert f"aiorch_server/_core/{stem}.pyi" in names, f"{stem} has no stub"
-    assert stems >= compiled
+    sources = [(ROOT, path) for path in (ROOT / "aiorch_server/_core").glob("*.pyx")]
+    sources += [(ROOT / "backends", path) for path in (ROOT / "backends").glob("aiorch_backends/*/*.pyx")]
+    modules = {path.relative_to(root).with_suffix("").as_posix() for root, path in sources}
+    assert {name.split(".")[0] for name in names if name.endswith(".so")} == modules
+    assert modules - {name.removesuffix(".pyi") for name in names} == set(), "without a stub"
+    assert "aiorch_server/include/aiorch_instance.h" in names
 
 
 @pytest.mark.timeout(600)

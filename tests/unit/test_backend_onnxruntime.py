@@ -11,13 +11,22 @@ import onnx
 import onnxruntime
 import pytest
 from aiorch_backends.onnxruntime import OnnxRuntimeBackend
-from aiorch_backends.onnxruntime.instance import BrainFloatInstance, OnnxInstance, TextInstance
+from aiorch_backends.onnxruntime import session as session_module
+from aiorch_backends.onnxruntime.instance import BrainFloatInstance, NativeInstance, OnnxInstance, TextInstance
 from onnx import TensorProto, helper, numpy_helper
 
 from aiorch_server.backend import Backend, DeclaredSignature, LoadContext
 from aiorch_server.errors import ModelLoadError, RequestError
 from aiorch_server.testing import BackendConformance
 from aiorch_server.types import DataType, NumpyArray, TensorSpec
+
+
+@pytest.fixture(autouse=True, params=["native", "python"])
+def api(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """ONNX Runtime's C API, and its Python API, which serves where the other cannot."""
+    if request.param == "python":
+        monkeypatch.setattr(session_module, "native", None)
+    return str(request.param)
 
 
 def save_graph(
@@ -114,14 +123,16 @@ class TestBrainFloats(OnnxConformance):
         (TensorProto.BFLOAT16, DataType.BF16),
     ],
 )
-def test_every_datatype(tmp_path: Path, element: int, datatype: DataType) -> None:
+def test_every_datatype(tmp_path: Path, element: int, datatype: DataType, api: str) -> None:
     backend, context = OnnxRuntimeBackend(), make_context(save_echo(tmp_path / "model.onnx", element))
     signature = backend.inspect(context)
     assert signature.inputs == (TensorSpec("x", datatype, (2,)),)
     assert signature.outputs == (TensorSpec("y", datatype, (2,)),)
     instance = backend.load(context, signature)
-    wanted = {DataType.BYTES: TextInstance, DataType.BF16: BrainFloatInstance}
-    assert type(instance) is wanted.get(datatype, OnnxInstance)
+    others = {DataType.BYTES: TextInstance, DataType.BF16: BrainFloatInstance}
+    is_native = api == "native" and datatype is not DataType.BYTES
+    assert type(instance) is (NativeInstance if is_native else others.get(datatype, OnnxInstance))
+    assert (instance.compiled is not None) is is_native
     rows = np.array([[b"", b"\xc3\xa9"]], object) if datatype is DataType.BYTES else np.ones((1, 2), datatype.numpy)
     answer = instance.execute({"x": rows})["y"]
     assert answer.dtype == datatype.numpy
@@ -255,15 +266,23 @@ def test_bad_parameter_is_named(tmp_path: Path, key: str, value: str) -> None:
         OnnxRuntimeBackend().inspect(make_context(artefact, parameters={key: value}))
 
 
-def test_threads_reach_the_session(tmp_path: Path) -> None:
+def count_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_threads_reach_the_session(tmp_path: Path, api: str) -> None:
     artefact = save_echo(tmp_path / "model.onnx", TensorProto.FLOAT)
+    kept = []  # else threads of the last end while those of the next are counted
     for context, wanted in (
         (make_context(artefact, threads=2), 2),
         (make_context(artefact, threads=2, parameters={"intra_op_thread_count": "3"}), 3),
     ):
-        backend = OnnxRuntimeBackend()
+        backend, before = OnnxRuntimeBackend(), count_threads()
         instance = backend.load(context, backend.inspect(context))
-        assert instance._session.get_session_options().intra_op_num_threads == wanted  # type: ignore[attr-defined]
+        kept.append((backend, instance))
+        assert count_threads() - before == wanted - 1  # the calling thread is one of them
+        if api == "python":
+            assert instance._session.get_session_options().intra_op_num_threads == wanted  # type: ignore[attr-defined]
 
 
 def test_inspected_session_is_used_once(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import logging
 from typing import Any
 
 from aiorch_backends.common import FoundTensor, OpenedArtefacts, complete_signature, refuse
-from aiorch_backends.onnxruntime.instance import BrainFloatInstance, OnnxInstance, TextInstance
-from aiorch_backends.onnxruntime.session import open_session
+from aiorch_backends.onnxruntime.instance import BrainFloatInstance, NativeInstance, OnnxInstance, TextInstance
+from aiorch_backends.onnxruntime.session import is_native, open_session
 from aiorch_server.backend import Backend, LoadContext, ModelInstance
 from aiorch_server.types import DataType, ModelSignature, TensorSpec
 
@@ -61,6 +61,8 @@ class OnnxRuntimeBackend(Backend):
     def load(self, context: LoadContext, signature: ModelSignature) -> ModelInstance:
         """Opens a session, or takes the one that ``inspect`` opened."""
         session = self._sessions.take(context) or open_session(context)
+        if is_native(session):
+            return NativeInstance(session, signature)
         kinds = {spec.datatype for spec in (*signature.inputs, *signature.outputs)}
         if kinds >= {DataType.BYTES, DataType.BF16}:
             raise refuse(context, "ONNX Runtime's Python API cannot carry BYTES and BF16 tensors in one model")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aiorch_backends.common import decode_text, encode_text, import_framework
 from aiorch_server.backend import ModelInstance
 from aiorch_server.types import DataType, ModelSignature, NumpyArray
+
+if TYPE_CHECKING:
+    from aiorch_backends.onnxruntime.native import NativeSession
 
 #: onnx.TensorProto.BFLOAT16, https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 _ONNX_BFLOAT16 = 16
@@ -31,6 +34,29 @@ class OnnxInstance(ModelInstance):
     def close(self) -> None:
         """Lets go of the session and its thread pool."""
         self._session = None
+
+
+class NativeInstance(ModelInstance):
+    """Runs over the C API: the server needs no interpreter for its batches."""
+
+    def __init__(self, session: NativeSession, signature: ModelSignature) -> None:
+        inputs, outputs = ([spec.name for spec in side] for side in (signature.inputs, signature.outputs))
+        self._session = session
+        self._runner = session.make_runner(inputs, outputs)
+        self.provider: str = session.get_providers()[0]
+
+    @property
+    def compiled(self) -> object:
+        """The runner's capsule."""
+        return self._runner.capsule
+
+    def execute(self, inputs: Mapping[str, NumpyArray]) -> Mapping[str, NumpyArray]:
+        """Only the served outputs are computed; they are fresh arrays. Releases the interpreter lock while it runs."""
+        return self._runner.execute(inputs)
+
+    def close(self) -> None:
+        """Frees what the last batch left; the session goes with the instance."""
+        self._runner.close()
 
 
 class TextInstance(OnnxInstance):

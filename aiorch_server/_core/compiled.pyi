@@ -1,0 +1,3 @@
+from aiorch_server._core.collate import Batch
+
+def serve_compiled(batch: Batch, instance: object) -> str | None: ...

@@ -1,0 +1,3 @@
+class Echo:
+    capsule: object
+    def __init__(self, n_tensors: int, delay_us: int) -> None: ...
