@@ -31,6 +31,17 @@ cdef inline Stream *_find(nghttp2_session *session, int32_t stream_id) noexcept 
     return <Stream *> nghttp2_session_get_stream_user_data(session, stream_id)
 
 
+cdef int _on_begin_frame(nghttp2_session *session, const nghttp2_frame_hd *hd, void *context) noexcept nogil:
+    # RFC 9113, 5.1.1: ids only go up. libnghttp2 drops such HEADERS without a word, because an id that was left out
+    # looks like a stream that is closed; but then whoever takes it for a call would wait forever.
+    cdef Connection *connection = <Connection *> context
+    if (hd.type == NGHTTP2_HEADERS and hd.stream_id & 1 and hd.stream_id <= connection.last_stream_id
+            and _find(session, hd.stream_id) == NULL
+            and nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, hd.stream_id, NGHTTP2_STREAM_CLOSED) != 0):
+        return NGHTTP2_ERR_CALLBACK_FAILURE
+    return 0
+
+
 cdef int _on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame, void *context) noexcept nogil:
     cdef Stream *stream
     if frame.hd.type != NGHTTP2_HEADERS or frame.headers.cat != NGHTTP2_HCAT_REQUEST:
@@ -39,6 +50,7 @@ cdef int _on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame,
     if stream == NULL:
         return NGHTTP2_ERR_CALLBACK_FAILURE
     nghttp2_session_set_stream_user_data(session, stream.id, stream)
+    stream.connection.last_stream_id = stream.id
     return 0
 
 
@@ -145,6 +157,7 @@ cdef Group *new_group(const Limits *limits, const uint8_t *fast_path, size_t fas
         release_group(group)
         return NULL
     memcpy(group.fast_path, fast_path, fast_path_size)
+    nghttp2_session_callbacks_set_on_begin_frame_callback(group.callbacks, _on_begin_frame)
     nghttp2_session_callbacks_set_on_begin_headers_callback(group.callbacks, _on_begin_headers)
     nghttp2_session_callbacks_set_on_header_callback(group.callbacks, _on_header)
     nghttp2_session_callbacks_set_on_data_chunk_recv_callback(group.callbacks, _on_data)

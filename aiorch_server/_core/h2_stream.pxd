@@ -97,6 +97,7 @@ cdef struct Connection:
     bint is_draining                    # shutdown notice submitted, final GOAWAY waits for the PING's answer
     Stream *streams
     int n_streams
+    int32_t last_stream_id              # the highest that the client has opened
     int n_faults                        # streams that the server had to reset for what the client did
     Stream *ready_head
     Stream *ready_tail

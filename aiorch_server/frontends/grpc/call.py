@@ -87,6 +87,7 @@ async def _read_one(context: ServicerContext) -> Any:
     message = await context.read()
     if message is grpc.aio.EOF:
         raise CallFailed(grpc.StatusCode.UNIMPLEMENTED, _NO_REQUEST)
+    await context.expect_end()
     return message
 
 

@@ -30,6 +30,7 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 #: From this size on a message is unpacked on another thread: less takes the loop a few milliseconds at worst.
 _LARGE_COMPRESSED_BYTES: Final = 4096
+_MORE_REQUESTS: Final = "A unary call carries exactly one request message, received more"
 _OVER: Final = "the RPC is over: its client is gone, its deadline has passed, or it was answered"
 
 
@@ -54,6 +55,8 @@ def decompress(message: bytes, encoding: str, max_bytes: int) -> bytes:
         raise CallFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
     if not unpacker.eof:
         raise CallFailed(grpc.StatusCode.INTERNAL, f"a message ends in the middle of its {encoding} data")
+    if unpacker.unused_data:
+        raise CallFailed(grpc.StatusCode.INTERNAL, f"a message goes on behind the end of its {encoding} data")
     return plain
 
 
@@ -135,6 +138,15 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
         if message is None:
             return grpc.aio.EOF
         return message if self._deserialize is None else self._deserialize(message)
+
+    async def expect_end(self) -> None:
+        """Waits until the client has ended its side; CallFailed when another message comes instead."""
+        while self._call.take_message() is None:
+            self._ensure_open()
+            if self._call.is_half_closed:
+                return
+            await self._call.wait_readable()
+        raise CallFailed(grpc.StatusCode.UNIMPLEMENTED, _MORE_REQUESTS)
 
     async def send(self, message: Any) -> None:
         """Serializes, packs and queues a response message, however many are unsent."""

@@ -46,8 +46,9 @@ def decode_metadata(pairs: HeaderPairs) -> tuple[Metadatum, ...]:
             decoded.append(Metadatum(key, value.decode("latin-1")))
             continue
         for part in value.split(b","):
+            text = part.strip()
             try:
-                decoded.append(Metadatum(key, base64.b64decode(part.strip() + b"=" * (-len(part.strip()) % 4))))
+                decoded.append(Metadatum(key, base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)))
             except binascii.Error:
                 raise MalformedMetadata(f"metadata '{key}' is not base64") from None
     return tuple(decoded)
