@@ -242,16 +242,15 @@ class Application:
             await self._changed.wait()
 
     async def _stop(self, grace_s: float) -> None:
-        """Readiness first, then doors and models side by side: the doors wait for answers of the models."""
+        """Readiness first, then the doors, then the models: whoever has not heard of the end yet is still served."""
         if self._health_task is not None:
             self._health_task.cancel()
             await asyncio.gather(self._health_task, return_exceptions=True)
         if self._mailbox is None:
             return
-        # Its first step, before it waits for anything, is to refuse new requests and to say "not ready".
-        draining = asyncio.create_task(self.manager.stop(grace_s))
-        await asyncio.sleep(0)
-        jobs: list[Any] = [draining]
+        until = asyncio.get_running_loop().time() + grace_s
+        self.manager.announce_stop()
+        jobs: list[Any] = []
         if self._health is not None:
             jobs.append(self._health.set_serving(False))
         if self._grpc is not None:
@@ -259,6 +258,8 @@ class Application:
         if self._rest is not None:
             jobs.append(self._rest.stop(grace_s))
         problems = await asyncio.gather(*jobs, return_exceptions=True)
+        left_s = max(0.0, until - asyncio.get_running_loop().time())
+        problems += await asyncio.gather(self.manager.stop(left_s), return_exceptions=True)
         # Metrics last: the drain can be watched.
         if self._metrics is not None:
             problems += await asyncio.gather(self._metrics.stop(1.0), return_exceptions=True)

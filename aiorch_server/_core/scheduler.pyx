@@ -360,9 +360,10 @@ cdef class Scheduler:
         return batch._fill(self)
 
     def close(self):
-        """Takes no new requests; instances serve what is queued, then ``take`` gives False."""
+        """Takes no new requests; instances serve what is queued, at once, then ``take`` gives False."""
         pthread_mutex_lock(&self.state.lock)
         self.state.is_closed = True
+        self.state.policy.delay_ns = 0      # nobody can come any more for whom it would be worth waiting
         pthread_cond_broadcast(&self.state.due)
         pthread_mutex_unlock(&self.state.lock)
 

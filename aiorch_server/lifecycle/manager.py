@@ -83,6 +83,7 @@ class LifecycleManager:
         self._overrides = 0
         self._is_started = False
         self._is_stopping = False
+        self._has_closed = False
 
     # what the planes ask
 
@@ -93,7 +94,7 @@ class LifecycleManager:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the manager drains or has drained."""
+        """Whether an end was announced: not ready any more, and no model changes."""
         return self._is_stopping
 
     def acquire(self, name: str, version: str = "") -> ServableHandle:
@@ -106,7 +107,7 @@ class LifecycleManager:
     def find(self, name: str, version: str = "") -> Servable:
         """Like ``acquire``, without a lease: for looking at what does not change."""
         number = parse_version(version)
-        if self._is_stopping:
+        if self._has_closed:
             raise ServerStopping(STOPPING_TEXT)
         route = self._routes.get(name)
         if route is not None:
@@ -117,12 +118,12 @@ class LifecycleManager:
         raise self._explain_missing(name, number)
 
     def is_ready(self, name: str, version: str = "") -> bool:
-        """Whether requests for that version are taken; RequestError for a bad version string."""
+        """Whether requests for that version should be sent; RequestError for a bad version string."""
         try:
             self.find(name, version)
+            return not self._is_stopping
         except (UnknownModel, UnknownVersion, ModelNotReady, ServerStopping):
             return False
-        return True
 
     def servables(self) -> list[Servable]:
         """What serves or drains, by name and version."""
@@ -212,9 +213,13 @@ class LifecycleManager:
                     jobs.append(self._run(self._unload(model, forget=True)))
             await asyncio.gather(*jobs)
 
+    def announce_stop(self) -> None:
+        """Says "not ready" and takes no changes from now on; requests are served until ``stop``."""
+        self._is_stopping = True
+
     async def stop(self, grace_s: float) -> None:
         """Refuses new requests, answers those under way within ``grace_s``, fails the rest, unloads everything."""
-        self._is_stopping = True
+        self._is_stopping = self._has_closed = True
         self._publish()
         tasks = [*self._tasks, *([self._poller] if self._poller is not None else [])]
         for task in tasks:
@@ -311,7 +316,7 @@ class LifecycleManager:
 
     def _publish(self) -> None:
         routes: dict[str, tuple[int, dict[int, Servable]]] = {}
-        if not self._is_stopping:
+        if not self._has_closed:
             for name, model in self._models.items():
                 if ready := model.ready():
                     routes[name] = (max(ready), ready)

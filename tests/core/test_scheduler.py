@@ -43,6 +43,17 @@ async def test_a_closed_scheduler_refuses(scheduler: Scheduler, mailbox: Mailbox
     assert not scheduler.take(Batch(scheduler))
 
 
+async def test_a_closed_scheduler_does_not_wait_for_company(mailbox: Mailbox) -> None:
+    """What is queued when it is closed is served at once, however long the batching delay."""
+    scheduler = Scheduler(make_spec(), max_queue_delay_us=3_600_000_000, preferred_batch_sizes=(8,))
+    instance = HandDriven(scheduler)
+    waiting = mailbox.submit(scheduler, message(1))
+    scheduler.close()
+    instance.go()
+    assert values_of(await asyncio.wait_for(waiting, 10)) == [2.0]
+    instance.stop()
+
+
 async def test_priorities(mailbox: Mailbox) -> None:
     scheduler = Scheduler(make_spec(1), priority_levels=3, default_priority_level=2)
     order: list[str] = []
