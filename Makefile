@@ -79,8 +79,9 @@ $(CACHE)/examples: pyproject.toml setup.py $(CACHE)/base
 $(CACHE)/test: pyproject.toml setup.py $(CACHE)/base
 	@echo "== installing what the tests need, compiling the core"
 	$(PIP) --no-build-isolation -e ".[test]"
-	@command -v prometheus >/dev/null && command -v h2load >/dev/null \
-	    || deploy/install-packages prometheus nghttp2-client
+	@command -v prometheus >/dev/null && command -v h2load >/dev/null && command -v curl >/dev/null \
+	    || deploy/install-packages prometheus nghttp2-client curl
+	@command -v node >/dev/null && command -v npm >/dev/null || deploy/install-packages nodejs npm
 	@touch $@ $(CACHE)/examples $(CACHE)/compiled
 
 $(CACHE)/compiled: $(CORE) $(CACHE)/base
