@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.goals import GOALS, OURS, Figures
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-OURS = "aiorch"
 #: Cores used by other programs above which a point says more about the machine than about the servers.
 QUIET_CORES = 0.15
+#: Above this a request is large enough for bytes per second to mean something.
+_LARGE_BYTES = 100_000
 COLUMNS = (
     "req/s",
     "cores",
@@ -36,7 +41,7 @@ COLUMNS = (
 class ComparedRow:
     """One server at one point, with ours divided by it (None without ours, or for ours)."""
 
-    workload: str
+    contest: str
     shape: str
     title: str
     is_ours: bool
@@ -46,7 +51,7 @@ class ComparedRow:
 
     @property
     def point(self) -> tuple[str, str]:
-        return self.workload, self.shape
+        return self.contest, self.shape
 
     def cells(self) -> list[str]:
         row = self.row
@@ -69,7 +74,7 @@ def compare(result: Mapping[str, Any]) -> Iterator[ComparedRow]:
     for row in result["rows"]:
         mine = ours.get(_point(row)) if row["server"] != OURS else None
         yield ComparedRow(
-            workload=row["workload"],
+            contest=row["contest"],
             shape=f"{row['connections']}x{row['streams']}",
             title=result["servers"][row["server"]]["title"],
             is_ours=row["server"] == OURS,
@@ -80,7 +85,7 @@ def compare(result: Mapping[str, Any]) -> Iterator[ComparedRow]:
 
 
 def _point(row: Mapping[str, Any]) -> tuple[str, int, int]:
-    return row["workload"], row["connections"], row["streams"]
+    return row["contest"], row["connections"], row["streams"]
 
 
 def format_ratio(ratio: float | None) -> str:
@@ -99,12 +104,24 @@ def warn_if_noisy(result: Mapping[str, Any]) -> str:
     )
 
 
-def render(peers: Mapping[str, Any], micro: Mapping[str, Any] | None = None) -> str:
-    """The whole page as Markdown."""
-    parts = [_render_head(), _render_machine(peers["machine"], peers["settings"]), _render_servers(peers["servers"])]
-    parts += [_render_workload(peers, name) for name in dict.fromkeys(row["workload"] for row in peers["rows"])]
+def render(
+    peers: Mapping[str, Any],
+    micro: Mapping[str, Any] | None = None,
+    memory: Mapping[str, Any] | None = None,
+    profile: Mapping[str, Any] | None = None,
+) -> str:
+    """The whole page as Markdown; what was not measured is left out."""
+    parts = [_render_head()]
     if warning := warn_if_noisy(peers):
-        parts.insert(1, f"**{warning}**")
+        parts.append(f"**{warning}**")
+    parts += [_render_goals(peers, memory), _render_machine(peers["machine"], peers["settings"])]
+    parts.append(_render_servers(peers["servers"]))
+    parts += [_render_contest(peers, contest) for contest in peers["contests"]]
+    parts.append(_render_starts(peers))
+    if memory is not None:
+        parts.append(_render_memory(memory))
+    if profile is not None:
+        parts.append(_render_profile(profile))
     if peers["void"]:
         parts.append("## Void\n\n" + "\n".join(f"- {text.splitlines()[0]}" for text in peers["void"]))
     if micro is not None:
@@ -117,10 +134,10 @@ def _render_head() -> str:
 
 <!-- Rendered by benchmarks/report.py from benchmarks/results; do not edit. -->
 
-The servers share one core and take turns, the others idle meanwhile; `h2load` posts the same serialised ModelInfer
-frames from another core. All figures of a page are from one run; compare latencies only within one point, because
-every caller sends its next request when the last is answered. Answers are checked by a real client before and after
-each point, and every run must get exactly the bytes of a right answer per request.
+The servers of a contest share one core and take turns, the others idle meanwhile; `h2load` posts the same request
+from another core. All comparisons are from one run; compare latencies only within one point, because every caller
+sends its next request when the last is answered. Answers are checked by a real client before and after each point, and
+every run must get exactly the bytes of a right answer per request.
 
 - *cores*: how much of its core the server's whole process tree used; *req/s/core* is req/s divided by that, and *CPU
   us/req* the same thing upside down: the figures to compare, because they do not depend on which side saturates first.
@@ -153,18 +170,97 @@ def _render_servers(servers: Mapping[str, Mapping[str, str]]) -> str:
     )
 
 
-def _render_workload(peers: Mapping[str, Any], workload: str) -> str:
-    rows = [row for row in compare(peers) if row.workload == workload]
-    grid = _make_grid(["conns x streams", "server", *COLUMNS], [[r.shape, r.title, *r.cells()] for r in rows], names=2)
+def _render_goals(peers: Mapping[str, Any], memory: Mapping[str, Any] | None) -> str:
+    figures = Figures(peers, memory)
+    answers = sum(run["requests"] for row in peers["rows"] for run in row["runs"])
+    return (
+        "## In short\n\n"
+        + _make_grid(["figure", "asked", "reached", "enough"], [goal.cells(figures) for goal in GOALS], numbers=False)
+        + f"\n\n{answers:,} timed answers, {len(peers['void'])} points void; a lost, wrong or mixed-up answer voids "
+        "its point."
+    )
+
+
+def _render_contest(peers: Mapping[str, Any], contest: Mapping[str, Any]) -> str:
+    rows = [row for row in compare(peers) if row.contest == contest["name"]]
+    parts = [f"## {contest['name']}", f"{contest['text']} max_batch_size {contest['max_batch']}."]
+    if not rows:
+        return "\n\n".join([*parts, "No point of it counts."])
+    parts.append(
+        _make_grid(["conns x streams", "server", *COLUMNS], [[r.shape, r.title, *r.cells()] for r in rows], names=2)
+    )
+    if ceilings := [entry for entry in peers["ceilings"] if entry["contest"] == contest["name"]]:
+        best = max(entry["rows_per_s"] for entry in ceilings)
+        served = max(row.row["req_per_s"] for row in rows if row.is_ours) if any(r.is_ours for r in rows) else 0.0
+        texts = [f"{entry['rows_per_s']:,.0f} at batch {entry['batch']}" for entry in ceilings]
+        parts.append(
+            f"The ceiling, onnxruntime alone on that core, rows/s: {', '.join(texts)}. AIOrchestrator's best point is "
+            f"{served / best:.0%} of the best."
+        )
+    if contest["row_bytes"] >= _LARGE_BYTES:
+        texts = [f"{r.shape} {r.title} {r.row['input_mb_per_s_per_core']:,.0f}" for r in rows]
+        parts.append(f"Input MB/s per core: {', '.join(texts)}.")
+    parts.append(f"Requests/s per server core:\n\n```text\n{_draw_bars(rows)}\n```")
+    return "\n\n".join(parts)
+
+
+def _draw_bars(rows: Sequence[ComparedRow]) -> str:
     longest = max(row.row["req_per_s_per_core"] for row in rows)
-    bars = [
-        f"{row.shape:>5}  {row.title:<15} {'#' * max(1, round(40 * row.row['req_per_s_per_core'] / longest)):<40} "
+    width = max(len(row.title) for row in rows)
+    return "\n".join(
+        f"{row.shape:>5}  {row.title:<{width}} {'#' * max(1, round(40 * row.row['req_per_s_per_core'] / longest)):<40} "
         f"{row.row['req_per_s_per_core']:>9,.0f}"
         for row in rows
+    )
+
+
+def _render_starts(peers: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            start["contest"],
+            peers["servers"][start["server"]]["title"],
+            f"{start['ready_s']:.2f}",
+            f"{start['rss_mb']:,.0f}",
+            f"{start['pss_mb']:,.0f}",
+            str(start["processes"]),
+        ]
+        for start in peers["starts"]
     ]
     return (
-        f"## {workload.capitalize()}\n\n{grid}\n\nRequests/s per server core:\n\n```text\n" + "\n".join(bars) + "\n```"
+        "## Start and idle memory\n\nFrom the command to the first right answer, on the one core; memory of all the "
+        "server's processes just after (PSS counts pages that processes share only once).\n\n"
+        + _make_grid(["contest", "server", "start s", "RSS MB", "PSS MB", "processes"], rows, names=2)
     )
+
+
+def _render_memory(memory: Mapping[str, Any]) -> str:
+    samples = memory["samples"]
+    shown = [samples[0], *samples[len(samples) // 5 :: max(1, len(samples) // 5)]]
+    rows = [[f"{sample['requests']:,}", f"{sample['rss_mb']:.1f}", f"{sample['pss_mb']:.1f}"] for sample in shown]
+    return (
+        f"## Memory over time\n\n{memory['text']} After {samples[-1]['requests']:,} requests RSS differs by "
+        f"{memory['growth_percent']:+.1f} % from that after {samples[0]['requests']:,} "
+        f"(commit {memory['machine']['commit'] or 'unknown'}).\n\n"
+        + _make_grid(["requests", "RSS MB", "PSS MB"], rows, names=0)
+    )
+
+
+def _render_profile(profile: Mapping[str, Any]) -> str:
+    names = [point["name"] for point in profile["points"]]
+    groups = sorted({group for point in profile["points"] for group in point["groups"]}, key=str)
+    groups.sort(key=lambda group: -sum(point["groups"].get(group, 0.0) for point in profile["points"]))
+    rows = [[group, *(f"{point['groups'].get(group, 0.0):.1f}" for point in profile["points"])] for group in groups]
+    parts = [
+        "## Where the time goes\n\nSamples of this server's CPU time by `perf`, in per cent, identity "
+        f"(commit {profile['machine']['commit'] or 'unknown'}).",
+        _make_grid(["part", *names], rows),
+    ]
+    for point in profile["points"]:
+        tops = [[top["symbol"], top["group"], f"{top['percent']:.1f}"] for top in point["symbols"]]
+        parts.append(
+            f"The costliest functions at {point['name']}:\n\n" + _make_grid(["function", "part", "%"], tops, names=2)
+        )
+    return "\n\n".join(parts)
 
 
 def _render_micro(micro: Mapping[str, Any]) -> str:
@@ -183,18 +279,24 @@ def _make_grid(header: Sequence[str], rows: Sequence[Sequence[str]], *, names: i
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rules, *rows])
 
 
+def load(name: str) -> dict[str, Any] | None:
+    """A stored result, or None when it was not measured."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare the page with the results")
     options = parser.parse_args()
-    peers, micro = RESULTS / "peers.json", RESULTS / "micro.json"
-    if not peers.exists():
-        print(f"no results at {peers}: run 'make bench-peers' first", file=sys.stderr)
+    peers = load("peers")
+    if peers is None:
+        print(f"no results in {RESULTS}: run 'make bench-peers' first", file=sys.stderr)
         return 1
-    text = render(
-        json.loads(peers.read_text(encoding="utf-8")),
-        json.loads(micro.read_text(encoding="utf-8")) if micro.exists() else None,
-    )
+    text = render(peers, load("micro"), load("memory"), load("profile"))
     if options.check:
         is_current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
         print("docs/benchmarks.md is current" if is_current else "docs/benchmarks.md differs: run benchmarks/report.py")

@@ -1,4 +1,4 @@
-"""Drives ``h2load`` (nghttp2): a fixed number of gRPC requests from one pinned process, and what it says about them."""
+"""Drives ``h2load`` (nghttp2): a fixed number of requests from one pinned process, and what it says about them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +44,13 @@ class H2LoadRun:
 
 @dataclass(frozen=True, slots=True)
 class H2Load:
-    """How to call h2load: the path on the server, the frame to post, the CPU to run on."""
+    """How to call h2load: where to post what, with which headers, and the CPU to run on."""
 
-    port: int
-    path: str
-    frame: Path
+    url: str
+    payload: Path
+    headers: Sequence[str]
     cpu: int
+    is_http1: bool = False
 
     def run(self, connections: int, streams: int, requests: int, response_bytes: int) -> H2LoadRun:
         """Sends ``requests`` calls; LoadFailed unless each got exactly ``response_bytes`` of DATA."""
@@ -71,9 +73,12 @@ class H2Load:
         return np.ascontiguousarray(rows[:, 2])
 
     def _start(self, connections: int, streams: int, requests: int, *more: str) -> H2LoadRun:
+        if self.is_http1:  # one request at a time on a connection
+            connections, streams = connections * streams, 1
+            more = ("--h1", *more)
         command = ["taskset", "-c", str(self.cpu), "h2load", "-t1", f"-c{connections}", f"-m{streams}", f"-n{requests}"]
-        command += ["-H", "content-type: application/grpc", "-H", "te: trailers", "-d", str(self.frame), *more]
-        command.append(f"http://127.0.0.1:{self.port}{self.path}")
+        command += [argument for header in self.headers for argument in ("-H", header)]
+        command += ["-d", str(self.payload), *more, self.url]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         text = _run_bounded(command, timeout_s=120.0)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -12,9 +12,10 @@ import psutil
 
 from benchmarks.peers.h2load import H2Load, H2LoadRun, LoadFailed
 from benchmarks.peers.process import ServerProcess
-from benchmarks.peers.workload import MODEL_INFER, Workload
+from benchmarks.peers.wires import Wire
+from benchmarks.peers.workload import Workload
 
-_SIZING_S = 0.4
+_SIZING_S = 0.3
 _MAX_REQUESTS = 2_000_000
 
 
@@ -32,6 +33,7 @@ class Settings:
 class RunningServer:
     process: ServerProcess
     port: int
+    wire: Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,42 +46,50 @@ class Sample:
 
 
 def measure_point(
+    contest: str,
     workload: Workload,
-    connections: int,
-    streams: int,
+    shape: tuple[int, int],
     servers: Mapping[str, RunningServer],
     settings: Settings,
-    frame: Path,
+    folder: Path,
     report: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Rows of the result for one workload and shape, one per server, from interleaved runs.
+    """Rows of the result for one contest and shape, one per server, from interleaved runs.
 
-    Answers are checked with a real client before the first and after the last run; WrongAnswer, LoadFailed or
-    ServerFailed make the point void.
+    ``folder`` is scratch. Answers are checked with a real client before the first and after the last run; WrongAnswer,
+    LoadFailed or ServerFailed, or an error of the client, make the point void.
     """
-    shape = f"{workload.name} {connections}x{streams}"
+    connections, streams = shape
+    point = f"{contest} {connections}x{streams}"
     loads, sizes, counts = {}, {}, {}
     for name, server in servers.items():
-        report(f"{shape}: {name}, check and warm-up")
-        sizes[name] = workload.check(server.port)
-        loads[name] = H2Load(server.port, MODEL_INFER, frame, settings.load_cpu)
+        report(f"{point}: {name}, check and warm-up")
+        sizes[name] = server.wire.check(workload, server.port)
+        loads[name] = make_load(server, workload, folder / f"{name}.payload", settings.load_cpu)
         rate = _find_rate(loads[name], connections, streams, sizes[name])
         counts[name] = _bound(rate * settings.seconds, connections * streams)
     samples: dict[str, list[Sample]] = {name: [] for name in servers}
     for number in range(settings.runs):
         for name, server in servers.items():
-            report(f"{shape}: {name}, run {number + 1} of {settings.runs}")
+            report(f"{point}: {name}, run {number + 1} of {settings.runs}")
             samples[name].append(_sample(loads[name], server, connections, streams, counts[name], sizes[name]))
     rows = []
     for name, server in servers.items():
-        report(f"{shape}: {name}, latencies and check")
+        report(f"{point}: {name}, latencies and check")
         latencies = loads[name].measure_latencies_us(connections, streams, _bound(counts[name] * 0.6, connections))
-        if workload.check(server.port) != sizes[name]:
-            raise LoadFailed(f"{name}: the answer's size changed while {shape} ran")
+        if server.wire.check(workload, server.port) != sizes[name]:
+            raise LoadFailed(f"{name}: the answer's size changed while {point} ran")
         p50, p99 = (float(value) for value in np.percentile(latencies, [50, 99]))
-        row = {"workload": workload.name, "connections": connections, "streams": streams, "server": name}
-        rows.append(row | summarise(samples[name]) | {"p50_us": p50, "p99_us": p99, "response_bytes": sizes[name]})
+        row: dict[str, Any] = {"contest": contest, "connections": connections, "streams": streams, "server": name}
+        row |= summarise(samples[name]) | {"p50_us": p50, "p99_us": p99, "response_bytes": sizes[name]}
+        rows.append(row | {"input_mb_per_s_per_core": row["req_per_s_per_core"] * workload.row_bytes / 1e6})
     return rows
+
+
+def make_load(server: RunningServer, workload: Workload, payload: Path, cpu: int) -> H2Load:
+    """The load generator for a server, its payload written to a file."""
+    payload.write_bytes(server.wire.payload(workload))
+    return H2Load(server.wire.url(server.port), payload, server.wire.headers, cpu, server.wire.is_http1)
 
 
 def summarise(samples: list[Sample]) -> dict[str, Any]:

@@ -56,10 +56,15 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
         return response
 
 
-async def serve(port: int, models: Mapping[str, Callable[[Arrays], Arrays]]) -> None:
+async def serve(
+    port: int, models: Mapping[str, Callable[[Arrays], Arrays]], credentials: grpc.ServerCredentials | None
+) -> None:
     server = grpc.aio.server()
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceService(models), server)
-    server.add_insecure_port(f"127.0.0.1:{port}")
+    if credentials is None:
+        server.add_insecure_port(f"127.0.0.1:{port}")
+    else:
+        server.add_secure_port(f"127.0.0.1:{port}", credentials)
     await server.start()
     await server.wait_for_termination()
 
@@ -67,14 +72,19 @@ async def serve(port: int, models: Mapping[str, Callable[[Arrays], Arrays]]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--onnx", type=Path, required=True, help="model.onnx served under --onnx-name")
-    parser.add_argument("--onnx-name", default="digits_forest")
+    parser.add_argument("--onnx", type=Path, help="model.onnx served under --onnx-name beside identity_fp32")
+    parser.add_argument("--onnx-name", default="model")
+    parser.add_argument("--certificate", type=Path, help="PEM; with it and --key the port speaks TLS")
+    parser.add_argument("--key", type=Path)
     arguments = parser.parse_args()
-    models = {
-        "identity_fp32": lambda inputs: {"OUTPUT0": inputs["INPUT0"]},
-        arguments.onnx_name: load_onnx(arguments.onnx),
-    }
-    uvloop.run(serve(arguments.port, models))
+    models: dict[str, Callable[[Arrays], Arrays]] = {"identity_fp32": lambda inputs: {"OUTPUT0": inputs["INPUT0"]}}
+    if arguments.onnx:
+        models[arguments.onnx_name] = load_onnx(arguments.onnx)
+    credentials = None
+    if arguments.certificate:
+        pair = (arguments.key.read_bytes(), arguments.certificate.read_bytes())
+        credentials = grpc.ssl_server_credentials([pair])
+    uvloop.run(serve(arguments.port, models, credentials))
 
 
 if __name__ == "__main__":

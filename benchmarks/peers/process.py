@@ -17,6 +17,7 @@ from typing import Self
 import psutil
 
 _STOP_S = 10.0
+_LOOK_S = 0.005
 # Scheduling groups weigh a whole session against others; without this, whatever else runs on the machine is in the
 # figures. It needs privileges; where it is refused, the run goes on and says so.
 _GROUP_NICE = -15
@@ -24,6 +25,15 @@ _GROUP_NICE = -15
 
 class ServerFailed(RuntimeError):
     """A server did not start, or ended by itself; the text holds the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Resident bytes summed over a process tree, pages that processes share counted once in ``pss_bytes``."""
+
+    rss_bytes: int
+    pss_bytes: int
+    processes: int
 
 
 def find_free_port() -> int:
@@ -89,23 +99,28 @@ class ServerProcess:
 
     def cpu_s(self) -> float:
         """CPU seconds that the process tree has used so far (resolution: the kernel's clock tick, 10 ms)."""
-        try:
-            root = psutil.Process(self.pid)
-            tree = [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            raise self._describe_failure() from None
         used = 0.0
-        for process in tree:
+        for process in self._find_tree():
             with contextlib.suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
                 used += times.user + times.system
         return used
 
+    def measure_memory(self) -> Memory:
+        """What the process tree holds now."""
+        rss = pss = 0
+        tree = self._find_tree()
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                info = process.memory_full_info()
+                rss, pss = rss + info.rss, pss + info.pss
+        return Memory(rss, pss, len(tree))
+
     def check_alive(self) -> None:
         """ServerFailed when the process has ended."""
         assert self._process is not None
         if self._process.poll() is not None:
-            raise self._describe_failure()
+            raise self._describe_end()
 
     def await_port(self, port: int, timeout_s: float) -> None:
         """Returns when something accepts connections on the port; ServerFailed after ``timeout_s`` or on exit."""
@@ -114,16 +129,24 @@ class ServerProcess:
             self.check_alive()
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
                 return
-            time.sleep(0.05)
-        raise ServerFailed(f"{self.name} does not listen on port {port} after {timeout_s:g} s\n{self._read_log_end()}")
+            time.sleep(_LOOK_S)
+        raise self.describe_failure(f"does not listen on port {port} after {timeout_s:g} s")
+
+    def _find_tree(self) -> list[psutil.Process]:
+        try:
+            root = psutil.Process(self.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            raise self._describe_end() from None
 
     def _signal_group(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
-    def _describe_failure(self) -> ServerFailed:
-        code = self._process.poll() if self._process else None
-        return ServerFailed(f"{self.name} ended by itself (code {code})\n{self._read_log_end()}")
+    def describe_failure(self, what: str) -> ServerFailed:
+        """An error that says so and holds the end of the log."""
+        return ServerFailed(f"{self.name} {what}\n{self.log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
 
-    def _read_log_end(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
+    def _describe_end(self) -> ServerFailed:
+        code = self._process.poll() if self._process else None
+        return self.describe_failure(f"ended by itself (code {code})")

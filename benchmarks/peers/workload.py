@@ -1,26 +1,26 @@
-"""What every server of the comparison is asked, and how its answers are judged."""
+"""What the servers of the comparison are asked, and how their answers are judged."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from sklearn.datasets import load_digits
 from tritonclient.grpc import service_pb2
 
-MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
+from benchmarks.machine import ROOT
+
 IDENTITY = "identity_fp32"
-DIGITS = "digits_forest"
-_DATATYPES: dict[str, np.dtype[np.generic]] = {"FP32": np.dtype(np.float32), "INT64": np.dtype(np.int64)}
-_CHECKED = 48
-_AT_ONCE = 16
-_TIMEOUT_S = 30.0
+DATATYPES: dict[str, np.dtype[np.generic]] = {"FP32": np.dtype(np.float32), "INT64": np.dtype(np.int64)}
+#: The largest batch that each server may form. Where batches no longer pay on one core (see the ceiling's figures),
+#: a larger one would only make callers wait.
+MAX_BATCH = {"identity": 64, "mlp": 64, "minilm": 8, "image": 8}
+_MAKE_MODELS = ROOT / "benchmarks" / "models" / "make.py"
 
 Array = npt.NDArray[np.generic]
 
@@ -40,70 +40,72 @@ class TensorSignature:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One model: its signature, rows to ask about (``[n, *dims]``), and the right outputs for any batch of rows."""
+    """One model: its signature, rows to ask about (``[n, *dims]`` by input), and the right outputs for these rows."""
 
     name: str
     model: str
+    max_batch: int
     inputs: tuple[TensorSignature, ...]
     outputs: tuple[TensorSignature, ...]
-    rows: Array
-    answer: Callable[[Array], Mapping[str, Array]]
+    rows: Mapping[str, Array]
+    answers: Mapping[str, Array]
+    onnx: Path | None = None
 
-    def request(self, rows: Array, request_id: str = "bench") -> bytes:
-        """A serialised ModelInferRequest for ``rows`` with raw contents; all outputs are wanted."""
-        tensor = self.inputs[0]
+    @property
+    def row_count(self) -> int:
+        return len(self.rows[self.inputs[0].name])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of all input tensors of one row."""
+        return sum(rows[0].nbytes for rows in self.rows.values())
+
+    def request(self, indices: Sequence[int], request_id: str = "bench") -> bytes:
+        """A serialised ModelInferRequest for these rows with raw contents; all outputs are wanted."""
         message = service_pb2.ModelInferRequest(model_name=self.model, id=request_id)
-        message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=rows.shape)
-        message.raw_input_contents.append(np.ascontiguousarray(rows).tobytes())
+        for tensor in self.inputs:
+            rows = self.rows[tensor.name].take(indices, axis=0)
+            message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=rows.shape)
+            message.raw_input_contents.append(np.ascontiguousarray(rows).tobytes())
         return bytes(message.SerializeToString())
 
-    def frame(self) -> bytes:
-        """The gRPC frame (flag, length, message) of one row, as h2load posts it."""
-        message = self.request(self.rows[:1])
-        return struct.pack(">BI", 0, len(message)) + message
+    def body(self, index: int) -> bytes:
+        """One row as bare bytes, input after input: what servers without a protocol of their own get."""
+        return b"".join(self.rows[tensor.name][index].tobytes() for tensor in self.inputs)
 
-    def check(self, port: int) -> int:
-        """Asks 48 different requests of 1 to 3 rows, 16 at a time, and then the frame's own.
-
-        Returns the bytes of DATA that a right answer to the frame takes. Raises WrongAnswer, or grpc.RpcError.
-        """
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            call = channel.unary_unary(MODEL_INFER)
-            for start in range(0, _CHECKED, _AT_ONCE):
-                asked = []
-                for number in range(start, start + _AT_ONCE):
-                    rows = self.rows.take(range(number, number + 1 + number % 3), axis=0, mode="wrap")
-                    future = call.future(self.request(rows, f"check-{number}"), timeout=_TIMEOUT_S)
-                    asked.append((f"check-{number}", rows, future))
-                for request_id, rows, future in asked:
-                    self.compare(future.result(), rows, request_id)
-            response: bytes = call(self.request(self.rows[:1]), timeout=_TIMEOUT_S)
-            self.compare(response, self.rows[:1], "bench")
-            return 5 + len(response)
-
-    def compare(self, response: bytes, rows: Array, request_id: str) -> None:
+    def compare(self, response: bytes, indices: Sequence[int], request_id: str) -> None:
         """WrongAnswer unless the serialised ModelInferResponse holds this request's id and the right outputs."""
         message = service_pb2.ModelInferResponse.FromString(response)
         if message.id != request_id:
             raise WrongAnswer(f"{self.model}: the answer to '{request_id}' carries the id '{message.id}'")
         found: dict[str, Array] = {}
         for output, raw in zip(message.outputs, message.raw_output_contents, strict=True):
-            found[output.name] = np.frombuffer(raw, _DATATYPES[output.datatype]).reshape(tuple(output.shape))
-        expected = self.answer(rows)
-        if found.keys() != expected.keys():
-            raise WrongAnswer(f"{self.model}: outputs {sorted(found)}, expected {sorted(expected)}")
-        for name, array in expected.items():
-            is_same = found[name].dtype == array.dtype and found[name].shape == array.shape
-            if not (is_same and np.allclose(found[name], array, rtol=1e-5, atol=1e-6)):
-                raise WrongAnswer(f"{self.model}: output '{name}' of '{request_id}' is not what the model gives")
+            found[output.name] = np.frombuffer(raw, DATATYPES[output.datatype]).reshape(tuple(output.shape))
+        if found.keys() != self.answers.keys():
+            raise WrongAnswer(f"{self.model}: outputs {sorted(found)}, expected {sorted(self.answers)}")
+        for name, array in found.items():
+            self._compare_tensor(name, array, self.answers[name].take(indices, axis=0), request_id)
 
-    def is_right(self, response: bytes, rows: Array, request_id: str) -> bool:
+    def compare_body(self, response: bytes, index: int) -> None:
+        """WrongAnswer unless the bytes are the one output for this row."""
+        ((name, answers),) = self.answers.items()
+        if len(response) != answers[index].nbytes:
+            raise WrongAnswer(f"{self.model}: {len(response)} bytes of answer, expected {answers[index].nbytes}")
+        found = np.frombuffer(response, answers.dtype).reshape(answers[index].shape)
+        self._compare_tensor(name, found, answers[index], f"row {index}")
+
+    def is_right(self, response: bytes, indices: Sequence[int], request_id: str) -> bool:
         """Whether ``compare`` accepts the response."""
         try:
-            self.compare(response, rows, request_id)
+            self.compare(response, indices, request_id)
         except WrongAnswer:
             return False
         return True
+
+    def _compare_tensor(self, name: str, found: Array, expected: Array, what: str) -> None:
+        is_same = found.dtype == expected.dtype and found.shape == expected.shape
+        if not (is_same and np.allclose(found, expected, rtol=1e-4, atol=1e-5)):
+            raise WrongAnswer(f"{self.model}: output '{name}' of '{what}' is not what the model gives")
 
 
 def make_identity() -> Workload:
@@ -112,38 +114,49 @@ def make_identity() -> Workload:
     return Workload(
         name="identity",
         model=IDENTITY,
+        max_batch=MAX_BATCH["identity"],
         inputs=(TensorSignature("INPUT0", "FP32", (4,)),),
         outputs=(TensorSignature("OUTPUT0", "FP32", (4,)),),
-        rows=rows,
-        answer=lambda batch: {"OUTPUT0": batch},
+        rows={"INPUT0": rows},
+        answers={"OUTPUT0": rows},
     )
 
 
-def make_digits(onnx: Path) -> Workload:
-    """A random forest on 8x8 images of digits, FP32 [64]; judged by onnxruntime in this process."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+def make_onnx(name: str, folder: Path) -> Workload:
+    """``<name>.onnx`` and its rows ``<name>.npz`` of a folder; judged by onnxruntime in this process."""
+    onnx = folder / f"{name}.onnx"
+    session = open_session(onnx)
     inputs = tuple(_read_signature(tensor) for tensor in session.get_inputs())
     outputs = tuple(_read_signature(tensor) for tensor in session.get_outputs())
+    with np.load(folder / f"{name}.npz") as stored:
+        rows = {tensor.name: stored[tensor.name] for tensor in inputs}
     names = [tensor.name for tensor in outputs]
-
-    def answer(batch: Array) -> Mapping[str, Array]:
-        return dict(zip(names, session.run(names, {inputs[0].name: batch}), strict=True))
-
-    return Workload(
-        name="digits",
-        model=DIGITS,
-        inputs=inputs,
-        outputs=outputs,
-        rows=load_digits().data.astype(np.float32),
-        answer=answer,
-    )
+    answers = dict(zip(names, session.run(names, rows), strict=True))
+    return Workload(name, f"bench_{name}", MAX_BATCH.get(name, 64), inputs, outputs, rows, answers, onnx)
 
 
-def make_workloads(repository: Path) -> Sequence[Workload]:
-    """The workloads for a model repository that holds ``digits_forest``."""
-    return [make_identity(), make_digits(repository / DIGITS / "1" / "model.onnx")]
+def make_workload(name: str, folder: Path) -> Workload:
+    """``identity``, or a model of the folder."""
+    return make_identity() if name == "identity" else make_onnx(name, folder)
+
+
+def open_session(onnx: Path) -> onnxruntime.InferenceSession:
+    """One thread, as every server of the comparison has it."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+
+
+def ensure_models(folder: Path) -> Path:
+    """The folder with all models, made by benchmarks/models/make.py when that has changed or nothing is there."""
+    stamp, source = folder / "complete", _MAKE_MODELS.read_text(encoding="utf-8")
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != source:
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
+        subprocess.run([sys.executable, str(_MAKE_MODELS), str(folder)], check=True, timeout=600)
+        stamp.write_text(source, encoding="utf-8")
+    return folder
 
 
 def _read_signature(tensor: onnxruntime.NodeArg) -> TensorSignature:

@@ -27,13 +27,13 @@ from benchmarks.peers.workload import Workload, make_identity
 
 def plan_scenarios(target: str, workload: Workload, rate: float, duration_s: float) -> Mapping[str, LoadPlan]:
     """The plans by name: one lonely caller, 32 callers, and the same mean rate evenly, independently and in bursts."""
-    asked = [workload.request(workload.rows[start : start + 1], f"{start}") for start in range(len(workload.rows))]
+    asked = [workload.request([index], f"{index}") for index in range(workload.row_count)]
     base = LoadPlan(
         target=target,
         requests=asked,
         duration_s=duration_s,
         warm_up_s=min(1.0, duration_s),
-        check=lambda index, response: workload.is_right(response, workload.rows[index : index + 1], f"{index}"),
+        check=lambda index, response: workload.is_right(response, [index], f"{index}"),
     )
     opened = dataclasses.replace(base, channels=8, rate=rate)
     return {

@@ -72,7 +72,7 @@ def test_median_run_is_reported_whole() -> None:
 
 def make_result(servers: dict[str, tuple[float, float]]) -> dict[str, Any]:
     rows = [
-        {"workload": "identity", "connections": 8, "streams": 8, "server": name, "p50_us": 10.0, "p99_us": 20.0}
+        {"contest": "identity", "connections": 8, "streams": 8, "server": name, "p50_us": 10.0, "p99_us": 20.0}
         | summarise([make_sample(rate, cpu_s)])
         for name, (rate, cpu_s) in servers.items()
     ]
@@ -81,6 +81,12 @@ def make_result(servers: dict[str, tuple[float, float]]) -> dict[str, Any]:
         "settings": {"runs": 1, "seconds": 1.0, "has_priority": True},
         "servers": {name: {"title": name.upper(), "settings": "plain"} for name in servers},
         "rows": rows,
+        "contests": [{"name": "identity", "text": "Echoes.", "max_batch": 64, "row_bytes": 16}],
+        "starts": [
+            {"contest": "mlp", "server": name, "ready_s": 0.5, "rss_mb": 90.0, "pss_mb": 70.0, "processes": 1}
+            for name in servers
+        ],
+        "ceilings": [],
         "void": [],
     }
 

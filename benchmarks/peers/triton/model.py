@@ -17,13 +17,15 @@ class TritonPythonModel:
         options.inter_op_num_threads = 1
         path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._input = self._session.get_inputs()[0].name
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._inputs = [tensor.name for tensor in self._session.get_inputs()]
+        self._outputs = [tensor.name for tensor in self._session.get_outputs()]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        parts = [pb_utils.get_input_tensor_by_name(request, self._input).as_numpy() for request in requests]
-        batch = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        results = self._session.run(self._outputs, {self._input: batch})
+        inputs = {}
+        for name in self._inputs:
+            parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
+            inputs[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        results = self._session.run(self._outputs, inputs)
         responses = []
         start = 0
         for part in parts:

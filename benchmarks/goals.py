@@ -1,0 +1,125 @@
+"""What the comparison should show, as a table, and what it did show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+OURS = "aiorch"
+PER_CORE = "req_per_s_per_core"
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The stored results, to be asked for single figures; what was not measured is None."""
+
+    peers: Mapping[str, Any]
+    memory: Mapping[str, Any] | None = None
+
+    def row(self, contest: str, shape: str, server: str) -> Mapping[str, Any] | None:
+        for row in self.peers["rows"]:
+            if (row["contest"], f"{row['connections']}x{row['streams']}", row["server"]) == (contest, shape, server):
+                found: Mapping[str, Any] = row
+                return found
+        return None
+
+    def find(self, contest: str, shape: str, server: str, key: str) -> float | None:
+        row = self.row(contest, shape, server)
+        return None if row is None else float(row[key])
+
+    def best(self, contest: str, shape: str, key: str) -> float | None:
+        """The highest figure of any peer."""
+        others = {row["server"] for row in self.peers["rows"] if row["contest"] == contest} - {OURS}
+        found = [self.find(contest, shape, server, key) for server in others]
+        return max((value for value in found if value is not None), default=None)
+
+    def start(self, contest: str, key: str) -> float | None:
+        for start in self.peers["starts"]:
+            if (start["contest"], start["server"]) == (contest, OURS):
+                return float(start[key])
+        return None
+
+    def served_of_ceiling(self, contest: str) -> float | None:
+        """Our best requests/s divided by the best rows/s of the runtime alone."""
+        served = [row["req_per_s"] for row in self.peers["rows"] if (row["contest"], row["server"]) == (contest, OURS)]
+        alone = [entry["rows_per_s"] for entry in self.peers["ceilings"] if entry["contest"] == contest]
+        return max(served) / max(alone) if served and alone else None
+
+    def growth_percent(self) -> float | None:
+        return None if self.memory is None else float(self.memory["growth_percent"])
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A figure with its bound; exactly one of ``at_least`` and ``at_most`` is set."""
+
+    what: str
+    measure: Callable[[Figures], float | None]
+    at_least: float | None = None
+    at_most: float | None = None
+    unit: str = "x"
+
+    def cells(self, figures: Figures) -> list[str]:
+        """What, asked, reached, and whether that is enough."""
+        asked = f"at least {self.at_least:g}" if self.at_least is not None else f"at most {self.at_most:g}"
+        reached = self.measure(figures)
+        if reached is None:
+            return [self.what, f"{asked} {self.unit}", "not measured", "-"]
+        is_met = reached >= self.at_least if self.at_least is not None else reached <= (self.at_most or 0)
+        shown = f"{reached:,.1f}" if abs(reached) >= 10 else f"{reached:.2f}"
+        return [self.what, f"{asked} {self.unit}", f"{shown} {self.unit}", "yes" if is_met else "**no**"]
+
+
+def against(peer: str, contest: str, shape: str, key: str = PER_CORE) -> Callable[[Figures], float | None]:
+    """Our figure divided by a peer's."""
+    return lambda figures: divide(figures.find(contest, shape, OURS, key), figures.find(contest, shape, peer, key))
+
+
+def against_best(contest: str, shape: str, key: str) -> Callable[[Figures], float | None]:
+    """Our figure divided by the best peer's."""
+    return lambda figures: divide(figures.find(contest, shape, OURS, key), figures.best(contest, shape, key))
+
+
+def divide(upper: float | None, lower: float | None, factor: float = 1.0) -> float | None:
+    """A ratio, or None where a side is missing."""
+    return None if upper is None or not lower else upper / lower * factor
+
+
+GOALS = (
+    Goal("identity 1x1, req/s, against Triton", against("triton", "identity", "1x1", "req_per_s"), at_least=1),
+    Goal("identity 32x1, req/s per core, against Triton", against("triton", "identity", "32x1"), at_least=4),
+    Goal("identity 8x8, req/s per core, against Triton", against("triton", "identity", "8x8"), at_least=8),
+    Goal("identity 32x32, req/s per core, against Triton", against("triton", "identity", "32x32"), at_least=10),
+    Goal("identity 32x1, req/s per core, against grpc.aio", against("grpc_aio", "identity", "32x1"), at_least=20),
+    Goal("mlp 32x1, req/s, against the best peer", against_best("mlp", "32x1", "req_per_s"), at_least=3),
+    Goal("mlp 8x16, req/s, against the best peer", against_best("mlp", "8x16", "req_per_s"), at_least=5),
+    Goal("mlp 1x1, p50, against Triton", against("triton", "mlp", "1x1", "p50_us"), at_most=1),
+    Goal(
+        "minilm, served / onnxruntime alone at its best batch",
+        lambda figures: figures.served_of_ceiling("minilm"),
+        at_least=0.95,
+    ),
+    Goal("image 32x1, MB/s per core, against Triton", against("triton", "image", "32x1"), at_least=1.3),
+    Goal(
+        "start to first answer, one ONNX model", lambda figures: figures.start("mlp", "ready_s"), at_most=1.5, unit="s"
+    ),
+    Goal("idle memory (RSS), one ONNX model", lambda figures: figures.start("mlp", "rss_mb"), at_most=100, unit="MB"),
+    Goal(
+        "identity 8x1 beside a busy thread, p99",
+        lambda figures: divide(figures.find("identity-busy", "8x1", OURS, "p99_us"), 1000),
+        at_most=3,
+        unit="ms",
+    ),
+    Goal(
+        "the same, against the asyncio driver",
+        against("aiorch_asyncio", "identity-busy", "8x1", "p99_us"),
+        at_most=0.25,
+    ),
+    Goal(
+        "memory after 5 million requests, against 100,000",
+        lambda figures: figures.growth_percent(),
+        at_most=5,
+        unit="%",
+    ),
+)
