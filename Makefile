@@ -10,7 +10,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check
 CORE := $(wildcard aiorch_server/_core/*.pyx aiorch_server/_core/*.pxd aiorch_server/include/*.h \
     backends/aiorch_backends/*/*.pyx backends/aiorch_backends/*/*.h) setup.py
 
-.PHONY: serve test lint compile debug models bench-micro bench-peers clean
+.PHONY: serve test lint compile debug models bench-micro bench-peers bench-memory bench-profile clean
 
 serve: $(CACHE)/examples $(CACHE)/compiled models
 	$(VENV)/bin/aiorch serve --model-repository $(MODELS) --log-level warning $(SERVE_ARGS)
@@ -43,9 +43,18 @@ bench-micro: $(CACHE)/test $(CACHE)/compiled
 	$(PY) benchmarks/micro/run.py
 
 # QUICK=1 finishes within ten minutes
-bench-peers: $(CACHE)/test $(CACHE)/compiled models
-	@command -v h2load >/dev/null || deploy/install-packages nghttp2-client
+bench-peers: $(CACHE)/test $(CACHE)/compiled
+	@command -v openssl >/dev/null || deploy/install-packages openssl
 	$(PY) benchmarks/peers/run.py
+	$(PY) benchmarks/report.py
+
+bench-memory: $(CACHE)/test $(CACHE)/compiled
+	$(PY) benchmarks/scenarios/memory.py
+	$(PY) benchmarks/report.py
+
+bench-profile: $(CACHE)/test $(CACHE)/compiled
+	@command -v perf >/dev/null || deploy/install-packages linux-perf
+	$(PY) benchmarks/profiles/run.py
 	$(PY) benchmarks/report.py
 
 clean:

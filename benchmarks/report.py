@@ -235,7 +235,7 @@ def _render_starts(peers: Mapping[str, Any]) -> str:
 
 def _render_memory(memory: Mapping[str, Any]) -> str:
     samples = memory["samples"]
-    shown = [samples[0], *samples[len(samples) // 5 :: max(1, len(samples) // 5)]]
+    shown = [samples[index] for index in sorted({round(part * (len(samples) - 1) / 5) for part in range(6)})]
     rows = [[f"{sample['requests']:,}", f"{sample['rss_mb']:.1f}", f"{sample['pss_mb']:.1f}"] for sample in shown]
     return (
         f"## Memory over time\n\n{memory['text']} After {samples[-1]['requests']:,} requests RSS differs by "

@@ -10,9 +10,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,7 +35,7 @@ SHAPES = ((32, 1), (8, 8))
 SHOWN = 15
 #: The first pattern that is found in ``<object> <symbol>`` names the part.
 PARTS = (
-    (r"^\[(kernel|guest).*(epoll|eventfd)", "kernel: epoll and wake-ups"),
+    (r"^\[(kernel|guest).*(epoll|eventfd|\bep_)", "kernel: epoll and wake-ups"),
     (r"^\[(kernel|guest).*(tcp|sock|skb|inet|ip_|net_|loopback|recv|send|copy_|nf_|dev_|__napi|qdisc)", "kernel: TCP"),
     (r"^\[(kernel|guest).*(futex|sched|switch|wake|enqueue|dequeue|pick_|update_|idle|timer)", "kernel: scheduling"),
     (r"^\[(kernel|guest)|^\[vdso\]|hypercall", "kernel: the rest"),
@@ -59,15 +61,38 @@ def find_part(binary: str, symbol: str, core: Iterable[str]) -> str:
     return next(name for pattern, name in PARTS if re.search(pattern, f"{binary} {symbol}"))
 
 
+def unmangle(symbol: str) -> str:
+    """``__pyx_f_13aiorch_server_5_core_4wire_scan_request`` is ``wire.scan_request``."""
+    found = re.match(r"__pyx_p?[fw]_(?=\d)", symbol)
+    if found is None:
+        return symbol
+    rest, names = symbol[found.end() :], []
+    while length := re.match(r"\d+", rest):
+        end = length.end() + int(length[0])
+        names.append(rest[length.end() : end])
+        rest = rest[end:].removeprefix("_")
+    return ".".join([*names[2:], rest])
+
+
 def parse_report(text: str, core: Iterable[str]) -> list[tuple[float, str, str]]:
     """Per cent, part and symbol of each line of ``perf report`` sorted by dso and symbol."""
     names = frozenset(core)
     rows = []
     for line in text.splitlines():
         if not line.startswith("#") and (found := _ROW.match(line)):
-            binary, symbol = found[2], re.sub(r"^\[[.k]\]\s+", "", found[3])
+            binary, symbol = found[2], unmangle(re.sub(r"^\[[.k]\]\s+", "", found[3]))
             rows.append((float(found[1]), find_part(binary, symbol, names), symbol))
     return rows
+
+
+def await_recording(recorder: subprocess.Popen[str], data: Path) -> None:
+    """Returns when perf has opened its counters: it writes the file's header then."""
+    deadline = time.monotonic() + 20
+    while not data.exists() or data.stat().st_size == 0:
+        if recorder.poll() is not None or time.monotonic() > deadline:
+            recorder.kill()
+            raise ServerFailed(f"perf does not record: {recorder.communicate()[1][-500:]}")
+        time.sleep(0.01)
 
 
 def profile(workload: Workload, shape: tuple[int, int], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -83,12 +108,14 @@ def profile(workload: Workload, shape: tuple[int, int], folder: Path, options: a
         data = folder / "perf.data"
         command = ["perf", "record", "-q", "-F", "1999", "-p", str(process.pid), "-o", str(data)]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as recorder:
+            await_recording(recorder, data)
             run = load.run(*shape, max(sum(shape) * 4, int(rate * options.seconds)), size)
             recorder.terminate()
             _, complaints = recorder.communicate(timeout=60)
-        if not data.exists():
-            raise ServerFailed(f"perf recorded nothing: {complaints[-500:]}")
-        report = ["perf", "report", "-q", "-i", str(data), "--sort", "dso,symbol", "--stdio", "--percent-limit", "0.02"]
+        if recorder.returncode not in (0, -signal.SIGTERM):
+            raise ServerFailed(f"perf failed: {complaints[-500:]}")
+        report = ["perf", "report", "-q", "-i", str(data), "--stdio", "--fields", "overhead,dso,sym"]
+        report += ["--percent-limit", "0.02"]
         done = subprocess.run(report, check=True, capture_output=True, text=True, timeout=120)
     rows = parse_report(done.stdout, (path.name for path in (ROOT / "aiorch_server" / "_core").glob("*.so")))
     parts: Counter[str] = Counter()

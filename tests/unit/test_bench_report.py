@@ -10,9 +10,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.goals import GOALS, Figures, Goal, divide
 from benchmarks.machine import describe_machine
 from benchmarks.peers.h2load import H2LoadRun, LoadFailed, parse_output
 from benchmarks.peers.measure import Sample, summarise
+from benchmarks.profiles.run import find_part, parse_report, unmangle
 from benchmarks.report import compare, format_ratio, render, warn_if_noisy
 
 SUMMARY = """\
@@ -123,6 +125,89 @@ def test_page_shows_every_row_and_the_machine() -> None:
     assert "| scan | 54 | 53-55 |" in page
     assert "compiled core" not in render(result)
     assert "- identity 1x1: lost" in render(result | {"void": ["identity 1x1: lost\nlog"]})
+
+
+def test_page_shows_ceilings_bytes_and_starts() -> None:
+    result = make_result({"aiorch": (9_000, 0.02), "triton": (3_000, 0.10)})
+    result["ceilings"] = [{"contest": "identity", "batch": batch, "rows_per_s": 9_000.0 * batch} for batch in (1, 2)]
+    page = render(result)
+    assert "rows/s: 9,000 at batch 1, 18,000 at batch 2. AIOrchestrator's best point is 50% of the best." in page
+    assert "| mlp | TRITON | 0.50 | 90 | 70 | 1 |" in page
+    assert "Input MB/s" not in page
+    result["contests"][0]["row_bytes"] = 602_112
+    for row in result["rows"]:
+        row["input_mb_per_s_per_core"] = 1234.4
+    assert "Input MB/s per core: 8x8 AIORCH 1,234, 8x8 TRITON 1,234." in render(result)
+    result["rows"] = []
+    assert "No point of it counts." in render(result)
+
+
+def test_page_shows_memory_and_profile() -> None:
+    result = make_result({"aiorch": (9_000, 0.02)})
+    samples = [{"requests": number * 100, "rss_mb": 90.0 + number, "pss_mb": 80.0} for number in range(1, 11)]
+    memory = {"machine": describe_machine(), "text": "Echoes.", "growth_percent": 9.9, "samples": samples}
+    point = {"name": "8x8", "groups": {"core": 60.0, "nghttp2": 40.0}}
+    point["symbols"] = [{"percent": 12.34, "group": "core", "symbol": "wire.scan_request"}]
+    page = render(result, None, memory, {"machine": describe_machine(), "workload": "identity", "points": [point]})
+    assert "After 1,000 requests RSS differs by +9.9 % from that after 100" in page
+    assert "| 1,000 | 100.0 | 80.0 |" in page
+    assert "| memory after 5 million requests, against 100,000 | at most 5 % | 9.90 % | **no** |" in page
+    assert "| nghttp2 | 40.0 |" in page
+    assert "| wire.scan_request | core | 12.3 |" in page
+
+
+def test_goals_tell_reached_missed_and_not_measured() -> None:
+    figures = Figures(make_result({"aiorch": (9_000, 0.02), "triton": (3_000, 0.10)}))
+    least = Goal("rate", lambda found: found.find("identity", "8x8", "aiorch", "req_per_s"), at_least=9_000, unit="/s")
+    assert least.cells(figures) == ["rate", "at least 9000 /s", "9,000.0 /s", "yes"]
+    most = Goal("ratio", lambda found: divide(found.best("identity", "8x8", "req_per_s"), 2_000), at_most=1.4)
+    assert most.cells(figures) == ["ratio", "at most 1.4 x", "1.50 x", "**no**"]
+    missing = Goal("none", lambda found: found.find("identity", "1x1", "aiorch", "req_per_s"), at_least=1)
+    assert missing.cells(figures)[2:] == ["not measured", "-"]
+    for goal in GOALS:
+        assert (goal.at_least is None) != (goal.at_most is None)
+        assert len(goal.cells(figures)) == 4
+
+
+REPORT = """
+# Overhead  Shared Object      Symbol
+    19.56%  [kernel.kallsyms]  [k] finish_task_switch.isra.0
+    10.00%  libnghttp2.so.14.24.1  [.] nghttp2_session_mem_recv
+     7.50%  wire.cpython-311-x86_64-linux-gnu.so  [.] __pyx_f_13aiorch_server_5_core_4wire_scan_request
+     0.50%  libc.so.6  [.] malloc
+"""
+
+
+def test_profile_is_read() -> None:
+    rows = parse_report(REPORT, ["wire.cpython-311-x86_64-linux-gnu.so"])
+    assert rows == [
+        (19.56, "kernel: scheduling", "finish_task_switch.isra.0"),
+        (10.0, "nghttp2", "nghttp2_session_mem_recv"),
+        (7.5, "core", "wire.scan_request"),
+        (0.5, "C library", "malloc"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("binary", "symbol", "part"),
+    [
+        ("[kernel.kallsyms]", "tcp_sendmsg", "kernel: TCP"),
+        ("[kernel.kallsyms]", "ep_poll_callback", "kernel: epoll and wake-ups"),
+        ("[kernel.kallsyms]", "do_syscall_64", "kernel: the rest"),
+        ("python3.11", "_PyEval_EvalFrameDefault", "Python"),
+        ("libonnxruntime.so.1", "MlasGemm", "onnxruntime"),
+        ("libssl.so.3", "SSL_read", "TLS"),
+        ("_multiarray_umath.cpython-311-x86_64-linux-gnu.so", "array_new", "numpy"),
+        ("uvloop.so", "run", "other"),
+    ],
+)
+def test_functions_belong_to_parts(binary: str, symbol: str, part: str) -> None:
+    assert find_part(binary, symbol, []) == part
+
+
+def test_plain_names_stay_as_they_are() -> None:
+    assert unmangle("nghttp2_session_send") == "nghttp2_session_send"
+    assert unmangle("__pyx_f_13aiorch_server_5_core_10h2_request_take_header") == "h2_request.take_header"
 
 
 def test_noise_is_told_and_quiet_is_not() -> None:
