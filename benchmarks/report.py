@@ -1,4 +1,4 @@
-"""Renders docs/benchmarks.md from the stored results; no figure on that page is typed.
+"""Renders docs/benchmarks.md and its charts from the stored results; no figure on that page is typed.
 
 ``report.py`` writes the page, ``report.py --check`` fails when it is not what the results say.
 """
@@ -15,11 +15,13 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.charts import Bar, draw_bars
 from benchmarks.goals import GOALS, OURS, Figures
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+CHARTS = ROOT / "docs" / "benchmarks"
 #: Cores used by other programs above which a point says more about the machine than about the servers.
 QUIET_CORES = 0.15
 #: Above this a request is large enough for bytes per second to mean something.
@@ -200,18 +202,19 @@ def _render_contest(peers: Mapping[str, Any], contest: Mapping[str, Any]) -> str
     if contest["row_bytes"] >= _LARGE_BYTES:
         texts = [f"{r.shape} {r.title} {r.row['input_mb_per_s_per_core']:,.0f}" for r in rows]
         parts.append(f"Input MB/s per core: {', '.join(texts)}.")
-    parts.append(f"Requests/s per server core:\n\n```text\n{_draw_bars(rows)}\n```")
+    parts.append(f"![Requests/s per server core]({CHARTS.name}/{contest['name']}.svg)")
     return "\n\n".join(parts)
 
 
-def _draw_bars(rows: Sequence[ComparedRow]) -> str:
-    longest = max(row.row["req_per_s_per_core"] for row in rows)
-    width = max(len(row.title) for row in rows)
-    return "\n".join(
-        f"{row.shape:>5}  {row.title:<{width}} {'#' * max(1, round(40 * row.row['req_per_s_per_core'] / longest)):<40} "
-        f"{row.row['req_per_s_per_core']:>9,.0f}"
-        for row in rows
-    )
+def draw_charts(peers: Mapping[str, Any]) -> dict[str, str]:
+    """Contest -> SVG of requests/s per server core, for those contests that have rows."""
+    charts = {}
+    for contest in peers["contests"]:
+        rows = [row for row in compare(peers) if row.contest == contest["name"]]
+        bars = [Bar(row.shape, row.title, row.row["req_per_s_per_core"], row.is_ours) for row in rows]
+        if bars:
+            charts[contest["name"]] = draw_bars(f"{contest['name']}: requests/s per server core, logarithmic", bars)
+    return charts
 
 
 def _render_starts(peers: Mapping[str, Any]) -> str:
@@ -296,13 +299,16 @@ def main() -> int:
     if peers is None:
         print(f"no results in {RESULTS}: run 'make bench-peers' first", file=sys.stderr)
         return 1
-    text = render(peers, load("micro"), load("memory"), load("profile"))
+    texts = {PAGE: render(peers, load("micro"), load("memory"), load("profile"))}
+    texts |= {CHARTS / f"{name}.svg": text for name, text in draw_charts(peers).items()}
     if options.check:
-        is_current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
-        print("docs/benchmarks.md is current" if is_current else "docs/benchmarks.md differs: run benchmarks/report.py")
-        return 0 if is_current else 1
-    PAGE.write_text(text, encoding="utf-8")
-    print(f"written: {PAGE}")
+        stale = [path.name for path, text in texts.items() if not path.exists() or path.read_text("utf-8") != text]
+        print(f"differs: {', '.join(stale)}: run benchmarks/report.py" if stale else "docs/benchmarks.md is current")
+        return 1 if stale else 0
+    CHARTS.mkdir(exist_ok=True)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+        print(f"written: {path.relative_to(ROOT)}")
     return 0
 
 

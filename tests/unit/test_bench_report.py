@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -15,7 +16,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.peers.h2load import H2LoadRun, LoadFailed, parse_output
 from benchmarks.peers.measure import Sample, summarise
 from benchmarks.profiles.run import find_part, parse_report, unmangle
-from benchmarks.report import compare, format_ratio, render, warn_if_noisy
+from benchmarks.report import compare, draw_charts, format_ratio, render, warn_if_noisy
 
 SUMMARY = """\
 starting benchmark...
@@ -140,6 +141,19 @@ def test_page_shows_ceilings_bytes_and_starts() -> None:
     assert "Input MB/s per core: 8x8 AIORCH 1,234, 8x8 TRITON 1,234." in render(result)
     result["rows"] = []
     assert "No point of it counts." in render(result)
+
+
+def test_charts_are_pictures_of_the_rows() -> None:
+    result = make_result({"aiorch": (9_000, 0.02), "triton": (3_000, 0.10)})
+    ((name, text),) = draw_charts(result).items()
+    assert name == "identity"
+    picture = ElementTree.fromstring(text)
+    labels = ["".join(node.itertext()) for node in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert labels[1:] == ["8x8  AIORCH", "50,000", "8x8  TRITON", "10,000"]
+    widths = [float(node.attrib["width"]) for node in picture.iter("{http://www.w3.org/2000/svg}rect")]
+    assert widths[1] > widths[2]
+    assert "(benchmarks/identity.svg)" in render(result)
+    assert draw_charts(result | {"rows": []}) == {}
 
 
 def test_page_shows_memory_and_profile() -> None:
