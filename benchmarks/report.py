@@ -178,8 +178,8 @@ def _render_goals(peers: Mapping[str, Any], memory: Mapping[str, Any] | None) ->
     return (
         "## In short\n\n"
         + _make_grid(["figure", "asked", "reached", "enough"], [goal.cells(figures) for goal in GOALS], numbers=False)
-        + f"\n\n{answers:,} timed answers, {len(peers['void'])} points void; a lost, wrong or mixed-up answer voids "
-        "its point."
+        + f"\n\n{answers:,} timed answers, {len(peers['void'])} rows void; a lost, wrong or mixed-up answer "
+        "voids its row."
     )
 
 

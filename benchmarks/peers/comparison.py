@@ -21,9 +21,8 @@ from rich.console import Console
 
 from benchmarks.peers.ceiling import BATCHES
 from benchmarks.peers.contests import Contest
-from benchmarks.peers.h2load import LoadFailed
-from benchmarks.peers.measure import RunningServer, Settings, measure_point
-from benchmarks.peers.process import ServerFailed, ServerProcess, find_free_port
+from benchmarks.peers.measure import RunningServer, Settings, describe_error, measure_point
+from benchmarks.peers.process import ServerProcess, find_free_port
 from benchmarks.peers.servers import (
     HERE,
     ServerPlan,
@@ -38,8 +37,6 @@ from benchmarks.peers.triton_server import plan_triton
 from benchmarks.peers.workload import Workload, WrongAnswer
 
 START_S = 60.0
-#: What makes a point void; the others still count, and the exit code tells.
-VOID = (WrongAnswer, LoadFailed, ServerFailed, grpc.RpcError, OSError, http.client.HTTPException)
 #: What a server that is not ready yet may do with a request.
 _NOT_READY = (grpc.RpcError, OSError, http.client.HTTPException, WrongAnswer)
 
@@ -83,14 +80,12 @@ class Comparison:
             is_ceiling_wanted = workload.onnx is not None
             ceilings = [self._measure_ceiling(workload)] if is_ceiling_wanted else []
             for shape in contest.shapes:
-                try:
-                    point = measure_point(contest.name, workload, shape, running, self.settings, folder, report)
-                except VOID as error:
-                    found.void.append(f"{contest.name} {shape[0]}x{shape[1]}: {describe_error(error)}")
-                    self.out.print(f"void: {found.void[-1]}", style="red", markup=False)
-                    continue
-                found.rows += point
-                self.out.print(describe_point(point))
+                rows, void = measure_point(contest.name, workload, shape, running, self.settings, folder, report)
+                for text in void:
+                    self.out.print(f"void: {text}", style="red", markup=False)
+                self.out.print(describe_point(rows))
+                found.rows += rows
+                found.void += void
             ceilings += [self._measure_ceiling(workload) for _ in range(2)] if is_ceiling_wanted else []
             found.ceilings += summarise_ceilings(contest.name, ceilings)
             found.has_priority &= all(server.process.has_priority for server in running.values())
@@ -161,11 +156,6 @@ def summarise_ceilings(contest: str, runs: list[dict[str, float]]) -> list[dict[
         for batch in BATCHES
         if runs
     ]
-
-
-def describe_error(error: BaseException) -> str:
-    """One text for our errors and for those of gRPC, which print as many lines."""
-    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
 
 
 def describe_point(point: list[dict[str, Any]]) -> str:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import http.client
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import psutil
 
 from benchmarks.peers.h2load import H2Load, H2LoadRun, LoadFailed
-from benchmarks.peers.process import ServerProcess
+from benchmarks.peers.process import ServerFailed, ServerProcess
 from benchmarks.peers.wires import Wire
-from benchmarks.peers.workload import Workload
+from benchmarks.peers.workload import Workload, WrongAnswer
 
 _SIZING_S = 0.3
 _MAX_REQUESTS = 2_000_000
+#: What makes a server's row void; the others still count, and the exit code tells.
+VOID = (WrongAnswer, LoadFailed, ServerFailed, grpc.RpcError, OSError, http.client.HTTPException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,43 @@ class Sample:
     other_cpu_s: float
 
 
+class Entrant:
+    """One server at one point: its load, its runs, its row of the result."""
+
+    def __init__(
+        self, name: str, server: RunningServer, workload: Workload, shape: tuple[int, int], settings: Settings
+    ) -> None:
+        self.name = name
+        self._server = server
+        self._workload = workload
+        self._shape = shape
+        self._settings = settings
+        self._samples: list[Sample] = []
+
+    def prepare(self, payload: Path) -> None:
+        """Checks answers, warms up, and finds how many requests a run takes."""
+        self._size = self._server.wire.check(self._workload, self._server.port)
+        self._load = make_load(self._server, self._workload, payload, self._settings.load_cpu)
+        rate = _find_rate(self._load, *self._shape, self._size)
+        self._count = _bound(rate * self._settings.seconds, math.prod(self._shape))
+
+    def run(self) -> None:
+        """One timed run."""
+        self._samples.append(_sample(self._load, self._server, *self._shape, self._count, self._size))
+
+    def finish(self, contest: str) -> dict[str, Any]:
+        """The row, after a run for latencies and another check of answers."""
+        count = _bound(self._count * 0.6, math.prod(self._shape))
+        latencies = self._load.measure_latencies_us(*self._shape, count)
+        if self._server.wire.check(self._workload, self._server.port) != self._size:
+            raise LoadFailed("the answer's size changed during the point")
+        p50, p99 = (float(value) for value in np.percentile(latencies, [50, 99]))
+        connections, streams = self._shape
+        row: dict[str, Any] = {"contest": contest, "connections": connections, "streams": streams, "server": self.name}
+        row |= summarise(self._samples) | {"p50_us": p50, "p99_us": p99, "response_bytes": self._size}
+        return row | {"input_mb_per_s_per_core": row["req_per_s_per_core"] * self._workload.row_bytes / 1e6}
+
+
 def measure_point(
     contest: str,
     workload: Workload,
@@ -53,37 +95,35 @@ def measure_point(
     settings: Settings,
     folder: Path,
     report: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Rows of the result for one contest and shape, one per server, from interleaved runs.
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows for one contest and shape from runs in turns, and what made rows void; ``folder`` is scratch.
 
-    ``folder`` is scratch. Answers are checked with a real client before the first and after the last run; WrongAnswer,
-    LoadFailed or ServerFailed, or an error of the client, make the point void.
+    Answers are checked with a real client before the first and after the last run. Any of VOID takes a server out of
+    this point; the others go on.
     """
-    connections, streams = shape
-    point = f"{contest} {connections}x{streams}"
-    loads, sizes, counts = {}, {}, {}
-    for name, server in servers.items():
-        report(f"{point}: {name}, check and warm-up")
-        sizes[name] = server.wire.check(workload, server.port)
-        loads[name] = make_load(server, workload, folder / f"{name}.payload", settings.load_cpu)
-        rate = _find_rate(loads[name], connections, streams, sizes[name])
-        counts[name] = _bound(rate * settings.seconds, connections * streams)
-    samples: dict[str, list[Sample]] = {name: [] for name in servers}
-    for number in range(settings.runs):
-        for name, server in servers.items():
-            report(f"{point}: {name}, run {number + 1} of {settings.runs}")
-            samples[name].append(_sample(loads[name], server, connections, streams, counts[name], sizes[name]))
-    rows = []
-    for name, server in servers.items():
-        report(f"{point}: {name}, latencies and check")
-        latencies = loads[name].measure_latencies_us(connections, streams, _bound(counts[name] * 0.6, connections))
-        if server.wire.check(workload, server.port) != sizes[name]:
-            raise LoadFailed(f"{name}: the answer's size changed while {point} ran")
-        p50, p99 = (float(value) for value in np.percentile(latencies, [50, 99]))
-        row: dict[str, Any] = {"contest": contest, "connections": connections, "streams": streams, "server": name}
-        row |= summarise(samples[name]) | {"p50_us": p50, "p99_us": p99, "response_bytes": sizes[name]}
-        rows.append(row | {"input_mb_per_s_per_core": row["req_per_s_per_core"] * workload.row_bytes / 1e6})
-    return rows
+    point = f"{contest} {shape[0]}x{shape[1]}"
+    entrants = [Entrant(name, server, workload, shape, settings) for name, server in servers.items()]
+    rows: list[dict[str, Any]] = []
+    void: list[str] = []
+    stages: list[tuple[str, Callable[[Entrant], None]]] = [
+        ("check and warm-up", lambda entrant: entrant.prepare(folder / f"{entrant.name}.payload")),
+        *((f"run {number + 1} of {settings.runs}", Entrant.run) for number in range(settings.runs)),
+        ("latencies and check", lambda entrant: rows.append(entrant.finish(contest))),
+    ]
+    for stage, act in stages:
+        for entrant in list(entrants):
+            report(f"{point}: {entrant.name}, {stage}")
+            try:
+                act(entrant)
+            except VOID as error:
+                entrants.remove(entrant)
+                void.append(f"{point}: {entrant.name}, {stage}: {describe_error(error)}")
+    return rows, void
+
+
+def describe_error(error: BaseException) -> str:
+    """One text for our errors and for those of gRPC, which print as many lines."""
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
 
 
 def make_load(server: RunningServer, workload: Workload, payload: Path, cpu: int) -> H2Load:

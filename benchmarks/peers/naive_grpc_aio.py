@@ -19,6 +19,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 DATATYPES = {"FP32": np.float32, "INT64": np.int64}
 NAMES = {np.dtype(dtype): name for name, dtype in DATATYPES.items()}
 
+#: By default gRPC refuses some requests at random when a thousand wait to be taken up.
+OPTIONS = (("grpc.server.max_pending_requests", 8192), ("grpc.server.max_pending_requests_hard_limit", 8192))
+
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
@@ -59,7 +62,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 async def serve(
     port: int, models: Mapping[str, Callable[[Arrays], Arrays]], credentials: grpc.ServerCredentials | None
 ) -> None:
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=OPTIONS)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceService(models), server)
     if credentials is None:
         server.add_insecure_port(f"127.0.0.1:{port}")

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import ROOT, describe_machine
-from benchmarks.peers.comparison import VOID, Comparison, Found, describe_error
+from benchmarks.peers.comparison import Comparison, Found
 from benchmarks.peers.contests import CONTESTS, Contest
-from benchmarks.peers.measure import Settings
+from benchmarks.peers.measure import VOID, Settings, describe_error
 from benchmarks.peers.workload import ensure_models, make_workload
 from benchmarks.report import COLUMNS, compare, warn_if_noisy
 

@@ -25,8 +25,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from rich.console import Console
 
 from benchmarks.machine import ROOT, describe_machine
-from benchmarks.peers.comparison import VOID, await_ready, describe_error
-from benchmarks.peers.measure import RunningServer, make_load
+from benchmarks.peers.comparison import await_ready
+from benchmarks.peers.measure import VOID, RunningServer, describe_error, make_load
 from benchmarks.peers.process import ServerFailed, ServerProcess, find_free_port
 from benchmarks.peers.servers import Situation, plan_aiorch
 from benchmarks.peers.workload import Workload, ensure_models, make_workload

@@ -28,7 +28,7 @@ from benchmarks.peers.ceiling import measure
 from benchmarks.peers.comparison import await_ready
 from benchmarks.peers.contests import CONTESTS
 from benchmarks.peers.h2load import H2Load, LoadFailed
-from benchmarks.peers.measure import RunningServer
+from benchmarks.peers.measure import RunningServer, Settings, measure_point
 from benchmarks.peers.process import ServerFailed, ServerProcess, find_free_port
 from benchmarks.peers.servers import (
     Certificate,
@@ -362,7 +362,26 @@ def test_server_lost_midway_voids_its_points_only(models: Path, tmp_path: Path) 
     assert driver.returncode == 1, out
     result = json.loads((tmp_path / "peers.json").read_text())
     assert [(row["connections"], row["streams"]) for row in result["rows"]] == [(1, 1), (32, 1)]
-    assert [text.split(":")[0] for text in result["void"]] == ["identity 8x8"]
+    (void,) = result["void"]
+    assert void.startswith("identity 8x8: grpc_aio, ")
+
+
+@needs_load
+def test_server_that_fails_takes_nobody_with_it(workloads: dict[str, Workload], tmp_path: Path) -> None:
+    situation = make_situation(workloads["identity"], tmp_path, find_free_port())
+    plan = plan_grpc_aio(situation)
+    with ServerProcess(plan.name, plan.command, CPUS[0], tmp_path / "log") as process:
+        process.await_port(situation.port, 60)
+        servers = {
+            "gone": RunningServer(process, find_free_port(), RawHttp()),
+            "good": RunningServer(process, situation.port, plan.wire),
+        }
+        settings = Settings(0.1, 2, CPUS[0], CPUS[1])
+        rows, void = measure_point("echo", workloads["identity"], (2, 2), servers, settings, tmp_path, str)
+    assert [(row["server"], len(row["runs"])) for row in rows] == [("good", 2)]
+    (text,) = void
+    assert text.startswith("echo 2x2: gone, check and warm-up: ")
+    assert "refused" in text
 
 
 def test_scenarios_run_against_a_server(naive_port: int, tmp_path: Path) -> None:
