@@ -137,9 +137,9 @@ def _render_head() -> str:
 <!-- Rendered by benchmarks/report.py from benchmarks/results; do not edit. -->
 
 The servers of a contest share one core and take turns, the others idle meanwhile; `h2load` posts the same request
-from another core. All comparisons are from one run; compare latencies only within one point, because every caller
-sends its next request when the last is answered. Answers are checked by a real client before and after each point, and
-every run must get exactly the bytes of a right answer per request.
+from another core. What stands in one table was measured in one run; compare latencies only within one point, because
+every caller sends its next request when the last is answered. Answers are checked by a real client before and after
+each point, and every run must get exactly the bytes of a right answer per request.
 
 - *cores*: how much of its core the server's whole process tree used; *req/s/core* is req/s divided by that, and *CPU
   us/req* the same thing upside down: the figures to compare, because they do not depend on which side saturates first.

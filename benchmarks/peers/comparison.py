@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,9 @@ from benchmarks.peers.triton_server import plan_triton
 from benchmarks.peers.workload import Workload, WrongAnswer
 
 START_S = 60.0
+#: A thousand connections in one instant overflow the queue of those that wait to be accepted; the second until they try
+#: again would be the figure.
+_MAX_HTTP1_CONNECTIONS = 256
 #: What a server that is not ready yet may do with a request.
 _NOT_READY = (grpc.RpcError, OSError, http.client.HTTPException, WrongAnswer)
 
@@ -80,7 +84,12 @@ class Comparison:
             is_ceiling_wanted = workload.onnx is not None
             ceilings = [self._measure_ceiling(workload)] if is_ceiling_wanted else []
             for shape in contest.shapes:
-                rows, void = measure_point(contest.name, workload, shape, running, self.settings, folder, report)
+                fit = {
+                    name: server
+                    for name, server in running.items()
+                    if not server.wire.is_http1 or math.prod(shape) <= _MAX_HTTP1_CONNECTIONS
+                }
+                rows, void = measure_point(contest.name, workload, shape, fit, self.settings, folder, report)
                 for text in void:
                     self.out.print(f"void: {text}", style="red", markup=False)
                 self.out.print(describe_point(rows))
