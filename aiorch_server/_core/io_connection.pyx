@@ -21,11 +21,13 @@ from aiorch_server._core.timers cimport clear_timer, set_timer
 cdef extern from "<sys/socket.h>" nogil:
     Py_ssize_t recv(int fd, void *buffer, size_t size, int flags)
     Py_ssize_t send(int fd, const void *buffer, size_t size, int flags)
+    int shutdown(int fd, int how)
     int setsockopt(int fd, int level, int option, const void *value, socklen_t size)
     int AF_UNIX
     int SOL_SOCKET
     int SO_KEEPALIVE
     int MSG_NOSIGNAL
+    int SHUT_RDWR
 
 cdef extern from "<netinet/in.h>" nogil:
     int IPPROTO_TCP
@@ -98,6 +100,9 @@ cdef void destroy_connection(IoConnection *connection) noexcept nogil:
         link.older = link.newer = NULL
     clear_timer(&io.timers, &connection.greeting)
     clear_timer(&io.timers, &connection.stall)
+    # A forked child may hold the socket too: then closing alone would neither end the watch nor tell the client.
+    watch(io, &connection.watched, 0, EPOLL_CTL_DEL)
+    shutdown(connection.watched.fd, SHUT_RDWR)
     close(connection.watched.fd)
     free(connection.unsent)
     if connection.newer != NULL:
