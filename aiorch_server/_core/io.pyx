@@ -23,7 +23,7 @@ from aiorch_server._core.h2_stream cimport (
     EVENT_WRITABLE,
     Limits,
 )
-from aiorch_server._core.io_loop cimport add_listener, free_io, new_io, run_loop, settle_late
+from aiorch_server._core.io_loop cimport add_listener, close_listeners, free_io, new_io, run_loop, settle_late
 
 cdef enum:
     STATUS_INTERNAL = 13
@@ -75,11 +75,12 @@ cdef class IoThread:
             raise OSError("an I/O thread cannot watch this listening socket")
 
     def start(self, str name="aiorch-io"):
-        """Starts the thread; once only."""
+        """Starts the thread; once only. RuntimeError: it was started, or the system has no more threads."""
         if self.thread is not None or self.is_closed:
             raise RuntimeError("an I/O thread is started once")
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=self._run, name=name, daemon=True)
+        thread.start()
+        self.thread = thread        # only now: where no thread could be had, nobody waits for it
 
     def _run(self):
         with nogil:
@@ -127,6 +128,7 @@ cdef class IoThread:
             self.order(COMMAND_STOP, 0, b"")
             self.thread.join()
         self.is_closed = True
+        close_listeners(self.state)
         self.loop.remove_reader(self.state.crossing.events_fd)
         self._on_events()
         close_commands(self.state.crossing)

@@ -21,6 +21,8 @@ cdef IoState *new_io(const Limits *limits, const uint8_t *fast_path, size_t fast
                      int64_t greeting_timeout_ns, int64_t write_timeout_ns) noexcept nogil
 # Before the thread runs. Takes over a listening descriptor (not blocking); -1: it could not be watched, and is closed.
 cdef int add_listener(IoState *io, int fd) noexcept nogil
+# Stops listening; nothing where that has happened.
+cdef void close_listeners(IoState *io) noexcept nogil
 # The thread. When it returns, all connections are closed; requests in flight still come back through the sink.
 cdef void run_loop(IoState *io) noexcept nogil
 # Takes back what has come through the sink after the thread ended.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hyperframe.frame import SettingsFrame
 
-from .conftest import Door, wait_until
+from aiorch_server.frontends.grpc import NativeGrpcServer
+
+from .conftest import TIMEOUT_S, Door, wait_until
 from .test_door_attacks import Attacker
 
 THREADS = ["native-asyncio-1", "native-uvloop-2"]
@@ -72,3 +76,23 @@ def test_the_end_of_a_connection_that_a_child_holds_too(make_door: Callable[...,
         finally:
             os.close(held)
         door.check_next_call()
+
+
+async def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server says so, stops when it is asked to, and its port is free again."""
+    begin = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "aiorch-io-1":
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    server = NativeGrpcServer(io_threads=2)
+    port = server.add_insecure_port("127.0.0.1:0")
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        await server.start()
+    await asyncio.wait_for(server.stop(0), TIMEOUT_S)
+    assert server.connections == 0
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), TIMEOUT_S):
+        pass
