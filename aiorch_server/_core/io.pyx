@@ -26,6 +26,7 @@ from aiorch_server._core.h2_stream cimport (
 from aiorch_server._core.io_loop cimport add_listener, close_listeners, free_io, new_io, run_loop, settle_late
 
 cdef enum:
+    STATUS_RESOURCE_EXHAUSTED = 8
     STATUS_INTERNAL = 13
 
 
@@ -220,8 +221,14 @@ cdef class IoThread:
         else:
             call = <LinkedCall> link.call
         if event.bits & EVENT_MESSAGE:
-            call.inbox.append((PyBytes_FromStringAndSize(<char *> event.data, <Py_ssize_t> event.size),
-                               bool(event.is_compressed)))
+            try:
+                call.inbox.append((PyBytes_FromStringAndSize(<char *> event.data, <Py_ssize_t> event.size),
+                                   bool(event.is_compressed)))
+            except MemoryError:
+                # a servicer that has begun must not go on without it, one that has not would never be asked
+                call.put_end(STATUS_RESOURCE_EXHAUSTED, b"Out of memory", b"")
+                call.end()
+                raise
         if event.bits & EVENT_HALF_CLOSE:
             call.is_half_closed = True
         if event.bits & EVENT_CALL:

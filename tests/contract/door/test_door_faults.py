@@ -7,10 +7,13 @@ import contextlib
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import pytest
 from hyperframe.frame import SettingsFrame
 
@@ -96,3 +99,58 @@ async def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) 
     assert server.connections == 0
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), TIMEOUT_S):
         pass
+
+
+#: A server whose address space is nearly full once it is asked for the second time.
+NO_MEMORY = """
+import asyncio, resource, sys
+import grpc
+from aiorch_server.frontends.grpc import NativeGrpcServer
+
+LARGE_BYTES = 60 << 20
+
+def limit():
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + LARGE_BYTES * 3 // 2, resource.RLIM_INFINITY))
+
+async def echo(request, context):
+    return request[:5]
+
+async def cut(request, context):
+    limit()
+    return request[:5]
+
+async def main():
+    server = NativeGrpcServer(io_threads=int(sys.argv[1]))
+    handlers = {"Echo": grpc.unary_unary_rpc_method_handler(echo), "Cut": grpc.unary_unary_rpc_method_handler(cut)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a", handlers),))
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(None)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_message_that_the_interpreter_has_no_memory_for(threads: int) -> None:
+    """The call ends at once, and the next one is right."""
+    environment = {**os.environ, "ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=0"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", NO_MEMORY, str(threads)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+    )  # fmt: skip
+    with server:
+        assert server.stdin is not None and server.stdout is not None
+        target = f"127.0.0.1:{int(server.stdout.readline())}"
+        with grpc.insecure_channel(target, [("grpc.max_send_message_length", -1)]) as channel:
+            echo = channel.unary_unary("/a/Echo")
+            assert channel.unary_unary("/a/Cut")(b"first", timeout=TIMEOUT_S) == b"first"
+            with pytest.raises(grpc.RpcError) as caught:
+                echo(bytes(60 << 20), timeout=TIMEOUT_S)
+            assert caught.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNKNOWN), caught.value
+            assert echo(b"again and again", timeout=TIMEOUT_S) == b"again"
+        server.stdin.close()
+        assert server.wait(TIMEOUT_S) == 0
