@@ -18,7 +18,6 @@ from aiorch_server._core.request cimport (
 from aiorch_server._core.scheduler cimport (
     ENQUEUED,
     FAILURE_REJECTED,
-    REFUSED_CLOSED,
     REFUSED_FULL,
     EnqueueResult,
     Scheduler,
@@ -204,16 +203,13 @@ cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size,
     result = enqueue(scheduler, candidate, scan.priority, scan.timeout_us, now_ns())
     if result == ENQUEUED:
         touch(reader, scheduler)
-    elif result == REFUSED_FULL or result == REFUSED_CLOSED:
+    elif result == REFUSED_FULL:
         # Answered here: under overload a refusal must cost less than a request.
-        if result == REFUSED_FULL:
-            refuse_request(candidate, UNAVAILABLE, b"Exceeds maximum queue size")
-        else:
-            refuse_request(candidate, UNAVAILABLE, b"Server is stopping, scheduler for model has stopped "
-                                                   b"accepting new inference requests")
+        refuse_request(candidate, UNAVAILABLE, b"Exceeds maximum queue size")
         count_failure(scheduler, candidate, FAILURE_REJECTED, candidate.enqueued_ns)
         put_settled(sink, candidate, candidate)
     else:
+        # Also where the scheduler is closed: the round's table may be a moment old, and the model loaded anew since.
         candidate.message = NULL
         free_request(candidate)
         return DECLINED

@@ -12,12 +12,15 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from hand_driven import HandDriven, make_spec, message, values_of
 from hyperframe.frame import SettingsFrame
 
-from aiorch_server.frontends.grpc import NativeGrpcServer
+from aiorch_server._core import Router, Scheduler
+from aiorch_server.frontends.grpc import FAST_PATH, NativeGrpcServer
 
 from .conftest import TIMEOUT_S, Door, wait_until
 from .test_door_attacks import Attacker
@@ -154,3 +157,29 @@ def test_a_message_that_the_interpreter_has_no_memory_for(threads: int) -> None:
             assert echo(b"again and again", timeout=TIMEOUT_S) == b"again"
         server.stdin.close()
         assert server.wait(TIMEOUT_S) == 0
+
+
+@pytest.mark.parametrize("kind", ["native-asyncio-0", *THREADS])
+def test_a_closed_scheduler_is_no_reason_to_refuse(make_door: Callable[..., Door], kind: str) -> None:
+    """A round may hold the table of a moment ago: Python, which knows the version loaded since, decides."""
+    former, scheduler = Scheduler(make_spec()), Scheduler(make_spec())
+    hand_driven = HandDriven(scheduler)
+    hand_driven.go(100)
+    router = Router()
+    router.publish({"echo": (3, {3: former})})
+
+    async def infer(request: bytes, context: Any) -> bytes:
+        return b"Python's answer"
+
+    def register(server: NativeGrpcServer) -> None:
+        service, _, method = FAST_PATH.removeprefix("/").rpartition("/")
+        server.add_registered_method_handlers(service, {method: grpc.unary_unary_rpc_method_handler(infer)})
+
+    door = make_door(kind, router=router, register=register)
+    ask = door.channel().unary_unary(FAST_PATH)
+    former.close()
+    assert ask(message(1), timeout=TIMEOUT_S) == b"Python's answer"
+    router.publish({"echo": (3, {3: scheduler})})
+    assert values_of(ask(message(1), timeout=TIMEOUT_S)) == [2.0]
+    assert former.counters().fail.count == 0
+    hand_driven.stop()
