@@ -21,6 +21,7 @@ from aiorch_server._core.h2_stream cimport *
 from aiorch_server._core.request cimport (
     CompletionSink,
     Request,
+    abandon_sink,
     drain_sink,
     free_request,
     new_sink,
@@ -103,14 +104,8 @@ cdef class NativeServer:
 
     def __dealloc__(self):
         # the loop holds a reference through add_reader: here the sink is closed, or the loop is gone
-        cdef Request *request
-        cdef Request *following
         if self.sink != NULL:
-            request = drain_sink(self.sink)
-            while request != NULL:
-                following = request.next
-                free_request(request)
-                request = following
+            abandon_sink(self.sink)     # all owners were taken back with their connections
             release_sink(self.sink)
         if self.group != NULL:
             release_group(self.group)

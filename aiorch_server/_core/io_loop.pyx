@@ -13,7 +13,7 @@ from aiorch_server._core.h2_stream cimport Connection, Stream
 from aiorch_server._core.io_connection cimport dispatch_ready, end_turn, open_io_connection, receive
 from aiorch_server._core.io_plane cimport carry_out, post
 from aiorch_server._core.io_state cimport *
-from aiorch_server._core.request cimport Request, drain_sink, free_request, new_sink, now_ns, release_sink
+from aiorch_server._core.request cimport Request, abandon_sink, drain_sink, free_request, new_sink, now_ns, release_sink
 from aiorch_server._core.routes cimport begin_round, cancel_request, end_round, release_router, retain_router
 from aiorch_server._core.timers cimport free_timers, next_due, take_due
 
@@ -103,7 +103,7 @@ cdef void close_listeners(IoState *io) noexcept nogil:
 cdef void free_io(IoState *io) noexcept nogil:
     close_listeners(io)
     if io.sink != NULL:
-        settle_late(io)
+        abandon_sink(io.sink)           # all owners were taken back with their connections
         release_sink(io.sink)
     if io.group != NULL:
         release_group(io.group)

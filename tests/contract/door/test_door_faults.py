@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import re
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import uvloop
 from hand_driven import HandDriven, make_spec, message, values_of
 from hyperframe.frame import SettingsFrame
 
@@ -183,3 +185,53 @@ def test_a_closed_scheduler_is_no_reason_to_refuse(make_door: Callable[..., Door
     assert values_of(ask(message(1), timeout=TIMEOUT_S)) == [2.0]
     assert former.counters().fail.count == 0
     hand_driven.stop()
+
+
+def count_event_descriptors() -> int:
+    found = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found += "eventfd" in str(entry.readlink())
+    return found
+
+
+@pytest.fixture
+def spare_loop(request: pytest.FixtureRequest) -> Iterator[asyncio.AbstractEventLoop]:
+    loop = uvloop.new_event_loop() if "uvloop" in request.param else asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+@pytest.mark.parametrize(
+    ("spare_loop", "threads"), [("asyncio", 0), ("asyncio", 1), ("uvloop", 1)], indirect=["spare_loop"]
+)
+def test_answers_that_nobody_waits_for_any_more(spare_loop: asyncio.AbstractEventLoop, threads: int) -> None:
+    """The loop is closed while a batch runs: what comes later is freed, with the descriptors."""
+    gc.collect()
+    before = count_event_descriptors()
+    scheduler = Scheduler(make_spec())
+    hand_driven = HandDriven(scheduler)
+    router = Router()
+    router.publish({"echo": (3, {3: scheduler})})
+
+    async def serve() -> None:
+        server = NativeGrpcServer(router=router, io_threads=threads)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary(FAST_PATH)(message(1), timeout=TIMEOUT_S)
+            await asyncio.gather(hand_driven.until_taken(), asyncio.sleep(0))
+            stopping = asyncio.create_task(server.stop(0))
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call
+            await stopping
+        assert server.in_flight == 1
+
+    spare_loop.run_until_complete(serve())
+    spare_loop.run_until_complete(spare_loop.shutdown_default_executor())
+    spare_loop.close()
+    gc.collect()
+    hand_driven.go(100)
+    assert scheduler.wait_idle(TIMEOUT_S)
+    hand_driven.stop()
+    wait_until(lambda: gc.collect() >= 0 and count_event_descriptors() <= before, "the end of the descriptors")
