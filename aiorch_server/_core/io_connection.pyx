@@ -247,8 +247,8 @@ cdef void end_turn(IoConnection *connection) noexcept nogil:
         tell_events(connection)
         if flush(connection) < 0:
             connection.must_close = True
-        elif connection.session.event_head != NULL:
-            tell_events(connection)     # the client has taken enough
+        elif connection.session.event_head != NULL and tell_events(connection) < 0:     # the client has taken enough
+            connection.must_close = True            # an answer to say that memory ran out would wait for the next turn
         if (connection.has_ended or connection.session.is_broken
                 or (connection.unsent == NULL and is_over(connection.session))):
             connection.must_close = True

@@ -96,15 +96,16 @@ cdef int tell_messages(IoConnection *connection, Stream *stream, Link *link, uin
     return 0
 
 
-cdef void tell_events(IoConnection *connection) noexcept nogil:
-    """Tells the asyncio plane what happened to its calls."""
+cdef int tell_events(IoConnection *connection) noexcept nogil:
+    """Tells the asyncio plane what happened to its calls. -1: no memory, some were answered instead."""
     cdef Stream *stream
     cdef Link *link
     cdef uint32_t bits = 0
+    cdef int result = 0
     while True:
         stream = take_event(connection.session, &bits)
         if stream == NULL:
-            return
+            return result
         link = <Link *> stream.owner
         if bits & EVENT_OVER:
             tell_over(connection, stream, link)
@@ -115,6 +116,7 @@ cdef void tell_events(IoConnection *connection) noexcept nogil:
             aiorch_store_size(&link.sent_bytes, link.applied_bytes - stream.unsent_bytes)
         if link == NULL or tell_messages(connection, stream, link, bits) < 0:
             revoke_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"Out of memory")
+            result = -1
 
 
 cdef void carry_out(Link *link, Command *command) noexcept nogil:
