@@ -104,10 +104,9 @@ cdef Request *drain_sink(CompletionSink *sink) noexcept nogil:
     cdef Request *chain
     cdef uint64_t count
     pthread_mutex_lock(&sink.lock)
-    if sink.signalled:
-        # Inside the lock: a wake-up written after this read belongs to requests that are not in this chain.
-        read(sink.wake_fd, &count, sizeof(count))
-        sink.signalled = False
+    # Inside the lock and in any case: who raised the flag may write after this, and that wake-up finds nothing, once.
+    read(sink.wake_fd, &count, sizeof(count))
+    sink.signalled = False
     chain = sink.head
     sink.head = sink.tail = NULL
     pthread_mutex_unlock(&sink.lock)
