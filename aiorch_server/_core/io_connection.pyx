@@ -98,6 +98,7 @@ cdef void destroy_connection(IoConnection *connection) noexcept nogil:
         connection.links = link.older
         link.connection = NULL
         link.older = link.newer = NULL
+    io.lost_bytes += connection.orphan_bytes        # each of those calls is over
     clear_timer(&io.timers, &connection.greeting)
     clear_timer(&io.timers, &connection.stall)
     # A forked child may hold the socket too: then closing alone would neither end the watch nor tell the client.

@@ -30,7 +30,7 @@ cdef enum:
     EVENTS_PER_ROUND = 128
     ACCEPTS_PER_ROUND = 64
     DRAIN_ROUND_TRIP_NS = 1000000000    # how long the client's answer between the two GOAWAYs is waited for
-    ACCEPT_PAUSE_NS = 1000000000        # how long nobody is accepted when descriptors have run out
+    ACCEPT_PAUSE_NS = 1000000000        # how long nobody is accepted when descriptors, say, have run out
 
 
 # ---------------------------------------------------------------------------------------------------- life of the state
@@ -124,6 +124,9 @@ cdef void accept_connections(IoState *io, Listener *listener, int64_t now) noexc
     cdef sockaddr_storage peer
     cdef socklen_t peer_size
     cdef int fd
+    if io.lost_bytes > io.group.limits.max_buffered_bytes:
+        pause_accepting(io, now)        # the loop must first hear of the calls that others gave up
+        return
     for _ in range(ACCEPTS_PER_ROUND):
         peer_size = sizeof(peer)
         fd = accept4(listener.watched.fd, <sockaddr *> &peer, &peer_size, SOCK_NONBLOCK | SOCK_CLOEXEC)
@@ -139,7 +142,7 @@ cdef void accept_connections(IoState *io, Listener *listener, int64_t now) noexc
 
 
 cdef void pause_accepting(IoState *io, int64_t now) noexcept nogil:
-    """Out of descriptors or memory: the waiting client would only wake this thread again and again."""
+    """Out of descriptors, memory or patience: the waiting client would only wake this thread again and again."""
     cdef Listener *listener = io.listeners
     io.accept_at_ns = now + ACCEPT_PAUSE_NS
     while listener != NULL:
@@ -230,7 +233,7 @@ cdef void take_orders(IoState *io, int64_t now) noexcept nogil:
     while command != NULL:
         following = command.next
         if command.link != NULL:
-            carry_out(command.link, command)
+            carry_out(io, command.link, command)
         elif command.kind == COMMAND_DRAIN:
             drain(io, now)
         else:

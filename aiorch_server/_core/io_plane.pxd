@@ -9,4 +9,4 @@ cdef void post(IoState *io, Event *event) noexcept nogil
 # Tells the asyncio plane what happened to the connection's calls. -1: no memory, some were answered instead.
 cdef int tell_events(IoConnection *connection) noexcept nogil
 # One command to a call; the stream may be over, the connection gone.
-cdef void carry_out(Link *link, Command *command) noexcept nogil
+cdef void carry_out(IoState *io, Link *link, Command *command) noexcept nogil

@@ -38,13 +38,17 @@ cdef Link *open_link(IoConnection *connection, Stream *stream) noexcept nogil:
     return link
 
 
-cdef void end_link(Link *link) noexcept nogil:
+cdef inline size_t *count_held(IoState *io, IoConnection *connection) noexcept nogil:
+    """Where the bytes are counted that the asyncio plane holds of calls that are over."""
+    return &io.lost_bytes if connection == NULL else &connection.orphan_bytes
+
+
+cdef void end_link(IoState *io, Link *link) noexcept nogil:
     """The asyncio plane has ended the call."""
     cdef IoConnection *connection = <IoConnection *> link.connection
+    if link.is_orphan:
+        count_held(io, connection)[0] -= link.handed_bytes + LINK_BYTES + link.metadata_size
     if connection != NULL:
-        if link.is_orphan:
-            connection.orphan_bytes -= link.handed_bytes + LINK_BYTES + link.metadata_size
-            mark_dirty(connection)
         if link.newer != NULL:
             link.newer.older = link.older
         else:
@@ -119,7 +123,7 @@ cdef int tell_events(IoConnection *connection) noexcept nogil:
             result = -1
 
 
-cdef void carry_out(Link *link, Command *command) noexcept nogil:
+cdef void carry_out(IoState *io, Link *link, Command *command) noexcept nogil:
     """One command to a call; the stream may be over, the connection gone."""
     cdef IoConnection *connection = <IoConnection *> link.connection
     cdef Stream *stream = link.stream
@@ -128,8 +132,8 @@ cdef void carry_out(Link *link, Command *command) noexcept nogil:
         mark_dirty(connection)
     if command.kind == COMMAND_READ:
         link.handed_bytes -= command.size + LISTED_MESSAGE_BYTES
-        if link.is_orphan and connection != NULL:
-            connection.orphan_bytes -= command.size + LISTED_MESSAGE_BYTES
+        if link.is_orphan:
+            count_held(io, connection)[0] -= command.size + LISTED_MESSAGE_BYTES
         if stream != NULL:
             message = take_message(stream)
             if message != NULL:
@@ -155,4 +159,4 @@ cdef void carry_out(Link *link, Command *command) noexcept nogil:
             link.stream = NULL
             finish_stream(stream, command.code, command.data, command.size, command.more, command.more_size)
             detach_owner(stream)
-        end_link(link)
+        end_link(io, link)

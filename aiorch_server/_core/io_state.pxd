@@ -98,8 +98,9 @@ cdef struct IoState:
     uint8_t *send_buffer
     int64_t greeting_timeout_ns
     int64_t write_timeout_ns
-    int64_t accept_at_ns            # 0: accepting; else out of descriptors until then
+    int64_t accept_at_ns            # 0: accepting; else nobody is accepted until then
     int64_t finish_drain_ns         # 0: not draining, or done
+    size_t lost_bytes               # what the asyncio plane holds of calls whose connection is closed
     int64_t n_connections
     bint is_draining
     bint is_idle_told

@@ -19,13 +19,14 @@ import grpc
 import pytest
 import uvloop
 from hand_driven import HandDriven, make_spec, message, values_of
-from hyperframe.frame import SettingsFrame
+from hyperframe.frame import DataFrame, PingFrame, SettingsFrame
 
 from aiorch_server._core import Router, Scheduler
-from aiorch_server.frontends.grpc import FAST_PATH, NativeGrpcServer
+from aiorch_server.frontends.grpc import FAST_PATH, ConnectionLimits, NativeGrpcServer
 
-from .conftest import TIMEOUT_S, Door, wait_until
-from .test_door_attacks import Attacker
+from .conftest import SERVICE, TIMEOUT_S, Door, wait_until
+from .test_door_attacks import Attacker, headers
+from .test_door_attacks import message as frame_of
 
 THREADS = ["native-asyncio-1", "native-uvloop-2"]
 
@@ -159,6 +160,34 @@ def test_a_message_that_the_interpreter_has_no_memory_for(threads: int) -> None:
             assert echo(b"again and again", timeout=TIMEOUT_S) == b"again"
         server.stdin.close()
         assert server.wait(TIMEOUT_S) == 0
+
+
+@pytest.mark.parametrize("kind", THREADS)
+def test_connections_given_up_faster_than_the_loop_hears_of_them(make_door: Callable[..., Door], kind: str) -> None:
+    """The loop is stuck; what it has not heard of yet is bounded also where each call comes on its own connection."""
+    door = make_door(kind, limits=ConnectionLimits(max_buffered_bytes=1 << 20))
+    release = threading.Event()
+    door.loop.call_soon_threadsafe(release.wait, TIMEOUT_S)
+    data = frame_of(bytes(60_000))
+    taken = 0
+    try:
+        while taken < 64:
+            with Attacker(door) as attacker:
+                attacker.socket.settimeout(0.7)
+                attacker.send(headers(1, f"/{SERVICE}/Wait", "END_HEADERS"))
+                for at in range(0, len(data), 16384):
+                    attacker.send(DataFrame(1, data[at : at + 16384]).serialize())
+                attacker.send(PingFrame(0, bytes(8)).serialize())
+                attacker.read_until(lambda frames: any(isinstance(frame, PingFrame) for frame in frames))
+            taken += 1
+    except TimeoutError:
+        pass
+    finally:
+        release.set()
+    threads = int(kind[-1])
+    assert 16 <= taken <= 20 * threads, "new clients were let in too long, or too short"
+    door.check_next_call()
+    wait_until(lambda: door.server.calls == 0, "the end of the calls given up")
 
 
 @pytest.mark.parametrize("kind", ["native-asyncio-0", *THREADS])
