@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -19,13 +20,13 @@ import grpc
 import pytest
 import uvloop
 from hand_driven import HandDriven, make_spec, message, values_of
-from hyperframe.frame import DataFrame, PingFrame, SettingsFrame
+from hyperframe.frame import DataFrame, PingFrame, SettingsFrame, WindowUpdateFrame
 
 from aiorch_server._core import Router, Scheduler
 from aiorch_server.frontends.grpc import FAST_PATH, ConnectionLimits, NativeGrpcServer
 
 from .conftest import SERVICE, TIMEOUT_S, Door, wait_until
-from .test_door_attacks import Attacker, headers
+from .test_door_attacks import PREFACE, Attacker, headers
 from .test_door_attacks import message as frame_of
 
 THREADS = ["native-asyncio-1", "native-uvloop-2"]
@@ -264,3 +265,26 @@ def test_answers_that_nobody_waits_for_any_more(spare_loop: asyncio.AbstractEven
     assert scheduler.wait_idle(TIMEOUT_S)
     hand_driven.stop()
     wait_until(lambda: gc.collect() >= 0 and count_event_descriptors() <= before, "the end of the descriptors")
+
+
+@pytest.mark.parametrize("kind", ["native-asyncio-0", *THREADS])
+def test_a_socket_that_is_full_at_any_moment(make_door: Callable[..., Door], kind: str) -> None:
+    """Whatever was written last, wherever the socket was full: a client that takes nothing is closed in time.
+
+    Also between two turns of a connection that has much to say, hence answers of many sizes.
+    """
+    door = make_door(kind, limits=ConnectionLimits(write_timeout_s=0.5))
+    settings = SettingsFrame(0, {SettingsFrame.INITIAL_WINDOW_SIZE: 2**31 - 1}).serialize()
+    greeting = PREFACE + settings + WindowUpdateFrame(0, 2**31 - 65536).serialize()
+    with contextlib.ExitStack() as attackers:
+        for index in range(12):
+            attacker = attackers.enter_context(Attacker(door, greeting))
+            first = headers(1, f"/{SERVICE}/Count", "END_HEADERS")
+            attacker.send(first + DataFrame(1, frame_of(b"%d" % (index * 8000)), flags=["END_STREAM"]).serialize())
+            second = headers(3, f"/{SERVICE}/Flood", "END_HEADERS")
+            attacker.send(second + DataFrame(3, frame_of(b"100"), flags=["END_STREAM"]).serialize())
+            assert select.select([attacker.socket], [], [], TIMEOUT_S)[0]
+        wait_until(lambda: door.servicer.count("written") > 0, "the answers")
+        wait_until(lambda: door.server.connections == 0, "the end of the connections")
+        wait_until(lambda: door.server.calls == 0, "the end of the calls")
+        door.check_next_call()
