@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from aiorch_server._core import Batch, Scheduler, serve_compiled
 from aiorch_server.backend import Backend, LoadContext, ModelInstance
 from aiorch_server.errors import AiorchError, Code, ModelExecutionError, ModelLoadError
+from aiorch_server.execution.heap import trim_heap
 from aiorch_server.execution.warmup import WarmupSample, warm_up
 from aiorch_server.types import ModelSignature
 
@@ -174,6 +175,7 @@ class _InstanceThread(threading.Thread):
             try:
                 instance = self._group.backend.load(self._context, self._group.signature)
                 warm_up(instance, self._group.signature, self._group.warmup, self.name)
+                trim_heap()
             except BaseException as error:
                 self.loaded.set_result(error)
                 return
@@ -185,6 +187,8 @@ class _InstanceThread(threading.Thread):
         finally:
             try:
                 self._close(instance)
+                instance = None
+                trim_heap()
             finally:
                 self._group.on_thread_end(reason)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -406,3 +407,22 @@ def test_failures_are_logged_once_per_type_and_interval(caplog: pytest.LogCaptur
 def test_descriptions_are_bounded() -> None:
     assert describe_error(ValueError()) == "ValueError"
     assert len(describe_error(ValueError("x" * 10_000))) < 1100
+
+
+async def test_loading_leaves_no_scratch_memory_behind() -> None:
+    size, count = 100_000, 600  # blocks that glibc takes from its heap
+
+    def load_one(context: LoadContext) -> None:
+        blocks = [bytearray(b"x" * size) for _ in range(count)]
+        kept.append(blocks[-1])  # without trimming it keeps what lies below it in the process
+        del blocks
+
+    kept: list[bytearray] = []
+    before = resident_bytes()
+    async with running(ScriptedBackend(double, load_one)) as rig:
+        assert resident_bytes() - before < size * count / 3
+        assert await rig.answers(1) == [2]
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
