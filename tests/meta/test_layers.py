@@ -46,7 +46,6 @@ KNOWN_ONLY_BY = {
     "grpc_reflection": ("frontends",),
     "google": ("frontends", "config/pbtxt.py"),
     "aiorch_proto": ("frontends", "config/pbtxt.py"),
-    "fastapi": ("frontends",),
     "starlette": ("frontends",),
     "uvicorn": ("frontends",),
     "typer": ("cli",),

@@ -10,11 +10,12 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from aiorch_server.errors import (
     AiorchError,
@@ -71,13 +72,12 @@ class ControlRoutes:
         self._limits = limits
         self._budget = budget
 
-    def build_app(self) -> FastAPI:
+    def build_app(self) -> Starlette:
         """The application with all routes; answers are written by hand because the protocol fixes their shape."""
-        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-        app.add_exception_handler(HTTPException, _show_http_error)
         model = "/v2/models/{model}"
         version = model + "/versions/{version:version}"
         repository = "/v2/repository/{repository}"
+        routes = []
         for method, paths, endpoint in (
             ("GET", ("/v2",), self._server_metadata),
             ("GET", ("/v2/health/live",), self._server_live),
@@ -95,10 +95,11 @@ class ControlRoutes:
                 _named_repository,
             ),
         ):
-            for path in paths:
-                app.add_route(path, _guard(endpoint), methods=[method], include_in_schema=False)
+            routes += [Route(path, _guard(endpoint), methods=[method]) for path in paths]
         for path, what in _UNSUPPORTED_PATHS.items():
-            app.add_route(path, _guard(_refuse(what)), methods=["GET", "POST"], include_in_schema=False)
+            routes.append(Route(path, _guard(_refuse(what)), methods=["GET", "POST"]))
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _show_http_error})
+        app.router.redirect_slashes = False
         return app
 
     async def _server_metadata(self, request: Request) -> Response:
