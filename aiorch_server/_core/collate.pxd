@@ -32,6 +32,9 @@ cdef class Batch:
 
     cdef bint pull(self) noexcept nogil
     cdef int64_t count_rows(self) noexcept nogil
+    cdef bint has_members(self) noexcept nogil
+    cdef object check_outputs(self, outputs)
+    cdef void copy_rows(self, int index, uint8_t *out, bint is_bool) noexcept nogil
     cdef tuple shape_of(self, int index)
     cdef object fail_rest(self)
     cdef object gather_plain(self, int index)

@@ -34,6 +34,8 @@ cdef int CANCELLED = 1
 cdef int RESOURCE_EXHAUSTED = 8
 cdef int INTERNAL = 13
 cdef int UNAUTHENTICATED = 16   # gRPC's highest code
+# Below this a copy is quicker than giving the interpreter lock away and, where other threads are busy, getting it back.
+cdef size_t UNLOCKED_COPY_BYTES = 1 << 20
 cdef size_t MAX_ANSWER_BYTES = 0xFFFFFFFF   # the length in the gRPC frame header has 32 bits
 
 
@@ -102,16 +104,23 @@ cdef class Batch:
 
     def _fill(self, Scheduler scheduler not None):
         """The body of ``Scheduler.take``."""
-        cdef bint has_batch
+        cdef bint is_taken
         if scheduler is not self._scheduler:
             raise ValueError("a batch belongs to the scheduler it was made for")
         self.fail_rest()
         with nogil:
-            has_batch = self.pull()
-        return has_batch
+            is_taken = self.pull()
+        return is_taken
+
+    cdef bint has_members(self) noexcept nogil:
+        """Whether any member is not settled yet."""
+        for i in range(self._n):
+            if self._members[i] != NULL:
+                return True
+        return False
 
     cdef bint pull(self) noexcept nogil:
-        """Takes the next due batch; False once the scheduler is closed and empty. Nothing is unsettled."""
+        """Blocks until there is a next batch, False when there will be none; all members are settled."""
         cdef int members = 0
         cdef int64_t rows = 0
         cdef Request *request
@@ -124,6 +133,31 @@ cdef class Batch:
         self._last = self._n
         self._rows = rows
         return self._n > 0
+
+    def advance(self, outputs=None):
+        """Settles the whole batch with ``outputs`` (None: nothing is left to settle), takes the next and gathers it.
+
+        Gives the next inputs, or None once the scheduler is closed and empty. The same as ``settle``,
+        ``Scheduler.take`` and ``gather``, but the interpreter lock is given away and taken back only once: where other
+        threads are busy, each time costs a switch interval. Raises as ``settle`` does, with this batch unsettled and
+        none taken, or as ``gather`` does, with the next one taken. Holds ``outputs`` until the next batch is there.
+        """
+        cdef Encoder encoder
+        cdef int64_t run_ended_ns
+        cdef bint is_taken
+        if not self.has_members():
+            with nogil:
+                is_taken = self.pull()
+        elif self._last - self._first < self._n:
+            raise ValueError("one member is selected; advance settles the whole batch")
+        else:
+            run_ended_ns = now_ns()
+            encoder = <Encoder> self.check_outputs(outputs)
+            with nogil:
+                encoder.encode()
+                self.deliver(True, run_ended_ns)
+                is_taken = self.pull()
+        return self.gather() if is_taken else None
 
     def select(self, index=None):
         """Narrows the batch to the member at ``index``, or widens it to all again."""
@@ -172,8 +206,7 @@ cdef class Batch:
 
     cdef object gather_plain(self, int index):
         cdef Staging staging = <Staging> self._staging[index]
-        cdef uint8_t *out
-        cdef size_t size = 0, k
+        cdef size_t size = 0
         cdef bint is_bool
         for i in range(self._first, self._last):
             if self._members[i] != NULL:
@@ -181,16 +214,25 @@ cdef class Batch:
         dtype = self._scheduler.spec.signature.inputs[index].datatype.numpy
         is_bool = dtype.kind == "b"
         array = staging.shaped(self.shape_of(index), dtype, size)
-        with nogil:
-            out = staging._data
-            for i in range(self._first, self._last):
-                if self._members[i] != NULL:
-                    memcpy(out, self._members[i].inputs[index].data, self._members[i].inputs[index].size)
-                    out += self._members[i].inputs[index].size
-            if is_bool:     # C and C++ behind the model rely on 0 and 1; a client may send any byte
-                for k in range(size):
-                    staging._data[k] = staging._data[k] != 0
+        if size < UNLOCKED_COPY_BYTES:
+            self.copy_rows(index, staging._data, is_bool)
+        else:
+            with nogil:
+                self.copy_rows(index, staging._data, is_bool)
         return array
+
+    cdef void copy_rows(self, int index, uint8_t *out, bint is_bool) noexcept nogil:
+        cdef uint8_t *at = out
+        cdef size_t size
+        for i in range(self._first, self._last):
+            if self._members[i] != NULL:
+                size = self._members[i].inputs[index].size
+                memcpy(at, self._members[i].inputs[index].data, size)
+                at += size
+        if is_bool:     # C and C++ behind the model rely on 0 and 1; a client may send any byte
+            while out < at:
+                out[0] = out[0] != 0
+                out += 1
 
     cdef object gather_bytes(self, int index):
         cdef const uint8_t *at
@@ -216,9 +258,15 @@ cdef class Batch:
         ``outputs`` maps every output's name to an array of the signature's dtype; for a batching model the first
         dimension is the number of rows. Raises ModelExecutionError, with nobody settled, where it is not so.
         """
-        cdef const SpecState *spec = self._state.spec
-        cdef Encoder encoder = Encoder(self, spec.n_outputs)
         cdef int64_t run_ended_ns = now_ns()
+        cdef Encoder encoder = <Encoder> self.check_outputs(outputs)
+        with nogil:
+            encoder.encode()
+            self.deliver(True, run_ended_ns)
+
+    cdef object check_outputs(self, outputs):
+        """Takes hold of the memory of all outputs; ModelExecutionError where they are not what the signature says."""
+        cdef Encoder encoder = Encoder(self, self._state.spec.n_outputs)
         for index, tensor in enumerate(self._scheduler.spec.signature.outputs):
             try:
                 array = outputs[tensor.name]
@@ -226,9 +274,7 @@ cdef class Batch:
                 raise ModelExecutionError(
                     f"the model gave no output '{tensor.name}'; it gave {sorted(map(str, outputs))}") from None
             encoder.add(index, tensor, array)
-        with nogil:
-            encoder.encode()
-            self.deliver(True, run_ended_ns)
+        return encoder
 
     def fail(self, int code, str text not None):
         """Fails the selected members that are not settled yet with a gRPC code and a text for the client.
@@ -247,13 +293,9 @@ cdef class Batch:
             self.deliver(False, now)
 
     cdef object fail_rest(self):
-        if self._n:
+        if self.has_members():
             self._first, self._last = 0, self._n
-            for i in range(self._n):
-                if self._members[i] != NULL:
-                    self.fail(INTERNAL, "the executor left this request unanswered")
-                    break
-            self._n = self._first = self._last = 0
+            self.fail(INTERNAL, "the executor left this request unanswered")
 
     cdef int encode_member(self, Request *request, OutputView *views, int n) noexcept nogil:
         """Writes the answer with its 5-byte gRPC frame header; -1 when memory ran out."""

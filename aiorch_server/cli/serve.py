@@ -195,6 +195,8 @@ def _run(config: ServerConfig, announcer: Announcer) -> None:
     # A record on the same terminal must not break into the spinner's line.
     stream = cast("TextIO", _CurrentStderr()) if sys.stderr.isatty() else None
     configure_logging(config.log.level, config.log.format.value, stream)
+    # An instance waits that long for a busy thread each time it calls its model: Python's own 5 ms would be felt.
+    sys.setswitchinterval(config.execution.switch_interval_us / 1e6)
     try:
         with asyncio.Runner(loop_factory=_choose_loop()) as runner:
             runner.run(_serve(config, announcer))

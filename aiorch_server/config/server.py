@@ -221,13 +221,15 @@ class ExecutionConfig(Section):
     ``instances`` per model; ``default_max_batch_size`` for models whose artefact can batch (0: never).
     ``allow_code`` permits what runs code of its author's choice: pickled artefacts, and artefacts of any kind that come
     with a load request (without it a request brings data only, such as ONNX files). ``backends`` adds backends written
-    ``module:attribute`` to those installed as plug-ins.
+    ``module:attribute`` to those installed as plug-ins. After ``switch_interval_us`` a thread that computes in Python
+    hands the interpreter to the next that waits for it.
     """
 
     instances: Annotated[Whole, Field(ge=1, le=1024)] = 1
     default_max_batch_size: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 32
     allow_code: Flag = False
     backends: tuple[Plugin, ...] = ()
+    switch_interval_us: Annotated[Whole, Field(ge=10, le=1_000_000)] = 500
 
 
 class LimitsConfig(Section):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 from aiorch_server._core import Batch, Scheduler, serve_compiled
@@ -18,7 +18,7 @@ from aiorch_server.backend import Backend, LoadContext, ModelInstance
 from aiorch_server.errors import AiorchError, Code, ModelExecutionError, ModelLoadError
 from aiorch_server.execution.heap import trim_heap
 from aiorch_server.execution.warmup import WarmupSample, warm_up
-from aiorch_server.types import ModelSignature
+from aiorch_server.types import ModelSignature, NumpyArray
 
 logger = logging.getLogger(__name__)
 
@@ -193,20 +193,24 @@ class _InstanceThread(threading.Thread):
                 self._group.on_thread_end(reason)
 
     def _serve(self, instance: ModelInstance) -> None:
-        scheduler = self._group.scheduler
-        batch = Batch(scheduler)
-        take, gather, execute, settle = scheduler.take, batch.gather, instance.execute, batch.settle
-        compiled = instance.compiled
+        batch = Batch(self._group.scheduler)
+        advance, execute, compiled = batch.advance, instance.execute, instance.compiled
+        outputs: Mapping[str, NumpyArray] | None = None
         try:
-            if compiled is not None:
-                while (reason := serve_compiled(batch, compiled)) is not None:
-                    self._settle_failed(instance, batch, self._describe_failure(reason))
-                return
-            while take(batch):
+            while compiled is not None:
+                reason = serve_compiled(batch, compiled)
+                if reason is None:
+                    return
+                self._settle_failed(instance, batch, self._describe_failure(reason))
+            while True:
                 try:
-                    settle(execute(gather()))
+                    inputs = advance(outputs)
+                    if inputs is None:
+                        return
+                    outputs = execute(inputs)
                 except Exception as error:
                     self._settle_failed(instance, batch, error)
+                    outputs = None
         except BaseException as error:
             # The thread dies (SystemExit in a model's code). Its batch is answered here: where the error is kept, the
             # batch is kept by its traceback, and would leave its members waiting.
