@@ -1,0 +1,50 @@
+"""What a server of one small ONNX model carries along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from aiorch_client import Client
+from onnx import TensorProto, helper
+from served import serve
+
+NEEDLESS = ("torch", "tensorflow", "sklearn", "skops", "joblib", "pandas", "scipy", "fastapi", "onnx", "tritonclient")
+#: Measured 108 MB with a model of 0.8 MB; frameworks that are not asked for cost more than the difference.
+MOST_RESIDENT_BYTES = 150_000_000
+
+REPORTING_MODEL = """
+import sys
+import numpy as np
+
+class Model:
+    inputs = [("name", "BYTES", [-1])]
+    outputs = [("is_imported", "BOOL", [-1])]
+
+    def execute(self, inputs):
+        return {"is_imported": np.array([name.decode() in sys.modules for name in inputs["name"]])}
+"""
+
+
+def write_relu(path: Path) -> None:
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", tensors[:1], tensors[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.parent.mkdir(parents=True)
+    onnx.save(model, path)
+
+
+def test_a_server_of_one_onnx_model_stays_small(tmp_path: Path) -> None:
+    write_relu(tmp_path / "relu" / "1" / "model.onnx")
+    (tmp_path / "report" / "1").mkdir(parents=True)
+    (tmp_path / "report" / "1" / "model.py").write_text(REPORTING_MODEL)
+    with serve(tmp_path) as server, Client(server.grpc) as client:
+        rows = np.array([[-1, 0, 1, 2]], np.float32)
+        np.testing.assert_array_equal(client.infer("relu", {"x": rows}).outputs["y"], [[0, 0, 1, 2]])
+        names = np.array([*NEEDLESS, "onnxruntime"], object)
+        is_imported = client.infer("report", {"name": names}).outputs["is_imported"]
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+    assert [name for name, found in zip(names, is_imported, strict=True) if found] == ["onnxruntime"]
+    resident = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
+    assert int(resident.split()[1]) * 1024 < MOST_RESIDENT_BYTES
