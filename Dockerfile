@@ -9,7 +9,7 @@ ENV DEBIAN_FRONTEND=noninteractive
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev libnghttp2-dev pkg-config python3 python3-dev python3-venv \
+    && apt-get install -y --no-install-recommends gcc libc6-dev libnghttp2-dev libssl-dev pkg-config python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
 COPY pyproject.toml setup.py README.md LICENSE ./

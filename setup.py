@@ -1,8 +1,9 @@
 """Extensions, compiler directives, the package map and two switches; all metadata is in pyproject.toml.
 
 ``AIORCH_DEBUG=1`` turns on invariant checks and annotated HTML, ``AIORCH_SANITIZE=1`` builds with ASan and UBSan.
-Without libnghttp2 (>= 1.52, found by pkg-config) the HTTP/2 modules are left out; the server then offers only its
-``--transport grpcio`` door and says so.
+Libraries are found by pkg-config. Without libnghttp2 (>= 1.52) the HTTP/2 modules are left out; the server then offers
+only its ``--transport grpcio`` door and says so. Without OpenSSL (>= 3.0) the I/O threads have no TLS: the event loop
+carries it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ CORE = Path("aiorch_server/_core")
 SESSIONS = {"h2_ledger", "h2_stream", "h2_answer", "h2_life", "h2_request", "h2", "h2_probe"}
 BACKENDS = Path("backends")
 NEEDS_NGHTTP2 = SESSIONS | {"call", "aio_call", "aio", "crossing", "io_plane", "io_connection", "io_loop", "io"}
+NEEDS_OPENSSL = {"tls"}
 DEBUG = os.environ.get("AIORCH_DEBUG", "") not in ("", "0")
 SANITIZE = os.environ.get("AIORCH_SANITIZE", "") not in ("", "0")
 
@@ -35,11 +37,11 @@ DIRECTIVES = {
 }
 
 
-def find_nghttp2() -> tuple[list[str], list[str]] | None:
-    """Compiler and linker arguments for libnghttp2, or None when it is not there."""
+def find_library(wanted: str) -> tuple[list[str], list[str]] | None:
+    """Compiler and linker arguments for a library, or None when it is not there."""
     try:
         output = subprocess.run(
-            ["pkg-config", "--cflags", "--libs", "libnghttp2 >= 1.52"], check=True, capture_output=True, text=True
+            ["pkg-config", "--cflags", "--libs", wanted], check=True, capture_output=True, text=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -49,9 +51,12 @@ def find_nghttp2() -> tuple[list[str], list[str]] | None:
 
 def list_extensions() -> list[Extension]:
     """One extension per compiled module; those over libnghttp2 only where it was found."""
-    nghttp2 = find_nghttp2()
+    nghttp2 = find_library("libnghttp2 >= 1.52")
+    openssl = find_library("libssl >= 3.0 libcrypto >= 3.0") if nghttp2 is not None else None
     if nghttp2 is None:
         print("aiorch: libnghttp2 not found, building without the native gRPC door", file=sys.stderr)
+    elif openssl is None:
+        print("aiorch: OpenSSL 3 not found, building without TLS on the I/O threads", file=sys.stderr)
     compile_args = ["-O1", "-g"] if SANITIZE else ["-O2", "-g1"]
     compile_args += ["-std=gnu11", "-Wno-unused-function", "-fvisibility=hidden"]
     link_args: list[str] = []
@@ -62,11 +67,12 @@ def list_extensions() -> list[Extension]:
     for source in [*sorted(CORE.glob("*.pyx")), *sorted(BACKENDS.glob("aiorch_backends/*/*.pyx"))]:
         name = source.relative_to(BACKENDS) if source.is_relative_to(BACKENDS) else source
         extra_compile, extra_link = list(compile_args), list(link_args)
-        if source.stem in NEEDS_NGHTTP2:
-            if nghttp2 is None:
-                continue
-            extra_compile += nghttp2[0]
-            extra_link += nghttp2[1]
+        libraries = [nghttp2] if source.stem in NEEDS_NGHTTP2 else [openssl] if source.stem in NEEDS_OPENSSL else []
+        if None in libraries:
+            continue
+        for found in filter(None, libraries):
+            extra_compile += found[0]
+            extra_link += found[1]
         extensions.append(
             Extension(
                 ".".join(name.with_suffix("").parts),

@@ -19,6 +19,11 @@ try:
 except ImportError:  # built without libnghttp2, or it is not there at run time: only the grpcio door works
     Call = ConnectionRules = IoThread = NativeServer = ServerLedger = None  # type: ignore[assignment, misc]
 
+try:
+    from aiorch_server._core.tls import TlsContext, read_names
+except ImportError:  # built without OpenSSL, or it is not there at run time: the loop carries TLS, with Python's own
+    TlsContext = read_names = None  # type: ignore[assignment, misc]
+
 __all__ = [
     "Batch",
     "BatchFormer",
@@ -32,8 +37,10 @@ __all__ = [
     "Router",
     "Scheduler",
     "ServerLedger",
+    "TlsContext",
     "decode_response",
     "encode_request",
+    "read_names",
     "scan",
     "serve_compiled",
     "walk_elements",

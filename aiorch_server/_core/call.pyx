@@ -109,7 +109,11 @@ cdef class Call:
         return self.name_peer()
 
     def get_extra_info(self, name):
-        """What is known of the transport, ``ssl_object`` for example; None where it is not."""
+        """What is known of the transport; None where nothing is.
+
+        ``tls_peer``: the client's certificate in DER, or None, and whether an earlier session was resumed; on an I/O
+        thread. ``ssl_object``, ``socket`` and so on: on the loop.
+        """
         return self.look_up(name)
 
     def time_remaining(self):

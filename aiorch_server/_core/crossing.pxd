@@ -13,6 +13,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 from aiorch_server._core.h2_stream cimport Message, Stream
 from aiorch_server._core.request cimport pthread_mutex_t
+from aiorch_server._core.transport cimport PeerIdentity
 
 
 cdef extern from "<sys/socket.h>" nogil:
@@ -69,6 +70,7 @@ cdef struct Link:
     uint32_t accepted
     sockaddr_storage peer
     socklen_t peer_size
+    PeerIdentity *identity      # a reference; NULL: plaintext
     uint8_t *metadata           # packed
     size_t metadata_size
     # embedded, so that the end can always be said

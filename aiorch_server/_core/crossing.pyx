@@ -11,6 +11,7 @@ from aiorch_server._core.request cimport (
     pthread_mutex_lock,
     pthread_mutex_unlock,
 )
+from aiorch_server._core.transport cimport release_identity
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initial, int flags)
@@ -77,6 +78,7 @@ cdef void retain_link(Link *link) noexcept nogil:
 
 cdef void release_link(Link *link) noexcept nogil:
     if aiorch_add_reference(&link.references, -1) == 0:
+        release_identity(link.identity)
         free(link.metadata)
         free(link)
 

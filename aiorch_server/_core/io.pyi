@@ -5,6 +5,7 @@ from aiorch_server._core.call import Call
 from aiorch_server._core.h2_ledger import ServerLedger
 from aiorch_server._core.h2_life import ConnectionRules
 from aiorch_server._core.routes import Router
+from aiorch_server._core.tls import TlsContext
 
 class IoThread:
     """One epoll thread with all its connections; sizes in bytes, bounds per connection."""
@@ -30,7 +31,7 @@ class IoThread:
         ledger: ServerLedger | None = None,
         packed_encodings: int = 0,
     ) -> None: ...
-    def listen(self, descriptor: int) -> None: ...
+    def listen(self, descriptor: int, tls: TlsContext | None = None) -> None: ...
     def start(self, name: str = ...) -> None: ...
     @property
     def connections(self) -> int: ...

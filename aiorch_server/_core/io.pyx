@@ -7,6 +7,7 @@ import urllib.parse
 from collections import deque
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -24,6 +25,7 @@ from aiorch_server._core.h2_stream cimport (
     Limits,
 )
 from aiorch_server._core.io_loop cimport add_listener, close_listeners, free_io, new_io, run_loop, settle_late
+from aiorch_server._core.transport cimport PeerIdentity, PortSecurity
 
 cdef enum:
     STATUS_RESOURCE_EXHAUSTED = 8
@@ -68,11 +70,17 @@ cdef class IoThread:
             free_io(self.state)
 
     # ------------------------------------------------------------------------------------------ what the door calls
-    def listen(self, int descriptor):
-        """Accepts on a copy of this listening socket's descriptor, from ``start`` on. OSError: it cannot."""
+    def listen(self, int descriptor, tls=None):
+        """Accepts on a copy of this listening socket's descriptor, from ``start`` on. OSError: it cannot.
+
+        With a ``TlsContext`` connections are encrypted; it is kept for as long as any of them is open.
+        """
+        cdef PortSecurity *security = NULL
+        if tls is not None:
+            security = <PortSecurity *> PyCapsule_GetPointer(tls.capsule, b"aiorch.PortSecurity")
         copy = os.dup(descriptor)
         os.set_blocking(copy, False)
-        if add_listener(self.state, copy) < 0:
+        if add_listener(self.state, copy, security) < 0:
             raise OSError("an I/O thread cannot watch this listening socket")
 
     def start(self, str name="aiorch-io"):
@@ -358,4 +366,11 @@ cdef class LinkedCall(Call):
         return f"ipv6:{urllib.parse.quote(f'[{address}]', safe=':')}:{port}"
 
     cdef object look_up(self, name):
-        return None
+        cdef PeerIdentity *identity = self.link.identity
+        if name != "tls_peer" or identity == NULL:
+            return None
+        certificate = None
+        if identity.certificate != NULL:
+            certificate = PyBytes_FromStringAndSize(
+                <const char *> identity.certificate, <Py_ssize_t> identity.certificate_size)
+        return certificate, bool(identity.is_resumed)

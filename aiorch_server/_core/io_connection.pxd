@@ -4,11 +4,12 @@ from libc.stdint cimport int64_t
 
 from aiorch_server._core.crossing cimport sockaddr_storage, socklen_t
 from aiorch_server._core.io_state cimport IoConnection, IoState
+from aiorch_server._core.transport cimport PortSecurity
 
 
-# Takes over the descriptor (not blocking); -1: no memory, it is closed.
-cdef int open_io_connection(IoState *io, int fd, const sockaddr_storage *peer, socklen_t peer_size,
-                            int64_t now) noexcept nogil
+# Takes over the descriptor (not blocking); `security` is NULL for plaintext. -1: no memory, it is closed.
+cdef int open_io_connection(IoState *io, int fd, PortSecurity *security, const sockaddr_storage *peer,
+                            socklen_t peer_size, int64_t now) noexcept nogil
 # Reads once and feeds the session; how much depends on what the last reads cost.
 cdef void receive(IoConnection *connection, int64_t now) noexcept nogil
 # Puts complete messages into their queues; what the router declines becomes a slow call.

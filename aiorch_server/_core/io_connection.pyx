@@ -17,6 +17,7 @@ from aiorch_server._core.io_state cimport *
 from aiorch_server._core.request cimport Request, now_ns
 from aiorch_server._core.routes cimport DISPATCHED, dispatch
 from aiorch_server._core.timers cimport clear_timer, set_timer
+from aiorch_server._core.transport cimport NOTHING_YET, WIRE_SLACK_BYTES, PortSecurity, Transport
 
 cdef extern from "<sys/socket.h>" nogil:
     Py_ssize_t recv(int fd, void *buffer, size_t size, int flags)
@@ -46,8 +47,8 @@ cdef enum:
     GREETING_BYTES = 33                 # client preface and the header of its SETTINGS frame
 
 
-cdef int open_io_connection(IoState *io, int fd, const sockaddr_storage *peer, socklen_t peer_size,
-                            int64_t now) noexcept nogil:
+cdef int open_io_connection(IoState *io, int fd, PortSecurity *security, const sockaddr_storage *peer,
+                            socklen_t peer_size, int64_t now) noexcept nogil:
     """Takes over the descriptor; -1: no memory, it is closed."""
     cdef IoConnection *connection
     cdef int yes = 1
@@ -62,7 +63,9 @@ cdef int open_io_connection(IoState *io, int fd, const sockaddr_storage *peer, s
     connection.watched.kind, connection.watched.fd = WATCHED_CONNECTION, fd
     connection.interest, connection.read_bytes = EPOLLIN, FIRST_READ_BYTES
     connection.session = open_connection(io.group, connection)
-    if (connection.session == NULL
+    if security != NULL:
+        connection.transport = security.open(security)
+    if (connection.session == NULL or (security != NULL and connection.transport == NULL)
             or begin_life(connection.session, now) < 0
             or set_timer(&io.timers, &connection.greeting, now + io.greeting_timeout_ns, connection) < 0
             or watch(io, &connection.watched, EPOLLIN, EPOLL_CTL_ADD) < 0):
@@ -70,6 +73,7 @@ cdef int open_io_connection(IoState *io, int fd, const sockaddr_storage *peer, s
         if connection.session != NULL:
             close_connection(connection.session)
             free_connection(connection.session)
+        close_transport(connection)
         close(fd)
         free(connection)
         return -1
@@ -87,6 +91,12 @@ cdef int open_io_connection(IoState *io, int fd, const sockaddr_storage *peer, s
     return 0
 
 
+cdef void close_transport(IoConnection *connection) noexcept nogil:
+    if connection.transport != NULL:
+        connection.transport.security.close(
+            connection.transport, connection.watched.fd, connection.unsent == NULL and not connection.is_write_blocked)
+
+
 cdef void destroy_connection(IoConnection *connection) noexcept nogil:
     cdef IoState *io = connection.io
     cdef Link *link
@@ -101,6 +111,7 @@ cdef void destroy_connection(IoConnection *connection) noexcept nogil:
     io.lost_bytes += connection.orphan_bytes        # each of those calls is over
     clear_timer(&io.timers, &connection.greeting)
     clear_timer(&io.timers, &connection.stall)
+    close_transport(connection)
     # A forked child may hold the socket too: then closing alone would neither end the watch nor tell the client.
     watch(io, &connection.watched, 0, EPOLL_CTL_DEL)
     shutdown(connection.watched.fd, SHUT_RDWR)
@@ -116,13 +127,37 @@ cdef void destroy_connection(IoConnection *connection) noexcept nogil:
     free(connection)
 
 
+cdef Py_ssize_t receive_sealed(IoConnection *connection) noexcept nogil:
+    """Plain bytes in the receive buffer; see PortSecurity.receive."""
+    cdef IoState *io = connection.io
+    cdef Transport *transport = connection.transport
+    cdef Py_ssize_t size
+    if not transport.is_open:
+        if io.handshakes_left == 0:
+            return NOTHING_YET          # the next round comes at once
+        io.handshakes_left -= 1
+    size = transport.security.receive(
+        transport, connection.watched.fd, io.wire_buffer,
+        min(connection.read_bytes, <size_t> (RECEIVE_BYTES - WIRE_SLACK_BYTES)), io.receive_buffer)
+    connection.has_ended = transport.has_ended
+    mark_dirty(connection)              # it may have something to say itself
+    return size
+
+
 cdef void receive(IoConnection *connection, int64_t now) noexcept nogil:
     cdef IoState *io = connection.io
-    cdef int64_t spent_ns
-    cdef Py_ssize_t size = recv(connection.watched.fd, io.receive_buffer, connection.read_bytes, 0)
+    cdef Py_ssize_t size
+    if connection.transport == NULL:
+        size = recv(connection.watched.fd, io.receive_buffer, connection.read_bytes, 0)
+        if size < 0 and (errno == EAGAIN or errno == EINTR):
+            return
+    else:
+        size = receive_sealed(connection)
+        if size == NOTHING_YET:
+            resize_reads(connection, connection.transport.has_more, now)
+            return
     if size < 0:
-        if errno != EAGAIN and errno != EINTR:
-            doom(connection)
+        doom(connection)
         return
     mark_dirty(connection)
     if size == 0:
@@ -135,9 +170,15 @@ cdef void receive(IoConnection *connection, int64_t now) noexcept nogil:
         connection.greeting_bytes += <size_t> size
         if connection.greeting_bytes >= GREETING_BYTES:
             clear_timer(&io.timers, &connection.greeting)
-    if <size_t> size < connection.read_bytes:
+    resize_reads(connection, size == <Py_ssize_t> connection.read_bytes if connection.transport == NULL
+                 else connection.transport.has_more, now)
+
+
+cdef void resize_reads(IoConnection *connection, bint has_more, int64_t now) noexcept nogil:
+    """Small frames that cost much must not hold up the other connections."""
+    cdef int64_t spent_ns
+    if not has_more:
         return
-    # Small frames that cost much must not hold up the other connections.
     spent_ns = now_ns() - now
     if spent_ns > READ_SLICE_NS:
         connection.read_bytes = max(connection.read_bytes // 4, <size_t> LEAST_READ_BYTES)
@@ -151,6 +192,22 @@ cdef Py_ssize_t send_some(IoConnection *connection, const uint8_t *data, size_t 
     if taken >= 0:
         return taken
     return 0 if errno == EAGAIN or errno == EINTR else -1
+
+
+cdef Py_ssize_t collect_wire(IoConnection *connection, const uint8_t **data) noexcept nogil:
+    """The next bytes for the socket, valid until the next call; 0: there are none, -1: broken."""
+    cdef IoState *io = connection.io
+    cdef Transport *transport = connection.transport
+    cdef Py_ssize_t size = 0
+    data[0] = io.send_buffer
+    if transport == NULL:
+        return collect(connection.session, io.send_buffer, SEND_BYTES)
+    if transport.is_open:
+        size = collect(connection.session, io.send_buffer, SEND_BYTES)
+    if size < 0:
+        return -1
+    data[0] = io.wire_buffer
+    return transport.security.seal(transport, io.send_buffer, <size_t> size, io.wire_buffer)
 
 
 cdef int send_unsent(IoConnection *connection) noexcept nogil:
@@ -184,6 +241,7 @@ cdef int keep_unsent(IoConnection *connection, const uint8_t *data, size_t size)
 cdef int flush(IoConnection *connection) noexcept nogil:
     """Writes what the session has to say, until the socket is full; -1: broken."""
     cdef IoState *io = connection.io
+    cdef const uint8_t *data = NULL
     cdef Py_ssize_t size, taken
     cdef size_t total = 0
     if connection.is_write_blocked:
@@ -193,14 +251,14 @@ cdef int flush(IoConnection *connection) noexcept nogil:
     elif send_unsent(connection) < 0:
         return -1
     while not connection.is_write_blocked:
-        size = collect(connection.session, io.send_buffer, SEND_BYTES)
+        size = collect_wire(connection, &data)
         if size <= 0:
             return <int> size
-        taken = send_some(connection, io.send_buffer, <size_t> size)
+        taken = send_some(connection, data, <size_t> size)
         if taken < 0:
             return -1
         if taken < size:
-            return keep_unsent(connection, io.send_buffer + taken, <size_t> (size - taken))
+            return keep_unsent(connection, data + taken, <size_t> (size - taken))
         total += <size_t> size
         if total >= SEND_BYTES_PER_ROUND:
             # the next round comes at once, but where the socket is full by chance

@@ -1,4 +1,4 @@
-# The I/O thread of the gRPC door: epoll over plaintext sockets, around the same sessions (h2) as the asyncio driver's.
+# The I/O thread of the gRPC door: epoll over sockets, around the same sessions (h2) as the asyncio driver's.
 #
 # Contract: nothing here needs the interpreter lock, nor a lock held by anybody who waits for it. One thread runs
 # run_loop(); everything in an IoState belongs to it from then until run_loop() returns, but for `crossing`, which two
@@ -14,13 +14,15 @@ from libc.stdint cimport int64_t, uint8_t
 from aiorch_server._core.h2_stream cimport Limits
 from aiorch_server._core.io_state cimport IoState
 from aiorch_server._core.routes cimport RouterState
+from aiorch_server._core.transport cimport PortSecurity
 
 
 # NULL when memory or descriptors ran out. `router` may be NULL.
 cdef IoState *new_io(const Limits *limits, const uint8_t *fast_path, size_t fast_path_size, RouterState *router,
                      int64_t greeting_timeout_ns, int64_t write_timeout_ns) noexcept nogil
-# Before the thread runs. Takes over a listening descriptor (not blocking); -1: it could not be watched, and is closed.
-cdef int add_listener(IoState *io, int fd) noexcept nogil
+# Before the thread runs. Takes over a listening descriptor (not blocking), and keeps a reference to `security` (NULL:
+# plaintext). -1: no memory, or it could not be watched; it is closed.
+cdef int add_listener(IoState *io, int fd, PortSecurity *security) noexcept nogil
 # Stops listening; nothing where that has happened.
 cdef void close_listeners(IoState *io) noexcept nogil
 # The thread. When it returns, all connections are closed; requests in flight still come back through the sink.

@@ -16,6 +16,7 @@ from aiorch_server._core.io_state cimport *
 from aiorch_server._core.request cimport Request, abandon_sink, drain_sink, free_request, new_sink, now_ns, release_sink
 from aiorch_server._core.routes cimport begin_round, cancel_request, end_round, release_router, retain_router
 from aiorch_server._core.timers cimport free_timers, next_due, take_due
+from aiorch_server._core.transport cimport WIRE_SLACK_BYTES, PortSecurity, release_security, retain_security
 
 cdef extern from "<sys/socket.h>" nogil:
     int accept4(int fd, sockaddr *peer, socklen_t *size, int flags)
@@ -29,6 +30,7 @@ cdef enum:
     STATUS_INTERNAL = 13
     EVENTS_PER_ROUND = 128
     ACCEPTS_PER_ROUND = 64
+    HANDSHAKES_PER_ROUND = 4            # a signature may take a millisecond: the others' calls come in between
     DRAIN_ROUND_TRIP_NS = 1000000000    # how long the client's answer between the two GOAWAYs is waited for
     ACCEPT_PAUSE_NS = 1000000000        # how long nobody is accepted when descriptors, say, have run out
 
@@ -74,16 +76,21 @@ cdef IoState *new_io(const Limits *limits, const uint8_t *fast_path, size_t fast
     return io
 
 
-cdef int add_listener(IoState *io, int fd) noexcept nogil:
+cdef int add_listener(IoState *io, int fd, PortSecurity *security) noexcept nogil:
     cdef Listener *listener = <Listener *> calloc(1, sizeof(Listener))
-    if listener == NULL:
+    if security != NULL and io.wire_buffer == NULL:
+        io.wire_buffer = <uint8_t *> malloc(SEND_BYTES + WIRE_SLACK_BYTES)
+    if listener == NULL or (security != NULL and io.wire_buffer == NULL):
         close(fd)
+        free(listener)
         return -1
     listener.watched.kind, listener.watched.fd = WATCHED_LISTENER, fd
     if watch(io, &listener.watched, EPOLLIN, EPOLL_CTL_ADD) < 0:
         close(fd)
         free(listener)
         return -1
+    if security != NULL:
+        listener.security = retain_security(security)
     listener.next = io.listeners
     io.listeners = listener
     return 0
@@ -97,6 +104,8 @@ cdef void close_listeners(IoState *io) noexcept nogil:
         # others may hold the same socket open, then closing alone would not end the watch
         watch(io, &listener.watched, 0, EPOLL_CTL_DEL)
         close(listener.watched.fd)
+        if listener.security != NULL:
+            release_security(listener.security)
         free(listener)
 
 
@@ -116,6 +125,7 @@ cdef void free_io(IoState *io) noexcept nogil:
     free_timers(&io.timers)
     free(io.receive_buffer)
     free(io.send_buffer)
+    free(io.wire_buffer)
     free(io)
 
 
@@ -136,7 +146,7 @@ cdef void accept_connections(IoState *io, Listener *listener, int64_t now) noexc
             if errno != EAGAIN:
                 pause_accepting(io, now)
             return
-        if open_io_connection(io, fd, &peer, peer_size, now) < 0:
+        if open_io_connection(io, fd, listener.security, &peer, peer_size, now) < 0:
             pause_accepting(io, now)
             return
 
@@ -213,6 +223,8 @@ cdef void finish_drains(IoState *io) noexcept nogil:
     io.finish_drain_ns = 0
     while connection != NULL:
         finish_drain(connection.session)
+        if connection.transport != NULL and not connection.transport.is_open:
+            doom(connection)            # it would have nothing to hear but this
         mark_dirty(connection)
         connection = connection.older
 
@@ -337,6 +349,7 @@ cdef void run_round(IoState *io, epoll_event *events, int n) noexcept nogil:
     cdef Watched *watched
     cdef IoConnection *connection
     io.group.now_ns = now
+    io.handshakes_left = HANDSHAKES_PER_ROUND
     for i in range(n):
         watched = <Watched *> events[i].data.ptr
         if watched.kind == WATCHED_CONNECTION:

@@ -8,6 +8,7 @@ from aiorch_server._core.h2_answer cimport finish_stream, revoke_stream, send_he
 from aiorch_server._core.h2_request cimport take_event, take_message
 from aiorch_server._core.h2_stream cimport *
 from aiorch_server._core.io_state cimport IoConnection, IoState, mark_dirty
+from aiorch_server._core.transport cimport retain_identity
 
 cdef enum:
     STATUS_RESOURCE_EXHAUSTED = 8
@@ -29,6 +30,8 @@ cdef Link *open_link(IoConnection *connection, Stream *stream) noexcept nogil:
         return NULL
     link.deadline_ns, link.encoding, link.accepted = stream.deadline.due_ns, <int> stream.encoding, stream.accepted
     link.peer, link.peer_size = connection.peer, connection.peer_size
+    if connection.transport != NULL:
+        link.identity = retain_identity(connection.transport.identity)
     link.stream, link.connection = stream, connection
     link.older = connection.links
     if link.older != NULL:

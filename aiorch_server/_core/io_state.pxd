@@ -10,6 +10,7 @@ from aiorch_server._core.h2_stream cimport Connection, Group
 from aiorch_server._core.request cimport CompletionSink
 from aiorch_server._core.routes cimport RouteReader, RouterState
 from aiorch_server._core.timers cimport Timer, TimerHeap
+from aiorch_server._core.transport cimport PortSecurity, Transport
 
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -50,6 +51,7 @@ cdef struct Watched:                # what epoll gives back
 
 cdef struct Listener:
     Watched watched                 # the descriptor is owned
+    PortSecurity *security          # a reference; NULL: plaintext
     Listener *next
 
 
@@ -57,6 +59,7 @@ cdef struct IoConnection:
     Watched watched                 # the descriptor is owned
     IoState *io
     Connection *session
+    Transport *transport            # owned; NULL: plaintext
     IoConnection *older
     IoConnection *newer
     IoConnection *next_dirty
@@ -96,6 +99,8 @@ cdef struct IoState:
     Event idle
     uint8_t *receive_buffer
     uint8_t *send_buffer
+    uint8_t *wire_buffer            # ciphertext that was just received, or is about to be sent; NULL: plaintext only
+    int handshakes_left             # in this round
     int64_t greeting_timeout_ns
     int64_t write_timeout_ns
     int64_t accept_at_ns            # 0: accepting; else nobody is accepted until then

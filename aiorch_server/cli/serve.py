@@ -57,7 +57,7 @@ def serve(
     grpc_port: Annotated[int | None, typer.Option(help="Port, 0 takes a free one; default 8001.")] = None,
     transport: Annotated[Transport | None, typer.Option(help="What carries gRPC; default native.")] = None,
     io_threads: Annotated[
-        int | None, typer.Option(help="Threads for plaintext gRPC; 0: the event loop does it; default 1.")
+        int | None, typer.Option(help="Threads for gRPC; 0: the event loop does it; default 1.")
     ] = None,
     grpc_keepalive_time: Annotated[
         int | None, typer.Option(help="Milliseconds of silence until a client is sent a PING; default 7200000.")

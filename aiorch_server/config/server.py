@@ -117,8 +117,8 @@ class TlsConfig(Section):
 class GrpcConfig(Section):
     """The gRPC door; port 0 takes any free one.
 
-    ``io_threads`` serve plaintext without the interpreter lock; with 0, and with TLS, the event loop does. Only the
-    native transport has them, ``max_connections``, ``max_buffered_bytes`` (of all connections together; 0: no bound)
+    ``io_threads`` serve it without the interpreter lock; with 0 the event loop does. Only the native transport has them,
+    ``max_connections``, ``max_buffered_bytes`` (of all connections together; 0: no bound)
     and ``min_compress_bytes``. Times and PINGs go by gRPC's channel arguments of the same names. ``compression`` and
     ``interceptors`` (written ``module:attribute``) take ModelInfer off the compiled path: the first for clients that
     accept packed answers, the second unless their ``skipped_methods`` name it.

@@ -276,7 +276,7 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
     def auth_context(self) -> AuthContext:
         """Properties of the connection's security, named as gRPC names them."""
         if self._auth_context is None:
-            self._auth_context = describe_peer(self._call.get_extra_info("ssl_object"))
+            self._auth_context = describe_peer(self._call)
         return self._auth_context
 
     def time_remaining(self) -> float | None:

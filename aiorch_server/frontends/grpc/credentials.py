@@ -8,11 +8,23 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from aiorch_server import _core
+
+if TYPE_CHECKING:
+    from aiorch_server._core import Call, TlsContext
 
 AuthContext = Mapping[str, list[bytes]]
 
+#: Alternative names as Python's ssl module and as gRPC's properties call them.
+_KINDS: Mapping[str, str] = {"DNS": "dns", "IP Address": "ip", "email": "email", "URI": "uri"}
 _INSECURE: AuthContext = {"transport_security_type": [b"insecure"], "security_level": [b"TSI_SECURITY_NONE"]}
+
+
+def is_tls_compiled() -> bool:
+    """Whether the I/O threads have TLS; otherwise the loop carries it."""
+    return _core.TlsContext is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +44,14 @@ class ServerCredentials:
         if self.require_client_auth and self.root_certificates is None:
             raise ValueError("require_client_auth needs root_certificates to check clients against")
 
+    def make_tls_context(self) -> TlsContext:
+        """For the I/O threads; raises ValueError when key or certificates are not usable."""
+        return _core.TlsContext(
+            self.private_key, self.certificate_chain, self.root_certificates, self.require_client_auth
+        )
+
     def make_ssl_context(self) -> ssl.SSLContext:
-        """A server context that offers HTTP/2 alone; raises ValueError when key or certificates are not usable."""
+        """For the loop: offers HTTP/2 alone; raises ValueError when key or certificates are not usable."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["h2"])
@@ -59,28 +77,43 @@ def _write_private_file(content: bytes) -> Iterator[Path]:
         yield path
 
 
-def describe_peer(ssl_object: ssl.SSLObject | None) -> AuthContext:
-    """The auth context of a connection, with gRPC's property names; see ``ServicerContext.auth_context``."""
-    if ssl_object is None:
+def describe_peer(call: Call) -> AuthContext:
+    """The auth context of a call's connection, with gRPC's property names; see ``ServicerContext.auth_context``."""
+    ssl_object: ssl.SSLObject | None = call.get_extra_info("ssl_object")
+    peer: tuple[bytes | None, bool] | None = call.get_extra_info("tls_peer")
+    if ssl_object is not None:
+        peer = ssl_object.getpeercert(binary_form=True), bool(ssl_object.session_reused)
+    if peer is None:
         return _INSECURE
+    der, is_resumed = peer
     properties: dict[str, list[bytes]] = {
         "transport_security_type": [b"ssl"],
         "security_level": [b"TSI_PRIVACY_AND_INTEGRITY"],
-        "ssl_session_reused": [b"true" if ssl_object.session_reused else b"false"],
+        "ssl_session_reused": [b"true" if is_resumed else b"false"],
     }
-    der = ssl_object.getpeercert(binary_form=True)
     if der is None:
         return properties
     properties["x509_pem_cert"] = [ssl.DER_cert_to_PEM_cert(der).encode()]
-    certificate = ssl_object.getpeercert() or {}
-    subject: Any = certificate.get("subject", ())  # typed too loosely to be of use
-    common_names = [value.encode() for names in subject for name, value in names if name == "commonName"]
-    if common_names:
-        properties["x509_common_name"] = common_names
-    alternatives = [str(pair[1]).encode() for pair in certificate.get("subjectAltName", ())]
-    if alternatives:
-        properties["x509_subject_alternative_name"] = alternatives
+    common_name, alternatives = _read_names(der, ssl_object)
+    if common_name is not None:
+        properties["x509_common_name"] = [common_name]
+    for kind, name in alternatives:
+        properties.setdefault("x509_subject_alternative_name", []).append(name)
+        properties.setdefault(f"peer_{kind}", []).append(name)
     return properties
+
+
+def _read_names(der: bytes, ssl_object: ssl.SSLObject | None) -> tuple[bytes | None, list[tuple[str, bytes]]]:
+    """Of a client's certificate the first common name, and the alternative names with their kinds."""
+    if ssl_object is None or is_tls_compiled():
+        return _core.read_names(der)
+    certificate: Any = ssl_object.getpeercert() or {}  # typed too loosely to be of use
+    subject = certificate.get("subject", ())
+    common_names = [value.encode() for names in subject for name, value in names if name == "commonName"]
+    alternatives = [
+        (_KINDS[kind], str(value).encode()) for kind, value in certificate.get("subjectAltName", ()) if kind in _KINDS
+    ]
+    return (common_names[0] if common_names else None), alternatives
 
 
 def find_identity_key(auth_context: AuthContext) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -23,14 +22,16 @@ from aiorch_server.frontends.grpc.address import bind_sockets, remove_socket_fil
 from aiorch_server.frontends.grpc.call import run_call
 from aiorch_server.frontends.grpc.compression import ResponseCompression
 from aiorch_server.frontends.grpc.context import ServicerContext
-from aiorch_server.frontends.grpc.credentials import ServerCredentials
+from aiorch_server.frontends.grpc.credentials import ServerCredentials, is_tls_compiled
 from aiorch_server.frontends.grpc.intercept import chain_interceptors, check_interceptors, is_skipped
 from aiorch_server.frontends.grpc.limits import ConnectionLife, ConnectionLimits, ServerLimits, make_ledger, make_rules
 from aiorch_server.frontends.grpc.metadata import MalformedMetadata, decode_metadata
 from aiorch_server.frontends.unpacking import UnpackBudget
 
 if TYPE_CHECKING:
-    from aiorch_server._core import Call, IoThread, NativeServer, Router, ServerLedger
+    from ssl import SSLContext
+
+    from aiorch_server._core import Call, IoThread, NativeServer, Router, ServerLedger, TlsContext
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,6 @@ _SYNC_THREADS: Final = 8
 #: How long cancelled calls may take to send their status, and cancelled servicers to return.
 _LAST_WORDS_S: Final = 1.0
 _LAST_SERVICERS_S: Final = 5.0
-_TLS_HANDSHAKE_S: Final = 20.0
 
 
 _Driver = TypeVar("_Driver", "NativeServer", "IoThread")
@@ -54,7 +54,9 @@ class _HandlerCallDetails(NamedTuple):
 
 class _Port(NamedTuple):
     sockets: list[socket.socket]
-    ssl_context: ssl.SSLContext | None
+    is_for_loop: bool
+    ssl_context: SSLContext | None = None  # of the loop's
+    tls_context: TlsContext | None = None  # of the I/O threads'
 
 
 def is_native_available() -> bool:
@@ -67,8 +69,8 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
 
     ``router`` None sends every call to the registered handlers. ``maximum_concurrent_rpcs`` counts the calls that
     handlers run; those of the fast path are bounded by their queues. Handlers that are plain functions run on
-    ``executor`` (a pool of 8 threads if None). Plaintext ports are served by ``io_threads`` threads that never need
-    the interpreter lock, or, with 0, by the loop; ports with TLS always by the loop. ``interceptors`` and
+    ``executor`` (a pool of 8 threads if None). Ports are served by ``io_threads`` threads that never need the
+    interpreter lock, or, with 0, by the loop; so are ports with TLS where the package was built without OpenSSL. ``interceptors`` and
     ``compression`` (an algorithm, or with its least size) are those of ``grpc.aio.server``: the first end the fast path
     unless they declare otherwise (see ``intercept``), the second ends it for clients that take packed answers. Raises
     RuntimeError where the compiled door was not built.
@@ -138,7 +140,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
 
     def add_insecure_port(self, address: str) -> int:
         """Binds ``address`` without TLS and gives the port; see ``bind_socket``. Accepts calls after ``start``."""
-        return self._add_port(address, None)
+        return self._add_port(address, _Port([], self._io_threads == 0))
 
     def add_secure_port(self, address: str, server_credentials: ServerCredentials) -> int:
         """Binds ``address`` with TLS; takes our ``ServerCredentials``, as grpc's own cannot be read."""
@@ -147,14 +149,16 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
                 f"server_credentials is {type(server_credentials).__name__}; expected "
                 "aiorch_server.frontends.grpc.ServerCredentials, because grpc's own hide their key"
             )
-        return self._add_port(address, server_credentials.make_ssl_context())
+        if self._io_threads == 0 or not is_tls_compiled():
+            return self._add_port(address, _Port([], True, ssl_context=server_credentials.make_ssl_context()))
+        return self._add_port(address, _Port([], False, tls_context=server_credentials.make_tls_context()))
 
-    def _add_port(self, address: str, ssl_context: ssl.SSLContext | None) -> int:
+    def _add_port(self, address: str, port: _Port) -> int:
         if self._is_started:
             raise RuntimeError("ports are added before the server is started")
-        sockets, port = bind_sockets(address, max(1, self._io_threads) if ssl_context is None else 1)
-        self._ports.append(_Port(sockets, ssl_context))
-        return port
+        sockets, number = bind_sockets(address, 1 if port.is_for_loop else self._io_threads)
+        self._ports.append(port._replace(sockets=sockets))
+        return number
 
     # ------------------------------------------------------------------------------------------------ life cycle
 
@@ -163,15 +167,12 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         if self._is_started or self._stop_at is not None:
             raise grpc.aio.UsageError("the server was started or stopped already")
         self._is_started = True
-        on_loop = [port for port in self._ports if self._is_for_loop(port)]
-        on_threads = [port for port in self._ports if not self._is_for_loop(port)]
+        on_loop = [port for port in self._ports if port.is_for_loop]
+        on_threads = [port for port in self._ports if not port.is_for_loop]
         if on_loop:
             await self._listen_on_loop(on_loop)
         if on_threads:
             self._listen_on_threads(on_threads)
-
-    def _is_for_loop(self, port: _Port) -> bool:
-        return port.ssl_context is not None or self._io_threads == 0
 
     async def _listen_on_loop(self, ports: Sequence[_Port]) -> None:
         loop = asyncio.get_running_loop()
@@ -183,7 +184,10 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
             options: dict[str, Any] = {}
             if port.ssl_context is not None:
                 # A client that does not say goodbye would otherwise hold up a drain for asyncio's 30 s.
-                options = {"ssl_handshake_timeout": _TLS_HANDSHAKE_S, "ssl_shutdown_timeout": _LAST_WORDS_S}
+                options = {
+                    "ssl_handshake_timeout": self._limits.greeting_timeout_s,
+                    "ssl_shutdown_timeout": _LAST_WORDS_S,
+                }
             self._listeners.append(await create(native.make_protocol, sock=bound, ssl=port.ssl_context, **options))
 
     def _listen_on_threads(self, ports: Sequence[_Port]) -> None:
@@ -191,7 +195,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         threads = [self._make_driver(_core.IoThread) for _ in range(self._io_threads)]
         for port in ports:
             for thread, bound in zip(threads, port.sockets, strict=False):  # of a unix socket there is one alone
-                thread.listen(bound.fileno())
+                thread.listen(bound.fileno(), port.tls_context)
         for index, thread in enumerate(threads):
             thread.start(f"aiorch-io-{index}")
 
@@ -271,7 +275,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         for listener in self._listeners:
             listener.close()
         for bound, port in sockets:
-            if not self._is_started or not self._is_for_loop(port):  # the loop closes its own
+            if not self._is_started or not port.is_for_loop:  # the loop closes its own
                 bound.close()
         for driver in self._drivers:
             driver.drain()

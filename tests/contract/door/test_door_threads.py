@@ -352,7 +352,7 @@ def test_one_port_for_many_threads() -> None:
 def test_plain_and_tls_ports_of_one_server(
     make_door: Callable[..., Door], credentials: Any, certificates: Callable[[str], bytes], instance: Instance
 ) -> None:
-    """Threads serve the one, the loop the other, and both end together."""
+    """The threads serve both, and both end together."""
     ports: list[int] = []
 
     def register(server: Any) -> None:
