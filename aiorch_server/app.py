@@ -204,6 +204,7 @@ class Application:
                 max_message_bytes=config.max_message_bytes,
                 max_concurrent_streams=limits.max_concurrent_streams,
                 max_header_bytes=limits.max_header_bytes,
+                reuse_port=config.reuse_port,
                 life=_make_life(config),
                 compression=door.COMPRESSIONS[config.compression],
                 interceptors=[door.import_interceptor(name) for name in config.interceptors],
@@ -212,6 +213,7 @@ class Application:
             router=self.router,
             max_message_bytes=config.max_message_bytes,
             io_threads=config.io_threads,
+            reuse_port=config.reuse_port,
             limits=door.ConnectionLimits(
                 max_concurrent_streams=limits.max_concurrent_streams, max_header_list_bytes=limits.max_header_bytes
             ),
@@ -273,9 +275,8 @@ def _bind(server: Any, config: GrpcConfig) -> int:
     """Binds the gRPC port and gives its number; OSError when it cannot be had."""
     from aiorch_server.frontends import grpc as door
 
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    address = f"{host}:{config.port}"
     port: int
+    address = config.write_address(config.port)
     try:
         if not config.tls.is_enabled:
             port = server.add_insecure_port(address)

@@ -53,11 +53,17 @@ def serve(
     allow_grpc: Annotated[
         str | None, typer.Option(metavar=_BOOLEAN, help="Whether to listen for gRPC; default true.")
     ] = None,
-    grpc_address: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    grpc_address: Annotated[
+        str | None, typer.Option(help="Address to listen on, also unix:PATH; default 127.0.0.1.")
+    ] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port, 0 takes a free one; default 8001.")] = None,
     transport: Annotated[Transport | None, typer.Option(help="What carries gRPC; default native.")] = None,
     io_threads: Annotated[
         int | None, typer.Option(help="Threads for gRPC; 0: the event loop does it; default 1.")
+    ] = None,
+    reuse_port: Annotated[
+        str | None,
+        typer.Option(metavar=_BOOLEAN, help="Whether other processes may share the gRPC port; default false."),
     ] = None,
     grpc_keepalive_time: Annotated[
         int | None, typer.Option(help="Milliseconds of silence until a client is sent a PING; default 7200000.")
@@ -141,6 +147,7 @@ def serve(
         "grpc_port": grpc_port,
         "transport": transport,
         "io_threads": io_threads,
+        "reuse_port": reuse_port,
         "grpc_keepalive_time": grpc_keepalive_time,
         "grpc_keepalive_timeout": grpc_keepalive_timeout,
         "grpc_keepalive_permit_without_calls": grpc_keepalive_permit_without_calls,
@@ -232,7 +239,6 @@ def _look_at(application: Application) -> tuple[dict[str, str], list[ServedModel
     """Where the application listens, by door, and what it serves."""
     config, control = application.config, application.controlplane
     doors = {
-        "grpc": (config.grpc.host, application.grpc_port),
         "http": (config.http.host, application.http_port),
         "metrics": (config.metrics.host, application.metrics_port),
     }
@@ -241,6 +247,8 @@ def _look_at(application: Application) -> tuple[dict[str, str], list[ServedModel
         for name, (host, port) in doors.items()
         if port is not None
     }
+    if application.grpc_port is not None:
+        addresses = {"grpc": config.grpc.write_address(application.grpc_port), **addresses}
     models = []
     for entry in control.repository_index():
         try:

@@ -45,6 +45,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "grpc_use_ssl_mutual": ("grpc", "tls", "require_client_auth"),
     "transport": ("grpc", "transport"),
     "io_threads": ("grpc", "io_threads"),
+    "reuse_port": ("grpc", "reuse_port"),
     "grpc_keepalive_time": ("grpc", "keepalive_time_ms"),
     "grpc_keepalive_timeout": ("grpc", "keepalive_timeout_ms"),
     "grpc_http2_min_recv_ping_interval_without_data": ("grpc", "http2_min_ping_interval_without_data_ms"),

@@ -115,13 +115,14 @@ class TlsConfig(Section):
 
 
 class GrpcConfig(Section):
-    """The gRPC door; port 0 takes any free one.
+    """The gRPC door; port 0 takes any free one, and means nothing where ``host`` is a unix socket.
 
-    ``io_threads`` serve it without the interpreter lock; with 0 the event loop does. Only the native transport has them,
-    ``max_connections``, ``max_buffered_bytes`` (of all connections together; 0: no bound)
-    and ``min_compress_bytes``. Times and PINGs go by gRPC's channel arguments of the same names. ``compression`` and
-    ``interceptors`` (written ``module:attribute``) take ModelInfer off the compiled path: the first for clients that
-    accept packed answers, the second unless their ``skipped_methods`` name it.
+    ``io_threads`` serve it without the interpreter lock; with 0 the event loop does. Only the native transport has
+    them, ``max_connections``, ``max_buffered_bytes`` (of all connections together; 0: no bound) and
+    ``min_compress_bytes``. With ``reuse_port`` other processes may share the port; otherwise one that is taken is
+    refused. Times and PINGs go by gRPC's channel arguments of the same names. ``compression`` and ``interceptors``
+    (written ``module:attribute``) take ModelInfer off the compiled path: the first for clients that accept packed
+    answers, the second unless their ``skipped_methods`` name it.
     """
 
     enabled: Flag = True
@@ -129,6 +130,7 @@ class GrpcConfig(Section):
     port: Port = 8001
     transport: Transport = Transport.NATIVE
     io_threads: Annotated[Whole, Field(ge=0, le=64)] = 1
+    reuse_port: Flag = False
     max_message_bytes: Bytes = DEFAULT_MESSAGE_BYTES
     max_buffered_bytes: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 1 << 30
     max_connections: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 10_000
@@ -144,6 +146,12 @@ class GrpcConfig(Section):
     min_compress_bytes: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 1024
     interceptors: tuple[Plugin, ...] = ()
     tls: TlsConfig = TlsConfig()
+
+    def write_address(self, port: int) -> str:
+        """Where the door is, with this port: ``127.0.0.1:8001``, ``[::1]:8001``, ``unix:/run/aiorch.sock``."""
+        if self.host.startswith(("unix:", "unix-abstract:")):
+            return self.host
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
     @model_validator(mode="after")
     def _check(self) -> Self:

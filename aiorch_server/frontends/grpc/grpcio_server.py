@@ -20,6 +20,7 @@ def create_grpcio_server(
     max_concurrent_streams: int = 1024,
     max_header_bytes: int = 16 << 10,
     executor: Executor | None = None,
+    reuse_port: bool = False,
     life: ConnectionLife | None = None,
     compression: grpc.Compression | None = None,
     interceptors: Sequence[grpc.aio.ServerInterceptor] | None = None,
@@ -37,7 +38,7 @@ def create_grpcio_server(
             # Between the two, grpc refuses at random.
             ("grpc.max_metadata_size", max_header_bytes),
             ("grpc.absolute_max_metadata_size", max_header_bytes),
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(reuse_port)),
             *list_channel_arguments(life or ConnectionLife()),
         ),
     )

@@ -7,6 +7,7 @@ socket into the model's queue without Python; all others run here, one task each
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -70,10 +71,11 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
     ``router`` None sends every call to the registered handlers. ``maximum_concurrent_rpcs`` counts the calls that
     handlers run; those of the fast path are bounded by their queues. Handlers that are plain functions run on
     ``executor`` (a pool of 8 threads if None). Ports are served by ``io_threads`` threads that never need the
-    interpreter lock, or, with 0, by the loop; so are ports with TLS where the package was built without OpenSSL. ``interceptors`` and
-    ``compression`` (an algorithm, or with its least size) are those of ``grpc.aio.server``: the first end the fast path
-    unless they declare otherwise (see ``intercept``), the second ends it for clients that take packed answers. Raises
-    RuntimeError where the compiled door was not built.
+    interpreter lock, or, with 0, by the loop; so are ports with TLS where the package was built without OpenSSL. With
+    ``reuse_port`` other processes may share the TCP ports (gRPC's ``grpc.so_reuseport``, which is on by default there).
+    ``interceptors`` and ``compression`` (an algorithm, or with its least size) are those of ``grpc.aio.server``: the
+    first end the fast path unless they declare otherwise (see ``intercept``), the second ends it for clients that take
+    packed answers. Raises RuntimeError where the compiled door was not built.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         executor: ThreadPoolExecutor | None = None,
         limits: ConnectionLimits | None = None,
         io_threads: int = 1,
+        reuse_port: bool = False,
         life: ConnectionLife | None = None,
         server_limits: ServerLimits | None = None,
         compression: ResponseCompression | grpc.Compression | None = None,
@@ -96,6 +99,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         if io_threads < 0:
             raise ValueError(f"io_threads is {io_threads}; expected 0 (the loop) or more")
         self._io_threads = io_threads
+        self._reuse_port = reuse_port
         self._router = router
         self._interceptors = check_interceptors(interceptors)
         self._fast_path = fast_path if all(is_skipped(each, fast_path) for each in self._interceptors) else ""
@@ -139,7 +143,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
             self._registered[f"/{service_name}/{method}"] = handler
 
     def add_insecure_port(self, address: str) -> int:
-        """Binds ``address`` without TLS and gives the port; see ``bind_socket``. Accepts calls after ``start``."""
+        """Binds ``address`` without TLS and gives the port; see ``bind_sockets``. Accepts calls after ``start``."""
         return self._add_port(address, _Port([], self._io_threads == 0))
 
     def add_secure_port(self, address: str, server_credentials: ServerCredentials) -> int:
@@ -156,7 +160,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
     def _add_port(self, address: str, port: _Port) -> int:
         if self._is_started:
             raise RuntimeError("ports are added before the server is started")
-        sockets, number = bind_sockets(address, 1 if port.is_for_loop else self._io_threads)
+        sockets, number = bind_sockets(address, 1 if port.is_for_loop else self._io_threads, is_shared=self._reuse_port)
         self._ports.append(port._replace(sockets=sockets))
         return number
 
@@ -194,7 +198,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         assert _core.IoThread is not None
         threads = [self._make_driver(_core.IoThread) for _ in range(self._io_threads)]
         for port in ports:
-            for thread, bound in zip(threads, port.sockets, strict=False):  # of a unix socket there is one alone
+            for thread, bound in zip(threads, itertools.cycle(port.sockets)):  # a unix socket is everybody's
                 thread.listen(bound.fileno(), port.tls_context)
         for index, thread in enumerate(threads):
             thread.start(f"aiorch-io-{index}")

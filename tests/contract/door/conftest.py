@@ -326,7 +326,7 @@ class Door:
         else:
             ours = credentials if self.is_native else make_grpcio_credentials(credentials)
             self.port = self.server.add_secure_port(address, ours)
-        self.target = address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{self.port}"
+        self.target = address if address.startswith("unix") else f"{address.rpartition(':')[0]}:{self.port}"
         await self.server.start()
 
     def _run_loop(self) -> None:

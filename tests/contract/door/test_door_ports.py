@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import secrets
 import socket
 import ssl
 from collections.abc import Callable
@@ -50,6 +51,66 @@ def test_a_unix_socket_left_behind_is_replaced(make_door: Callable[..., Door], k
     make_door(kind, f"unix:{path}").check_next_call()
     with pytest.raises(RuntimeError, match="Failed to bind to address unix:"):
         NativeGrpcServer().add_insecure_port(f"unix:{path}")
+
+
+def test_abstract_unix_socket(make_door: Callable[..., Door], kind_or_two: str) -> None:
+    name = f"unix-abstract:aiorch-{secrets.token_hex(8)}"
+    door = make_door(kind_or_two, name)
+    assert info_of(door, door.channel())["peer"].startswith("unix")
+    with pytest.raises(RuntimeError, match=r"Failed to bind to address unix-abstract:.* in use"):
+        NativeGrpcServer().add_insecure_port(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("x" * 108, "the name has [0-9]+ bytes; a unix socket's ends at 107"),
+        ("missing/door.sock", "the folder .*missing does not exist"),
+        ("folder", "this is a folder"),
+        ("file", "a file that is no socket; it is left alone"),
+    ],
+)
+def test_bad_unix_sockets(tmp_path: Path, name: str, why: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RuntimeError, match=f"Failed to bind to address unix:.*({why})"):
+        NativeGrpcServer().add_insecure_port(f"unix:{tmp_path / name}")
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(RuntimeError, match="expected a name behind unix-abstract:"):
+        NativeGrpcServer().add_insecure_port("unix-abstract:")
+
+
+def test_a_unix_socket_is_every_threads(make_door: Callable[..., Door], tmp_path: Path) -> None:
+    door = make_door("native-uvloop-2", f"unix:{tmp_path / 'door.sock'}")
+    channels = [door.channel() for _ in range(40)]
+    for channel in channels:
+        door.check_next_call(channel)
+    assert sum(driver.connections for driver in door.server._drivers) == 40
+
+
+@pytest.mark.parametrize("kind", NATIVE_AND_TWO_THREADS)
+def test_a_shared_port(make_door: Callable[..., Door], kind: str) -> None:
+    """Two servers on one port: both get connections; who does not want to share is refused."""
+    doors = [make_door(kind, reuse_port=True)]
+    doors.append(make_door(kind, f"127.0.0.1:{doors[0].port}", reuse_port=True))
+    for _ in range(40):
+        doors[0].check_next_call(doors[0].channel())
+    assert all(door.server.connections > 5 for door in doors)
+    assert sum(door.server.connections for door in doors) == 40
+    with pytest.raises(RuntimeError, match="Failed to bind"):
+        NativeGrpcServer(io_threads=2).add_insecure_port(f"127.0.0.1:{doors[0].port}")
+    if kind.endswith("2"):
+        return  # its threads share the port with each other: nothing keeps out who asks to share it too
+    alone = make_door(kind)
+    with pytest.raises(RuntimeError, match="Failed to bind"):
+        NativeGrpcServer(io_threads=0, reuse_port=True).add_insecure_port(f"127.0.0.1:{alone.port}")
+
+
+def test_every_address_of_the_machine(make_door: Callable[..., Door], kind_or_two: str) -> None:
+    door = make_door(kind_or_two, "[::]:0")
+    for host, peer in (("127.0.0.1", "127.0.0.1"), ("[::1]", "%5B::1%5D")):
+        door.target = f"{host}:{door.port}"
+        assert peer in info_of(door, door.channel())["peer"]
 
 
 @pytest.mark.parametrize("address", ["localhost", "127.0.0.1:99999", "127.0.0.1:x", "::1:80", "nowhere.invalid:1"])
