@@ -62,7 +62,14 @@ class Site:
     def __init__(self, models: Path, *, io_threads: int, grpc: dict[str, Any] | None = None, **sections: Any) -> None:
         self.config = ServerConfig.model_validate(
             {
-                "grpc": {"host": "127.0.0.1", "port": 0, "io_threads": io_threads, **(grpc or {})},
+                # any number of PINGs: the policy against them has tests of its own
+                "grpc": {
+                    "host": "127.0.0.1",
+                    "port": 0,
+                    "io_threads": io_threads,
+                    "http2_max_ping_strikes": 0,
+                    **(grpc or {}),
+                },
                 "http": {"host": "127.0.0.1", "port": 0},
                 "metrics": {"enabled": False},
                 "repository": {"paths": [str(models)]},
