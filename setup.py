@@ -18,7 +18,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 CORE = Path("aiorch_server/_core")
-SESSIONS = {"h2_ledger", "h2_stream", "h2_answer", "h2_life", "h2_request", "h2", "h2_probe"}
+SESSIONS = {"h2_ledger", "h2_stream", "h2_answer", "h2_life", "h2_request", "h2", "h2_landing", "h2_probe"}
 BACKENDS = Path("backends")
 NEEDS_NGHTTP2 = SESSIONS | {"call", "aio_call", "aio", "crossing", "io_plane", "io_connection", "io_loop", "io"}
 NEEDS_OPENSSL = {"tls"}

@@ -1,6 +1,7 @@
 """The compiled core; this module is the only importer of its extensions."""
 
 from aiorch_server._core.batch_former import BatchFormer
+from aiorch_server._core.buffers import read_copied_bytes
 from aiorch_server._core.collate import Batch
 from aiorch_server._core.compiled import serve_compiled
 from aiorch_server._core.histogram import Histogram
@@ -40,6 +41,7 @@ __all__ = [
     "TlsContext",
     "decode_response",
     "encode_request",
+    "read_copied_bytes",
     "read_names",
     "scan",
     "serve_compiled",

@@ -249,7 +249,7 @@ cdef class NativeServer:
                 elif request.response == NULL:
                     fail_stream(stream, STATUS_INTERNAL, NULL, 0)
                 else:
-                    answer_stream(stream, request.response, request.response_size)
+                    answer_stream(stream, request.response, request.response_size, NULL)
                     request.response = NULL     # it is the stream's now
             free_request(request)
             request = following

@@ -2,9 +2,9 @@
 
 import logging
 
-from libc.stdlib cimport malloc
 from libc.string cimport memcpy
 
+from aiorch_server._core.buffers cimport new_buffer
 from aiorch_server._core.grpc_text cimport put_frame_prefix
 from aiorch_server._core.h2_stream cimport FRAME_PREFIX_BYTES, pack_metadata, unpack_metadata
 from aiorch_server._core.request cimport now_ns
@@ -180,7 +180,7 @@ cdef class Call:
             return
         if size > MAX_FRAME_BYTES:
             raise ValueError(f"a gRPC message ends at 4294967295 bytes, this one has {size}")
-        frame = <uint8_t *> malloc(FRAME_PREFIX_BYTES + size)
+        frame = new_buffer(FRAME_PREFIX_BYTES + size, 0)
         if frame == NULL:
             raise MemoryError
         put_frame_prefix(frame, size)

@@ -3,6 +3,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t
 
+from aiorch_server._core.loans cimport Loan
 from aiorch_server._core.request cimport Request
 from aiorch_server._core.scheduler cimport Scheduler, SchedulerState
 from aiorch_server._core.wire cimport OutputView
@@ -33,11 +34,12 @@ cdef class Batch:
     cdef bint pull(self) noexcept nogil
     cdef int64_t count_rows(self) noexcept nogil
     cdef bint has_members(self) noexcept nogil
-    cdef object check_outputs(self, outputs)
+    cdef object check_outputs(self, outputs, bint is_ours)
     cdef void copy_rows(self, int index, uint8_t *out, bint is_bool) noexcept nogil
     cdef tuple shape_of(self, int index)
     cdef object fail_rest(self)
     cdef object gather_plain(self, int index)
+    cdef object gather_big(self, int index, size_t size, object dtype)
     cdef object gather_bytes(self, int index)
-    cdef int encode_member(self, Request *request, OutputView *views, int n) noexcept nogil
+    cdef int encode_member(self, Request *request, OutputView *views, Loan **loans, int n) noexcept nogil
     cdef void deliver(self, bint is_success, int64_t run_ended_ns) noexcept nogil

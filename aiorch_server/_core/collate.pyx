@@ -2,10 +2,34 @@
 
 from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.stdlib cimport calloc, free, malloc
+from cpython.ref cimport Py_REFCNT
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
+from aiorch_server._core.buffers cimport (
+    ALIGNMENT_BYTES,
+    COPY_ENCODED,
+    COPY_GATHERED,
+    HeldBuffer,
+    count_copied,
+    drop_buffer,
+    hold_for_python,
+    new_buffer,
+)
 from aiorch_server._core.histogram cimport record
+from aiorch_server._core.loans cimport (
+    LENT_FROM_BYTES,
+    Lent,
+    LentList,
+    Loan,
+    drop_lent_list,
+    drop_loan,
+    hold_loan,
+    may_lend,
+    new_lent_list,
+    new_loan,
+    return_loans,
+)
 from aiorch_server._core.request cimport fail_request, is_cancelled, now_ns, pthread_mutex_lock, pthread_mutex_unlock
 from aiorch_server._core.scheduler cimport (
     FAILURE_BACKEND,
@@ -31,6 +55,7 @@ import numpy as np
 from aiorch_server.errors import ModelExecutionError
 
 cdef int CANCELLED = 1
+cdef size_t BIG_BYTES = 65536     # inputs from here on have memory of their own; below, copying costs less than that
 cdef int RESOURCE_EXHAUSTED = 8
 cdef int INTERNAL = 13
 cdef int UNAUTHENTICATED = 16   # gRPC's highest code
@@ -108,6 +133,7 @@ cdef class Batch:
         if scheduler is not self._scheduler:
             raise ValueError("a batch belongs to the scheduler it was made for")
         self.fail_rest()
+        return_loans()
         with nogil:
             is_taken = self.pull()
         return is_taken
@@ -134,31 +160,6 @@ cdef class Batch:
         self._rows = rows
         return self._n > 0
 
-    def advance(self, outputs=None):
-        """Settles the whole batch with ``outputs`` (None: nothing is left to settle), takes the next and gathers it.
-
-        Gives the next inputs, or None once the scheduler is closed and empty. The same as ``settle``,
-        ``Scheduler.take`` and ``gather``, but the interpreter lock is given away and taken back only once: where other
-        threads are busy, each time costs a switch interval. Raises as ``settle`` does, with this batch unsettled and
-        none taken, or as ``gather`` does, with the next one taken. Holds ``outputs`` until the next batch is there.
-        """
-        cdef Encoder encoder
-        cdef int64_t run_ended_ns
-        cdef bint is_taken
-        if not self.has_members():
-            with nogil:
-                is_taken = self.pull()
-        elif self._last - self._first < self._n:
-            raise ValueError("one member is selected; advance settles the whole batch")
-        else:
-            run_ended_ns = now_ns()
-            encoder = <Encoder> self.check_outputs(outputs)
-            with nogil:
-                encoder.encode()
-                self.deliver(True, run_ended_ns)
-                is_taken = self.pull()
-        return self.gather() if is_taken else None
-
     def select(self, index=None):
         """Narrows the batch to the member at ``index``, or widens it to all again."""
         if index is None:
@@ -172,7 +173,9 @@ cdef class Batch:
     def gather(self):
         """The inputs of the selected members by name: rows of all members one after the other, in order.
 
-        Arrays are valid until the next ``gather`` or ``take``. Optional inputs that the members leave out are missing.
+        Small arrays are valid until the next ``gather`` or ``take``; big ones as long as they are held, and that of one
+        member may be the message itself: what the model writes into it, another ``gather`` finds. Optional inputs that
+        the members leave out are missing.
         """
         cdef const SpecState *spec = self._state.spec
         cdef const TensorLayout *layout
@@ -213,6 +216,8 @@ cdef class Batch:
                 size += self._members[i].inputs[index].size
         dtype = self._scheduler.spec.signature.inputs[index].datatype.numpy
         is_bool = dtype.kind == "b"
+        if size >= BIG_BYTES and not is_bool:
+            return self.gather_big(index, size, dtype)
         array = staging.shaped(self.shape_of(index), dtype, size)
         if size < UNLOCKED_COPY_BYTES:
             self.copy_rows(index, staging._data, is_bool)
@@ -221,6 +226,27 @@ cdef class Batch:
                 self.copy_rows(index, staging._data, is_bool)
         return array
 
+    cdef object gather_big(self, int index, size_t size, object dtype):
+        """Memory of this batch alone: of one member the message itself, if its tensor lies well in it."""
+        cdef Request *request = NULL
+        cdef HeldBuffer held
+        cdef uint8_t *rows
+        for i in range(self._first, self._last):
+            if self._members[i] != NULL and self._members[i].inputs[index].size:
+                request = self._members[i]
+                break
+        if request.inputs[index].size == size and <size_t> request.inputs[index].data % ALIGNMENT_BYTES == 0:
+            held = hold_for_python(request.message, <uint8_t *> request.inputs[index].data, size)
+        else:
+            rows = new_buffer(size, 0)
+            if rows == NULL:
+                raise MemoryError
+            with nogil:
+                self.copy_rows(index, rows, False)
+            held = hold_for_python(rows, rows, size)
+            drop_buffer(rows)
+        return np.ndarray(self.shape_of(index), dtype, held)
+
     cdef void copy_rows(self, int index, uint8_t *out, bint is_bool) noexcept nogil:
         cdef uint8_t *at = out
         cdef size_t size
@@ -228,6 +254,7 @@ cdef class Batch:
             if self._members[i] != NULL:
                 size = self._members[i].inputs[index].size
                 memcpy(at, self._members[i].inputs[index].data, size)
+                count_copied(COPY_GATHERED, size)
                 at += size
         if is_bool:     # C and C++ behind the model rely on 0 and 1; a client may send any byte
             while out < at:
@@ -259,21 +286,58 @@ cdef class Batch:
         dimension is the number of rows. Raises ModelExecutionError, with nobody settled, where it is not so.
         """
         cdef int64_t run_ended_ns = now_ns()
-        cdef Encoder encoder = <Encoder> self.check_outputs(outputs)
+        # whoever calls this may hold the outputs and write into them
+        cdef Encoder encoder = <Encoder> self.check_outputs(outputs, False)
         with nogil:
             encoder.encode()
             self.deliver(True, run_ended_ns)
 
-    cdef object check_outputs(self, outputs):
-        """Takes hold of the memory of all outputs; ModelExecutionError where they are not what the signature says."""
+    def serve(self, execute):
+        """Takes batch after batch and answers each with ``execute(inputs)``, until the scheduler is closed and empty.
+
+        The same as ``Scheduler.take``, ``gather`` and ``settle``, but for two things. The interpreter lock is given
+        away and taken back once per batch: where other threads are busy, each time costs a switch interval. And big
+        outputs that ``execute`` lets go of are sent from where they lie: a dict, and arrays in it that own their memory or
+        lie over the batch's inputs, to which no reference is left. Raises what ``execute``, ``gather`` and ``settle``
+        raise, with the batch unsettled; its members must be settled before the next call. Holds the outputs of a batch
+        until the next one is there.
+        """
+        cdef Encoder encoder
+        cdef int64_t run_ended_ns
+        cdef bint is_taken
+        self.fail_rest()
+        return_loans()
+        with nogil:
+            is_taken = self.pull()
+        while is_taken:
+            inputs = self.gather()
+            outputs = execute(inputs)
+            run_ended_ns = now_ns()
+            del inputs
+            encoder = <Encoder> self.check_outputs(outputs, type(outputs) is dict and Py_REFCNT(outputs) == 1)
+            with nogil:
+                encoder.encode()
+                self.deliver(True, run_ended_ns)
+                is_taken = self.pull()
+            encoder = outputs = None
+            return_loans()
+
+    cdef object check_outputs(self, outputs, bint is_ours):
+        """Takes hold of the memory of all outputs; ModelExecutionError where they are not what the signature says.
+
+        `is_ours`: nobody else holds the mapping.
+        """
         cdef Encoder encoder = Encoder(self, self._state.spec.n_outputs)
+        cdef bint is_alone
         for index, tensor in enumerate(self._scheduler.spec.signature.outputs):
             try:
                 array = outputs[tensor.name]
             except KeyError:
                 raise ModelExecutionError(
                     f"the model gave no output '{tensor.name}'; it gave {sorted(map(str, outputs))}") from None
-            encoder.add(index, tensor, array)
+            # held by `array` and the mapping, which the model has let go of: nobody will write into it again
+            is_alone = is_ours and Py_REFCNT(array) == 2 and has_one_owner(array)
+            encoder.add(index, tensor, array, is_alone)
         return encoder
 
     def fail(self, int code, str text not None):
@@ -297,14 +361,27 @@ cdef class Batch:
             self._first, self._last = 0, self._n
             self.fail(INTERNAL, "the executor left this request unanswered")
 
-    cdef int encode_member(self, Request *request, OutputView *views, int n) noexcept nogil:
-        """Writes the answer with its 5-byte gRPC frame header; -1 when memory ran out."""
+    cdef int encode_member(self, Request *request, OutputView *views, Loan **loans, int n) noexcept nogil:
+        """Writes the answer with its 5-byte gRPC frame header, without what is lent; -1 when memory ran out."""
         cdef size_t size = response_size(&self._state.spec.response_head, &request.id, views, n)
+        cdef LentList *lent = NULL
+        cdef Lent *piece
         cdef uint8_t *out
+        cdef int n_lent = 0
         if size > MAX_ANSWER_BYTES:
             return -1
-        out = <uint8_t *> malloc(size + 5)
+        for k in range(n):
+            n_lent += views[k].is_lent
+        if n_lent:
+            lent = new_lent_list(n_lent)
+            if lent == NULL:
+                return -1
+            for k in range(n):
+                if views[k].is_lent:
+                    lent.size += views[k].data.size
+        out = new_buffer(5 + size - (lent.size if lent != NULL else 0), 0)
         if out == NULL:
+            drop_lent_list(lent)
             return -1
         out[0] = 0      # not compressed; then the length, big-endian
         out[1] = <uint8_t> (size >> 24)
@@ -312,8 +389,16 @@ cdef class Batch:
         out[3] = <uint8_t> (size >> 8)
         out[4] = <uint8_t> size
         write_response(out + 5, &self._state.spec.response_head, &request.id, views, n)
-        request.response = out
-        request.response_size = size + 5
+        for k in range(n):
+            if not views[k].is_lent:
+                count_copied(COPY_ENCODED, views[k].data.size)
+                continue
+            piece = &lent.items[lent.n]
+            piece.at, piece.data, piece.size = 5 + views[k].gap_at, views[k].data.data, views[k].data.size
+            piece.loan = loans[k]
+            hold_loan(piece.loan)
+            lent.n += 1
+        request.response, request.response_size, request.lent = out, size + 5, lent
         return 0
 
     cdef void deliver(self, bint is_success, int64_t run_ended_ns) noexcept nogil:
@@ -374,6 +459,18 @@ cdef class Batch:
         settle_chain(self._state, chain)
 
 
+cdef bint has_one_owner(array):
+    """Whether whoever lets go of ``array`` lets go of its memory too: no other array, model or framework has it."""
+    if type(array) is not np.ndarray:
+        return False
+    base = array.base
+    while type(base) is np.ndarray and Py_REFCNT(base) == 2:
+        array, base = base, base.base
+    if base is None:
+        return array.flags.owndata
+    return type(base) is HeldBuffer and Py_REFCNT(base) == 2
+
+
 cdef class Encoder:
     """Holds the outputs of a batch while each member's answer is written; releases the buffers when it goes."""
 
@@ -383,6 +480,7 @@ cdef class Encoder:
     cdef size_t *row_bytes
     cdef bint *is_held
     cdef Slice **parts              # per output: NULL, or for BYTES the encoded elements of each selected member
+    cdef Loan **loans               # per output: NULL, or answers may send it from where it lies
     cdef list kept                  # the bytes objects behind the parts
     cdef int n
 
@@ -395,28 +493,32 @@ cdef class Encoder:
         self.row_bytes = <size_t *> calloc(<size_t> n + 1, sizeof(size_t))
         self.is_held = <bint *> calloc(<size_t> n + 1, sizeof(bint))
         self.parts = <Slice **> calloc(<size_t> n + 1, sizeof(Slice *))
-        if (self.buffers == NULL or self.views == NULL or self.row_bytes == NULL or self.is_held == NULL
-                or self.parts == NULL):
+        self.loans = <Loan **> calloc(<size_t> n + 1, sizeof(Loan *))
+        if (self.loans == NULL or self.buffers == NULL or self.views == NULL or self.row_bytes == NULL
+                or self.is_held == NULL or self.parts == NULL):
             raise MemoryError
 
     def __dealloc__(self):
         for i in range(self.n):
             if self.is_held != NULL and self.is_held[i]:
                 PyBuffer_Release(&self.buffers[i])
+            if self.loans != NULL and self.loans[i] != NULL:
+                drop_loan(self.loans[i])
             if self.parts != NULL:
                 free(self.parts[i])
+        free(self.loans)
         free(self.parts)
         free(self.buffers)
         free(self.views)
         free(self.row_bytes)
         free(self.is_held)
 
-    cdef object add(self, int index, tensor, array):
-        """Checks one output and takes hold of its memory."""
+    cdef object add(self, int index, tensor, given, bint is_alone):
+        """Checks one output and takes hold of its memory; `is_alone`: nobody else has it."""
         cdef const SpecState *spec = self.batch._state.spec
         cdef const TensorLayout *layout = &spec.outputs[index]
         cdef OutputView *view = &self.views[index]
-        array = np.asarray(array)
+        array = np.asarray(given)
         if spec.max_batch_size > 0 and (array.ndim == 0 or array.shape[0] != self.batch._rows):
             raise ModelExecutionError(
                 f"output '{tensor.name}' has shape {list(array.shape)} for a batch of {self.batch._rows} rows; "
@@ -446,6 +548,8 @@ cdef class Encoder:
         self.is_held[index] = True
         view.data.data = <const uint8_t *> self.buffers[index].buf
         view.data.size = <size_t> self.buffers[index].len
+        if is_alone and array is given and view.data.size >= LENT_FROM_BYTES and may_lend(view.data.size):
+            self.loans[index] = new_loan(array, view.data.size)
         self.row_bytes[index] = view.data.size // <size_t> max(1, self.batch._rows)
 
     cdef object encode_bytes(self, int index, array, bint is_batched):
@@ -479,6 +583,7 @@ cdef class Encoder:
     cdef void encode(self) noexcept nogil:
         """Writes the answer of each selected member; what fails to fit fails alone."""
         cdef OutputView views[MAX_TENSORS]
+        cdef Loan *loans[MAX_TENSORS]
         cdef bint is_batched = self.batch._state.spec.max_batch_size > 0
         cdef Request *request
         cdef int64_t at = 0
@@ -503,7 +608,14 @@ cdef class Encoder:
                 elif is_batched:
                     views[n].data.data += <size_t> at * self.row_bytes[k]
                     views[n].data.size = <size_t> request.rows * self.row_bytes[k]
+                loans[n] = self.loans[k]
+                views[n].is_lent = (loans[n] != NULL and request.sink != NULL and request.sink.takes_loans
+                                    and views[n].data.size >= LENT_FROM_BYTES)
                 n += 1
-            if self.batch.encode_member(request, views, n) < 0:
+            if self.batch.encode_member(request, views, loans, n) < 0:
                 fail_request(request, RESOURCE_EXHAUSTED, b"the answer does not fit into memory or into one message")
             at += request.rows
+        for k in range(self.n):
+            if self.loans[k] != NULL:   # each answer has a reference of its own
+                drop_loan(self.loans[k])
+                self.loans[k] = NULL

@@ -6,10 +6,12 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
+from aiorch_server._core.buffers cimport COPY_GATHERED, count_copied, drop_buffer, hold_buffer, new_buffer
 from aiorch_server._core.collate cimport Batch
+from aiorch_server._core.loans cimport LENT_FROM_BYTES, Loan, drop_loan, lend_buffer, may_lend
 from aiorch_server._core.request cimport Request, fail_request, is_cancelled, now_ns
 from aiorch_server._core.spec cimport SpecState, TensorLayout
-from aiorch_server._core.wire cimport MAX_TENSORS, OutputView
+from aiorch_server._core.wire cimport MAX_TENSORS, OutputView, Slice
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -17,14 +19,16 @@ cdef extern from "<stdlib.h>" nogil:
 cdef enum:
     ALIGNMENT = 64
     ERROR_BYTES = 1024
+    BIG_BYTES = 65536
 
 cdef int CANCELLED = 1
 cdef int RESOURCE_EXHAUSTED = 8
 
 
-cdef struct Room:           # one input's memory, reused from batch to batch
-    uint8_t *data
+cdef struct Room:           # one input's memory
+    uint8_t *data           # small: reused from batch to batch
     size_t capacity
+    uint8_t *buffer         # big: of this batch alone, which its answers may share; a reference, or NULL
 
 
 def serve_compiled(Batch batch not None, instance not None):
@@ -46,6 +50,7 @@ def serve_compiled(Batch batch not None, instance not None):
         is_closed = run_batches(batch, target, rooms, error)
         for i in range(<int> MAX_TENSORS):
             free(rooms[i].data)
+            drop_buffer(rooms[i].buffer)
     if is_closed:
         return None
     error[<int> ERROR_BYTES - 1] = 0
@@ -75,7 +80,10 @@ cdef bint run_batches(Batch batch, const AiorchInstance *instance, Room *rooms, 
         for index in range(spec.n_outputs):
             if not check_output(batch, index, &outputs[index], &views[index], error):
                 return False
-        encode_batch(batch, views)
+        encode_batch(batch, views, inputs, rooms)
+        for index in range(spec.n_inputs):
+            drop_buffer(rooms[index].buffer)
+            rooms[index].buffer = NULL
         batch.deliver(True, run_ended_ns)
     return True
 
@@ -105,8 +113,15 @@ cdef int gather_input(Batch batch, int index, Room *room, AiorchTensor *tensor) 
         tensor.size += member.inputs[index].size
     if batch._n == 1 and not is_bool and (<size_t> first.inputs[index].data) % ALIGNMENT == 0:
         tensor.data = <void *> first.inputs[index].data
+        if tensor.size >= BIG_BYTES:
+            room.buffer = first.message
+            hold_buffer(room.buffer)
         return 0
-    if tensor.size > room.capacity or room.data == NULL:
+    if tensor.size >= BIG_BYTES:
+        room.buffer = new_buffer(tensor.size, 0)
+        if room.buffer == NULL:
+            return -1
+    elif tensor.size > room.capacity or room.data == NULL:
         # never shrinks below what was once needed: batches of one model have one order of magnitude
         free(room.data)
         room.capacity = (max(tensor.size, 2 * room.capacity) + ALIGNMENT) // ALIGNMENT * ALIGNMENT
@@ -114,15 +129,17 @@ cdef int gather_input(Batch batch, int index, Room *room, AiorchTensor *tensor) 
         if room.data == NULL:
             room.capacity = 0
             return -1
-    out = room.data
+    out = room.buffer if room.buffer != NULL else room.data
+    tensor.data = out
     for i in range(batch._n):
         member = batch._members[i]
         memcpy(out, member.inputs[index].data, member.inputs[index].size)
         out += member.inputs[index].size
+    count_copied(COPY_GATHERED, tensor.size)
     if is_bool:
+        out = <uint8_t *> tensor.data
         for k in range(tensor.size):
-            room.data[k] = room.data[k] != 0
-    tensor.data = room.data
+            out[k] = out[k] != 0
     return 0
 
 
@@ -153,15 +170,32 @@ cdef bint check_output(Batch batch, int index, const AiorchTensor *tensor, Outpu
     return True
 
 
-cdef void encode_batch(Batch batch, const OutputView *outputs) noexcept nogil:
+cdef Loan *find_loan(const Slice *output, const AiorchTensor *inputs, const Room *rooms, int n) noexcept nogil:
+    """A loan on the batch's own memory, where the instance gives its input as its output; NULL: the answer is copied."""
+    cdef const uint8_t *start
+    if output.size < LENT_FROM_BYTES or not may_lend(output.size):
+        return NULL
+    for i in range(n):
+        start = <const uint8_t *> inputs[i].data
+        if rooms[i].buffer != NULL and start <= output.data and output.data + output.size <= start + inputs[i].size:
+            return lend_buffer(rooms[i].buffer, output.size)
+    return NULL
+
+
+cdef void encode_batch(Batch batch, const OutputView *outputs, const AiorchTensor *inputs,
+                       const Room *rooms) noexcept nogil:
     """Writes the answer of each member; what fails to fit fails alone."""
     cdef OutputView views[MAX_TENSORS]
+    cdef Loan *loans[MAX_TENSORS]
+    cdef Loan *lent[MAX_TENSORS]
     cdef const SpecState *spec = batch._state.spec
     cdef bint is_batched = spec.max_batch_size > 0
     cdef Request *request
     cdef size_t row_bytes
     cdef int64_t at = 0
     cdef int i, k, n
+    for k in range(spec.n_outputs):
+        loans[k] = find_loan(&outputs[k].data, inputs, rooms, spec.n_inputs)
     for i in range(batch._n):
         request = batch._members[i]
         if is_cancelled(request):
@@ -178,7 +212,13 @@ cdef void encode_batch(Batch batch, const OutputView *outputs) noexcept nogil:
                 views[n].dims[0] = request.rows
                 views[n].data.data += <size_t> at * row_bytes
                 views[n].data.size = <size_t> request.rows * row_bytes
+            lent[n] = loans[k]
+            views[n].is_lent = (loans[k] != NULL and request.sink != NULL and request.sink.takes_loans
+                                and views[n].data.size >= LENT_FROM_BYTES)
             n += 1
-        if batch.encode_member(request, views, n) < 0:
+        if batch.encode_member(request, views, lent, n) < 0:
             fail_request(request, RESOURCE_EXHAUSTED, b"the answer does not fit into memory or into one message")
         at += request.rows
+    for k in range(spec.n_outputs):
+        if loans[k] != NULL:
+            drop_loan(loans[k])

@@ -46,7 +46,7 @@ cdef struct Event:
     Event *next
     uint32_t bits
     Link *link                  # a reference
-    uint8_t *data               # EVENT_MESSAGE: the message, owned
+    uint8_t *data               # EVENT_MESSAGE: the message, a buffer, owned
     size_t size
     bint is_compressed
 
@@ -56,7 +56,7 @@ cdef struct Command:
     CommandKind kind
     Link *link                  # a reference
     int code
-    uint8_t *data               # owned
+    uint8_t *data               # a buffer, owned; `more` as well
     size_t size
     uint8_t *more               # owned
     size_t more_size

@@ -4,6 +4,7 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
+from aiorch_server._core.buffers cimport drop_buffer
 from aiorch_server._core.request cimport (
     aiorch_add_reference,
     pthread_mutex_destroy,
@@ -102,7 +103,7 @@ cdef Command *new_command(Link *link, CommandKind kind) noexcept nogil:
 
 cdef void free_event(Event *event) noexcept nogil:
     cdef Link *link = event.link
-    free(event.data)
+    drop_buffer(event.data)
     event.data = NULL
     if link == NULL:
         return              # the thread's own, embedded in its state
@@ -113,8 +114,8 @@ cdef void free_event(Event *event) noexcept nogil:
 
 cdef void free_command(Command *command) noexcept nogil:
     cdef Link *link = command.link
-    free(command.data)
-    free(command.more)
+    drop_buffer(command.data)
+    drop_buffer(command.more)
     command.data = command.more = NULL
     if link == NULL or command != &link.end:
         free(command)

@@ -22,7 +22,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 from aiorch_server._core.h2_ledger cimport Ledger
 from aiorch_server._core.h2_rules cimport LifeRules
-from aiorch_server._core.h2_stream cimport Connection, Group, Limits, Stream
+from aiorch_server._core.h2_stream cimport Connection, Group, Limits, Outlet, Stream
 
 
 cdef enum:
@@ -48,6 +48,10 @@ cdef void free_connection(Connection *connection) noexcept nogil
 cdef int feed(Connection *connection, const uint8_t *data, size_t size, int64_t now_ns) noexcept nogil
 # Fills `buffer` (capacity >= MIN_COLLECT_BYTES) with what is to be sent; bytes written, 0: nothing more now, -1: broken.
 cdef Py_ssize_t collect(Connection *connection, uint8_t *buffer, size_t capacity) noexcept nogil
+# The same for a gathering write: what answers have on loan is left where it lies. After the write: clear_outlet. When
+# it could not take all, its loans may be moved elsewhere (set to NULL) before.
+cdef Py_ssize_t collect_pieces(Connection *connection, Outlet *outlet) noexcept nogil
+cdef void clear_outlet(Outlet *outlet) noexcept nogil
 # Whether everything is said and the socket should be closed.
 cdef bint is_over(Connection *connection) noexcept nogil
 # Two-step GOAWAY: tells the client to open no more streams; those in flight are still answered.

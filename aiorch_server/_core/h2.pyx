@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
-from aiorch_server._core.h2_answer cimport send_data
+from aiorch_server._core.h2_answer cimport put_own, send_data
 from aiorch_server._core.h2_ledger cimport Ledger, give_place, release_ledger, retain_ledger, take_place
 from aiorch_server._core.h2_life cimport (
     balance_books,
@@ -16,11 +16,13 @@ from aiorch_server._core.h2_life cimport (
     submit_drain_ping,
 )
 from aiorch_server._core.h2_request cimport end_request, open_call, take_bytes, take_header, take_ready
-from aiorch_server._core.h2_stream cimport STREAM_NEW, close_stream, new_stream
+from aiorch_server._core.h2_stream cimport MAX_OUTLET_PIECES, MIN_LANDING_BYTES, STREAM_NEW, close_stream, new_stream
+from aiorch_server._core.loans cimport drop_loan
 from aiorch_server._core.nghttp2 cimport *
 from aiorch_server._core.timers cimport clear_timer, free_timers
 
 cdef enum:
+    FIRST_LANDING_BYTES = 65536
     RESETS_BURST = 1000     # CVE-2023-44487: streams a client may reset at once ...
     RESETS_PER_S = 1000     # ... and from then on; callers whose deadlines pass reset by the hundred
     MAX_FAULTS = 1000       # CVE-2025-8671: streams a client may make the server reset, which those bounds do not count
@@ -31,10 +33,30 @@ cdef inline Stream *_find(nghttp2_session *session, int32_t stream_id) noexcept 
     return <Stream *> nghttp2_session_get_stream_user_data(session, stream_id)
 
 
+cdef void _note_frame(Connection *connection, const nghttp2_frame_hd *head) noexcept nogil:
+    """Notes what h2_landing wants to know about DATA frames."""
+    cdef Stream *previous
+    connection.data_left = 0
+    if head.type != NGHTTP2_DATA:
+        return
+    if head.flags & NGHTTP2_FLAG_PADDED:
+        connection.data_stream_id = 0
+        return
+    if connection.data_stream_id and head.length >= MIN_LANDING_BYTES:
+        previous = _find(connection.session, connection.data_stream_id)
+        if previous != NULL:
+            previous.follower_id = head.stream_id
+    connection.data_stream_id, connection.data_left = head.stream_id, head.length
+    connection.data_ends_stream = head.flags & NGHTTP2_FLAG_END_STREAM != 0
+    if head.length >= MIN_LANDING_BYTES and not connection.data_ends_stream:
+        connection.data_frame_bytes = head.length
+
+
 cdef int _on_begin_frame(nghttp2_session *session, const nghttp2_frame_hd *hd, void *context) noexcept nogil:
     # RFC 9113, 5.1.1: ids only go up. libnghttp2 drops such HEADERS without a word, because an id that was left out
     # looks like a stream that is closed; but then whoever takes it for a call would wait forever.
     cdef Connection *connection = <Connection *> context
+    _note_frame(connection, hd)
     if (hd.type == NGHTTP2_HEADERS and hd.stream_id & 1 and hd.stream_id <= connection.last_stream_id
             and _find(session, hd.stream_id) == NULL
             and nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, hd.stream_id, NGHTTP2_STREAM_CLOSED) != 0):
@@ -71,6 +93,7 @@ cdef int _on_data(nghttp2_session *session, uint8_t flags, int32_t stream_id, co
                   void *context) noexcept nogil:
     cdef Connection *connection = <Connection *> context
     cdef Stream *stream = _find(session, stream_id)
+    connection.data_left -= min(size, connection.data_left)
     if stream != NULL and not stream.is_finished:
         take_bytes(stream, data, size)
     if stream != NULL and stream.inbox_head != NULL:
@@ -157,9 +180,9 @@ cdef Group *new_group(const Limits *limits, const uint8_t *fast_path, size_t fas
         release_group(group)
         return NULL
     memcpy(group.fast_path, fast_path, fast_path_size)
-    nghttp2_session_callbacks_set_on_begin_frame_callback(group.callbacks, _on_begin_frame)
     nghttp2_session_callbacks_set_on_begin_headers_callback(group.callbacks, _on_begin_headers)
     nghttp2_session_callbacks_set_on_header_callback(group.callbacks, _on_header)
+    nghttp2_session_callbacks_set_on_begin_frame_callback(group.callbacks, _on_begin_frame)
     nghttp2_session_callbacks_set_on_data_chunk_recv_callback(group.callbacks, _on_data)
     nghttp2_session_callbacks_set_on_frame_recv_callback(group.callbacks, _on_frame_recv)
     nghttp2_session_callbacks_set_on_frame_send_callback(group.callbacks, _on_frame_send)
@@ -210,6 +233,7 @@ cdef Connection *open_connection(Group *group, void *owner) noexcept nogil:
         give_place(group.ledger)
         return NULL
     connection.group, connection.owner = group, owner
+    connection.landing_bytes = FIRST_LANDING_BYTES
     if nghttp2_session_server_new2(&connection.session, group.callbacks, connection, group.option) != 0:
         give_place(group.ledger)
         free(connection)
@@ -264,11 +288,37 @@ cdef int feed(Connection *connection, const uint8_t *data, size_t size, int64_t 
 
 
 cdef Py_ssize_t collect(Connection *connection, uint8_t *buffer, size_t capacity) noexcept nogil:
+    connection.outlet = NULL
+    connection.buffer, connection.buffer_size, connection.buffer_capacity = buffer, 0, capacity
+    return -1 if _collect(connection) < 0 else <Py_ssize_t> connection.buffer_size
+
+
+cdef Py_ssize_t collect_pieces(Connection *connection, Outlet *outlet) noexcept nogil:
+    cdef int result
+    outlet.n, outlet.size = 0, 0
+    connection.outlet = outlet
+    connection.buffer, connection.buffer_size, connection.buffer_capacity = outlet.buffer, 0, outlet.capacity
+    result = _collect(connection)
+    connection.outlet = NULL
+    if result < 0:
+        clear_outlet(outlet)
+        return -1
+    return <Py_ssize_t> outlet.size
+
+
+cdef void clear_outlet(Outlet *outlet) noexcept nogil:
+    for i in range(outlet.n):
+        if outlet.loans[i] != NULL:
+            drop_loan(outlet.loans[i])
+    outlet.n, outlet.size = 0, 0
+
+
+cdef int _collect(Connection *connection) noexcept nogil:
+    """Takes what nghttp2 has to say until there is no more, or no more room. -1: broken."""
     cdef ssize_t size
     cdef size_t n
     if connection.is_broken:
         return -1
-    connection.buffer, connection.buffer_size, connection.buffer_capacity = buffer, 0, capacity
     while True:
         if connection.pending_size == 0:
             if connection.life.is_terminated:
@@ -280,17 +330,16 @@ cdef Py_ssize_t collect(Connection *connection, uint8_t *buffer, size_t capacity
             if size == 0:
                 break
             connection.pending_size = <size_t> size
-        n = capacity - connection.buffer_size
-        if n > connection.pending_size:
-            n = connection.pending_size
-        memcpy(buffer + connection.buffer_size, connection.pending, n)
-        connection.buffer_size += n
+        if connection.outlet != NULL and connection.outlet.n == MAX_OUTLET_PIECES:
+            break
+        n = min(connection.buffer_capacity - connection.buffer_size, connection.pending_size)
+        put_own(connection, connection.pending, n)
         connection.pending += n
         connection.pending_size -= n
         if connection.pending_size:
             break
     balance_books(connection)
-    return <Py_ssize_t> connection.buffer_size
+    return 0
 
 
 cdef bint is_over(Connection *connection) noexcept nogil:

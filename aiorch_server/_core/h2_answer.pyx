@@ -4,19 +4,23 @@ from libc.stdint cimport int32_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, strlen
 
+from aiorch_server._core.buffers cimport COPY_SENT, count_copied, drop_buffer
 from aiorch_server._core.grpc_text cimport cut_status_text, percent_encode, put_decimal
 from aiorch_server._core.h2_stream cimport (
     EVENT_OVER,
     EVENT_WRITABLE,
     INLINE_TEXT_BYTES,
+    MAX_OUTLET_PIECES,
     STREAM_SLOW,
     Chunk,
     Connection,
+    Outlet,
     drop_message,
     drop_outbound,
     push_event,
     takes_answers,
 )
+from aiorch_server._core.loans cimport Lent, LentList, drop_lent_list, hold_loan
 from aiorch_server._core.nghttp2 cimport *
 from aiorch_server._core.timers cimport clear_timer
 
@@ -24,6 +28,7 @@ cdef enum:
     STATUS_DEADLINE_EXCEEDED = 4
     STATUS_RESOURCE_EXHAUSTED = 8
     INLINE_NVS = 16
+    FRAME_HEAD_BYTES = 9
 
 
 cdef struct NvList:
@@ -156,13 +161,16 @@ cdef inline void _add_outbound(Connection *connection, size_t size) noexcept nog
     connection.outbound_bytes += size
 
 
-cdef void answer_stream(Stream *stream, uint8_t *frame, size_t size) noexcept nogil:
+cdef void answer_stream(Stream *stream, uint8_t *frame, size_t size, LentList *lent) noexcept nogil:
     if not takes_answers(stream):
-        free(frame)
+        drop_buffer(frame)
+        drop_lent_list(lent)
         return
     stream.is_finished = True
     clear_timer(&stream.group.deadlines, &stream.deadline)
-    stream.out, stream.out_size = frame, size
+    stream.out, stream.out_size, stream.lent = frame, size, lent
+    stream.out_own_sent = stream.lent_sent = 0
+    stream.lent_at = 0
     stream.unsent_bytes = size
     _add_outbound(stream.connection, size)
     _submit_head(stream, NULL, 0)
@@ -176,14 +184,14 @@ cdef void send_head(Stream *stream, const uint8_t *metadata, size_t size) noexce
 cdef void send_message(Stream *stream, uint8_t *frame, size_t size) noexcept nogil:
     cdef Chunk *chunk
     if not takes_answers(stream):
-        free(frame)
+        drop_buffer(frame)
         return
     if stream.out == NULL:
-        stream.out, stream.out_size = frame, size
+        stream.out, stream.out_size, stream.out_own_sent = frame, size, 0
     else:
         chunk = <Chunk *> malloc(sizeof(Chunk))
         if chunk == NULL:
-            free(frame)
+            drop_buffer(frame)
             refuse_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"Out of memory")
             return
         chunk.next, chunk.data, chunk.size = NULL, frame, size
@@ -302,26 +310,84 @@ cdef ssize_t _read_answer(nghttp2_session *session, int32_t stream_id, uint8_t *
     return <ssize_t> left
 
 
+cdef void put_own(Connection *connection, const uint8_t *data, size_t size) noexcept nogil:
+    cdef Outlet *outlet = connection.outlet
+    cdef uint8_t *place = connection.buffer + connection.buffer_size
+    memcpy(place, data, size)
+    connection.buffer_size += size
+    if outlet == NULL:
+        return
+    outlet.size += size
+    if outlet.n and outlet.loans[outlet.n - 1] == NULL:     # behind the last, which is in the buffer too
+        outlet.pieces[outlet.n - 1].iov_len += size
+        return
+    outlet.pieces[outlet.n].iov_base, outlet.pieces[outlet.n].iov_len = place, size
+    outlet.loans[outlet.n] = NULL
+    outlet.n += 1
+
+
+cdef void _put_lent(Connection *connection, Lent *lent, size_t at, size_t size) noexcept nogil:
+    cdef Outlet *outlet = connection.outlet
+    if outlet == NULL:
+        put_own(connection, lent.data + at, size)
+        count_copied(COPY_SENT, size)
+        return
+    outlet.pieces[outlet.n].iov_base, outlet.pieces[outlet.n].iov_len = <void *> (lent.data + at), size
+    outlet.loans[outlet.n] = lent.loan
+    hold_loan(lent.loan)
+    outlet.n += 1
+    outlet.size += size
+
+
+cdef void _put_answer(Connection *connection, Stream *stream, size_t length) noexcept nogil:
+    """The next `length` bytes of the message being sent."""
+    cdef LentList *lent = stream.lent
+    cdef bint is_lent
+    cdef size_t n
+    stream.out_sent += length
+    while length:
+        is_lent = (lent != NULL and stream.lent_at < lent.n
+                   and lent.items[stream.lent_at].at == stream.out_own_sent)
+        if is_lent:
+            n = min(length, lent.items[stream.lent_at].size - stream.lent_sent)
+            _put_lent(connection, &lent.items[stream.lent_at], stream.lent_sent, n)
+            stream.lent_sent += n
+            if stream.lent_sent == lent.items[stream.lent_at].size:
+                stream.lent_at += 1
+                stream.lent_sent = 0
+        else:
+            n = length
+            if lent != NULL and stream.lent_at < lent.n:
+                n = min(n, lent.items[stream.lent_at].at - stream.out_own_sent)
+            put_own(connection, stream.out + stream.out_own_sent, n)
+            count_copied(COPY_SENT, n)
+            stream.out_own_sent += n
+        length -= n
+
+
 cdef int send_data(nghttp2_session *session, nghttp2_frame *frame, const uint8_t *frame_header, size_t length,
                    nghttp2_data_source *source, void *context) noexcept nogil:
-    """Copies one DATA frame straight into the buffer that collect() fills."""
+    """Puts one DATA frame straight into what collect() fills."""
     cdef Connection *connection = <Connection *> context
     cdef Stream *stream = <Stream *> source.ptr
     cdef Chunk *chunk
-    cdef uint8_t *out
-    if connection.buffer_size + 9 + length > connection.buffer_capacity:
+    if connection.buffer_size + FRAME_HEAD_BYTES + length > connection.buffer_capacity:
         return NGHTTP2_ERR_WOULDBLOCK
-    out = connection.buffer + connection.buffer_size
-    memcpy(out, frame_header, 9)
-    memcpy(out + 9, stream.out + stream.out_sent, length)
-    connection.buffer_size += 9 + length
-    stream.out_sent += length
+    if (connection.outlet != NULL and stream.lent != NULL
+            and connection.outlet.n + 2 * (stream.lent.n - stream.lent_at + 1) > MAX_OUTLET_PIECES):
+        return NGHTTP2_ERR_WOULDBLOCK
+    if connection.outlet != NULL and connection.outlet.n == MAX_OUTLET_PIECES:
+        return NGHTTP2_ERR_WOULDBLOCK
+    put_own(connection, frame_header, FRAME_HEAD_BYTES)
+    _put_answer(connection, stream, length)
     stream.unsent_bytes -= length
     connection.outbound_bytes -= length
     connection.life.moved_ns = connection.group.now_ns
     if stream.out_sent == stream.out_size:
-        free(stream.out)
-        stream.out, stream.out_size, stream.out_sent = NULL, 0, 0
+        drop_buffer(stream.out)
+        drop_lent_list(stream.lent)
+        stream.out, stream.out_size, stream.out_sent, stream.out_own_sent = NULL, 0, 0, 0
+        stream.lent = NULL
         chunk = stream.out_head
         if chunk != NULL:
             stream.out, stream.out_size = chunk.data, chunk.size

@@ -3,8 +3,9 @@
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
+from aiorch_server._core.buffers cimport drop_buffer, new_buffer
 from aiorch_server._core.grpc_text cimport put_frame_prefix
 from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_answer cimport (
@@ -17,6 +18,7 @@ from aiorch_server._core.h2_answer cimport (
 )
 from aiorch_server._core.h2_ledger cimport ServerLedger
 from aiorch_server._core.h2_life cimport ConnectionRules, begin_life, next_tending, tend_due
+from aiorch_server._core.h2_landing cimport MAX_LANDING_BYTES, Landing, feed_landing, plan_landing
 from aiorch_server._core.h2_request cimport make_slow, take_event, take_message, take_ready
 from aiorch_server._core.h2_stream cimport *
 from aiorch_server._core.timers cimport next_due, take_due
@@ -79,7 +81,7 @@ cdef class SessionProbe:
         return stream
 
     cdef uint8_t *_frame(self, bytes message) except NULL:
-        cdef uint8_t *frame = <uint8_t *> malloc(FRAME_PREFIX_BYTES + len(message))
+        cdef uint8_t *frame = new_buffer(FRAME_PREFIX_BYTES + <size_t> len(message), 0)
         if frame == NULL:
             raise MemoryError
         put_frame_prefix(frame, len(message))
@@ -89,6 +91,42 @@ cdef class SessionProbe:
     def feed(self, bytes data, int64_t now_ns=1):
         """Takes what the client sent; False when the session is broken."""
         return feed(self.connection, <const uint8_t *> PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), now_ns) == 0
+
+    def land(self, bytes data, int64_t now_ns=1, size_t linear_bytes=512, bint is_guessing=True):
+        """Takes what the client sent as an I/O thread does: messages straight where they belong, the rest through a
+        buffer of `linear_bytes`. The bytes of each step, False where the session is broken."""
+        cdef Landing landing
+        cdef const uint8_t *at = <const uint8_t *> PyBytes_AS_STRING(data)
+        cdef size_t left = <size_t> PyBytes_GET_SIZE(data)
+        cdef size_t n, taken
+        cdef uint8_t *linear = <uint8_t *> malloc(MAX_LANDING_BYTES + 64)
+        cdef int result
+        if linear == NULL:
+            raise MemoryError
+        steps = []
+        while left:
+            if not is_guessing:
+                self.connection.landing_bytes = 0
+            if plan_landing(self.connection, &landing, linear + MAX_LANDING_BYTES, 64):
+                taken = 0
+                for i in range(landing.n):
+                    n = min(landing.pieces[i].iov_len, left - taken)
+                    memcpy(landing.pieces[i].iov_base, at + taken, n)
+                    taken += n
+                result = feed_landing(self.connection, &landing, taken, linear, now_ns)
+            else:
+                taken = min(min(left, linear_bytes), <size_t> MAX_LANDING_BYTES)
+                memcpy(linear, at, taken)
+                result = feed(self.connection, linear, taken, now_ns)
+                memset(linear, 0xEE, taken)
+            if result < 0:
+                free(linear)
+                return False
+            at += taken
+            left -= taken
+            steps.append(taken)
+        free(linear)
+        return steps
 
     def collect(self, size_t capacity=MIN_COLLECT_BYTES):
         """Everything there is to send, collected in pieces of at most ``capacity`` bytes; None when broken."""
@@ -115,7 +153,7 @@ cdef class SessionProbe:
         while stream != NULL:
             ready.append((stream.id, PyBytes_FromStringAndSize(<char *> stream.message, stream.message_size),
                           stream.deadline.due_ns))
-            free(stream.message)
+            drop_buffer(stream.message)
             stream.message = NULL
             stream.request = <void *> stream
             self.group.in_flight += 1
@@ -162,7 +200,7 @@ cdef class SessionProbe:
         cdef Stream *stream = self._stream(stream_id)
         if stream.request != NULL:
             abandon_probed(stream)
-        answer_stream(stream, self._frame(message), FRAME_PREFIX_BYTES + len(message))
+        answer_stream(stream, self._frame(message), FRAME_PREFIX_BYTES + len(message), NULL)
 
     def fail(self, int stream_id, int status, bytes text):
         """A status without a message."""

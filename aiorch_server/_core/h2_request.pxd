@@ -13,6 +13,8 @@ cdef int take_header(Stream *stream, const uint8_t *name, size_t name_size,
 cdef void open_call(Stream *stream) noexcept nogil
 # Cuts DATA into messages, whatever the cuts between frames.
 cdef void take_bytes(Stream *stream, const uint8_t *data, size_t size) noexcept nogil
+# Books and allocates room for the message's first `size` bytes, and for as many again. -1: the stream was refused.
+cdef int extend_message(Stream *stream, size_t size) noexcept nogil
 # END_STREAM was received.
 cdef void end_request(Stream *stream) noexcept nogil
 

@@ -1,8 +1,9 @@
 """Requests coming in; see h2_request.pxd."""
 
-from libc.stdlib cimport malloc, realloc
-from libc.string cimport memcmp, memcpy
+from libc.stdlib cimport malloc
+from libc.string cimport memcmp, memcpy, memmove
 
+from aiorch_server._core.buffers cimport COPY_RECEIVED, count_copied, grow_buffer, new_buffer
 from aiorch_server._core.grpc_text cimport is_grpc_content_type, parse_timeout, read_frame_size
 from aiorch_server._core.h2_answer cimport answer_http, refuse_size, refuse_stream
 from aiorch_server._core.h2_life cimport has_room
@@ -15,7 +16,8 @@ cdef enum:
     STATUS_RESOURCE_EXHAUSTED = 8
     STATUS_UNIMPLEMENTED = 12
     STATUS_INTERNAL = 13
-    FIRST_MESSAGE_BYTES = 262144        # what a length prefix alone can make us allocate
+    FIRST_BOOKED_BYTES = 262144         # what a length prefix alone can make us book
+    FIRST_MESSAGE_BYTES = 4194304       # ... and allocate: memory that nobody writes to is only addresses
 
 
 cdef inline bint _is(const uint8_t *text, size_t size, const char *wanted, size_t wanted_size) noexcept nogil:
@@ -114,12 +116,11 @@ cdef void open_call(Stream *stream) noexcept nogil:
             push_event(stream, EVENT_CALL)
 
 
-cdef int _begin_message(Stream *stream) noexcept nogil:
-    """The 5-byte prefix is complete. -1: the stream was refused."""
+cdef int _begin_message(Stream *stream, const uint8_t *head, size_t head_size) noexcept nogil:
+    """The 5-byte prefix is complete, `head` is what has come behind it. -1: the stream was refused."""
     cdef Connection *connection = stream.connection
     cdef Limits *limits = &connection.group.limits
     cdef size_t size = read_frame_size(stream.prefix)
-    cdef size_t capacity = size if size < FIRST_MESSAGE_BYTES else FIRST_MESSAGE_BYTES
     if stream.prefix[0] > 1:
         refuse_stream(stream, STATUS_INTERNAL, b"Bad gRPC frame: the compressed flag is neither 0 nor 1")
         return -1
@@ -133,29 +134,37 @@ cdef int _begin_message(Stream *stream) noexcept nogil:
         refuse_size(stream, b"Received message larger than max", size, limits.max_message_bytes)
         return -1
     stream.is_message_compressed = stream.prefix[0] == 1
-    stream.message_size, stream.message_filled = size, 0
-    return _reserve_message(stream, capacity)
+    stream.message_size, stream.message_filled, stream.message_align = size, 0, 0
+    if stream.group.find_tensor != NULL and size > head_size:
+        stream.message_align = stream.group.find_tensor(head, head_size, size)
+    return extend_message(stream, min(size, <size_t> FIRST_BOOKED_BYTES))
 
 
-cdef int _reserve_message(Stream *stream, size_t capacity) noexcept nogil:
-    """Makes room for `capacity` bytes of the message. -1: the stream was refused."""
+cdef int extend_message(Stream *stream, size_t size) noexcept nogil:
     cdef Connection *connection = stream.connection
-    cdef size_t booked = connection.partial_bytes - stream.message_capacity + capacity
+    cdef size_t booked = connection.partial_bytes - stream.message_booked
+    cdef size_t claimed = stream.message_booked * 2
+    cdef size_t capacity = stream.message_capacity * 2
     cdef uint8_t *grown
+    claimed = min(max(claimed, size), stream.message_size)
+    if size <= stream.message_capacity:     # it grows when it is full: then no landing holds it, and it need not be moved
+        claimed = min(claimed, stream.message_capacity)
+    booked += claimed
     if booked > connection.group.limits.max_buffered_bytes:
         refuse_size(stream, b"Unfinished messages on this connection larger than max", booked,
                      connection.group.limits.max_buffered_bytes)
         return -1
-    if not has_room(connection, capacity - stream.message_capacity):
+    if not has_room(connection, claimed - stream.message_booked):
         refuse_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"The server holds as many bytes of messages as it may; try again later")
         return -1
-    if capacity == 0:
-        return 0
-    grown = <uint8_t *> realloc(stream.message, capacity)
-    if grown == NULL:
-        refuse_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"Out of memory")
-        return -1
-    stream.message, stream.message_capacity = grown, capacity
+    if claimed > stream.message_capacity:
+        capacity = min(max(capacity, max(claimed, <size_t> FIRST_MESSAGE_BYTES)), stream.message_size)
+        grown = grow_buffer(stream.message, stream.message_filled, capacity, stream.message_align)
+        if grown == NULL:
+            refuse_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"Out of memory")
+            return -1
+        stream.message, stream.message_capacity = grown, capacity
+    stream.message_booked = claimed
     connection.partial_bytes = booked
     return 0
 
@@ -181,9 +190,9 @@ cdef int _list_message(Stream *stream) noexcept nogil:
     message.next = NULL
     message.data, message.size = stream.message, stream.message_size
     message.is_compressed = stream.is_message_compressed
-    connection.partial_bytes -= stream.message_capacity
+    connection.partial_bytes -= stream.message_booked
     connection.unread_bytes += message.size + LISTED_MESSAGE_BYTES
-    stream.message, stream.message_capacity = NULL, 0
+    stream.message, stream.message_capacity, stream.message_booked = NULL, 0, 0
     if stream.inbox_tail != NULL:
         stream.inbox_tail.next = message
     else:
@@ -194,7 +203,8 @@ cdef int _list_message(Stream *stream) noexcept nogil:
 
 
 cdef void take_bytes(Stream *stream, const uint8_t *data, size_t size) noexcept nogil:
-    cdef size_t n, capacity
+    cdef size_t n
+    cdef uint8_t *place
     while size:
         if stream.prefix_size < FRAME_PREFIX_BYTES:
             n = FRAME_PREFIX_BYTES - stream.prefix_size
@@ -202,21 +212,19 @@ cdef void take_bytes(Stream *stream, const uint8_t *data, size_t size) noexcept 
                 n = size
             memcpy(stream.prefix + stream.prefix_size, data, n)
             stream.prefix_size += <int> n
-            if stream.prefix_size == FRAME_PREFIX_BYTES and _begin_message(stream) < 0:
+            if stream.prefix_size == FRAME_PREFIX_BYTES and _begin_message(stream, data + n, size - n) < 0:
                 return
         else:
             n = stream.message_size - stream.message_filled
             if n > size:
                 n = size
-            if stream.message_filled + n > stream.message_capacity:
-                capacity = stream.message_capacity * 2
-                if capacity < stream.message_filled + n:
-                    capacity = stream.message_filled + n
-                if capacity > stream.message_size:
-                    capacity = stream.message_size
-                if _reserve_message(stream, capacity) < 0:
-                    return
-            memcpy(stream.message + stream.message_filled, data, n)
+            if (stream.message_filled + n > stream.message_booked
+                    and extend_message(stream, stream.message_filled + n) < 0):
+                return
+            place = stream.message + stream.message_filled
+            if place != data:           # else it was received there
+                memmove(place, data, n)     # they overlap where the frames were not those that had been guessed
+                count_copied(COPY_RECEIVED, n)
             stream.message_filled += n
         data += n
         size -= n
@@ -239,8 +247,8 @@ cdef void end_request(Stream *stream) noexcept nogil:
     elif stream.is_message_compressed:
         make_slow(stream)
     else:
-        connection.partial_bytes -= stream.message_capacity
-        stream.message_capacity = 0
+        connection.partial_bytes -= stream.message_booked
+        stream.message_booked = 0
         stream.is_ready_listed = True
         stream.next_ready = NULL
         if connection.ready_tail != NULL:

@@ -10,14 +10,23 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 
 from aiorch_server._core.h2_ledger cimport Ledger
 from aiorch_server._core.h2_rules cimport Life, LifeRules
+from aiorch_server._core.loans cimport LentList, Loan
 from aiorch_server._core.nghttp2 cimport nghttp2_option, nghttp2_session, nghttp2_session_callbacks
 from aiorch_server._core.timers cimport Timer, TimerHeap
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
 
 
 cdef enum:
     FRAME_PREFIX_BYTES = 5      # in front of each gRPC message
     INLINE_METADATA_BYTES = 256
     INLINE_TEXT_BYTES = 64
+    MIN_LANDING_BYTES = 4096    # less is received as everything else, see h2_landing
+    MAX_OUTLET_PIECES = 160     # two for each DATA frame of a lent array
     LISTED_MESSAGE_BYTES = 64   # what an unread message costs beside its bytes
 
 
@@ -60,6 +69,8 @@ cdef struct Group:
     size_t fast_path_size
     TimerHeap deadlines                 # of streams with grpc-timeout; the driver asks take_due and calls expire_stream
     void (*abandon)(Stream *) noexcept nogil    # must set stream.request to NULL and see to it that it is never used
+    # Where in a message the part begins that a model wants aligned (see wire.find_tensor); NULL: nowhere.
+    size_t (*find_tensor)(const uint8_t *head, size_t size, size_t message_size) noexcept nogil
     int64_t in_flight                   # the driver's count of requests that have not come back
     int64_t now_ns                      # of the driver's round: it sets this before it settles answers
     LifeRules rules
@@ -77,15 +88,25 @@ cdef struct Group:
 
 cdef struct Message:                    # a complete request message of a slow call
     Message *next
-    uint8_t *data                       # owned
+    uint8_t *data                       # a buffer, owned
     size_t size
     bint is_compressed
 
 
 cdef struct Chunk:                      # a framed answer that waits behind the one being sent
     Chunk *next
-    uint8_t *data                       # owned
+    uint8_t *data                       # a buffer, owned
     size_t size
+
+
+# What collect_pieces() fills for one gathering write: runs of the driver's buffer, and lent bytes where they lie.
+cdef struct Outlet:
+    uint8_t *buffer                     # the driver's
+    size_t capacity
+    int n
+    size_t size                         # of all pieces
+    iovec pieces[MAX_OUTLET_PIECES]
+    Loan *loans[MAX_OUTLET_PIECES]      # per piece: one reference, or NULL where it lies in the buffer
 
 
 cdef struct Connection:
@@ -103,16 +124,24 @@ cdef struct Connection:
     Stream *ready_tail
     Stream *event_head
     Stream *event_tail
-    size_t partial_bytes                # allocated for messages under assembly
+    size_t partial_bytes                # booked for messages under assembly
     size_t unread_bytes                 # complete messages of slow calls, not yet taken
     size_t withheld_bytes               # received, but not yet given back to the connection's window
     size_t outbound_bytes               # framed answers not yet collected
     int64_t counted_bytes               # of these three, what is in the group's `held_bytes`
     Life life
+    # the DATA frame that is coming in, for h2_landing
+    int32_t data_stream_id              # 0: none, or one with padding
+    size_t data_left
+    size_t data_frame_bytes             # what such frames usually hold
+    bint data_ends_stream
+    uint32_t landing_round
+    size_t landing_bytes                # how far ahead of the frame at hand it pays to guess
     # while collect() runs: where send_data writes; and what did not fit into the last buffer
     uint8_t *buffer
     size_t buffer_size
     size_t buffer_capacity
+    Outlet *outlet                      # or NULL: everything goes into the buffer
     const uint8_t *pending
     size_t pending_size
 
@@ -144,10 +173,15 @@ cdef struct Stream:
     bint is_message_compressed
     uint8_t prefix[FRAME_PREFIX_BYTES]
     int prefix_size
-    uint8_t *message                    # owned: under assembly, or (fast) complete
+    uint8_t *message                    # a buffer, owned: under assembly, or (fast) complete
     size_t message_size                 # as the prefix says
     size_t message_filled
     size_t message_capacity
+    size_t message_booked               # of the connection's partial_bytes
+    size_t message_align                # which of its bytes is aligned
+    int32_t follower_id                 # the stream whose DATA came after this one's; 0: not known
+    size_t planned_bytes                # of the message, in the landing that is being laid out
+    uint32_t planned_round
     Message *inbox_head                 # slow: complete messages
     Message *inbox_tail
     size_t unconsumed_bytes             # received, but not yet given back to the stream's window
@@ -162,9 +196,13 @@ cdef struct Stream:
     bint is_deferred                    # nghttp2 waits for resume
     bint wants_writable
     int status
-    uint8_t *out                        # owned: the framed message being sent
-    size_t out_size
+    uint8_t *out                        # a buffer, owned: the framed message being sent
+    size_t out_size                     # with what is lent
     size_t out_sent
+    size_t out_own_sent                 # of the buffer's own bytes
+    LentList *lent                      # owned: what comes between the buffer's bytes, or NULL
+    int lent_at                         # the piece that is next
+    size_t lent_sent                    # of that piece
     Chunk *out_head
     Chunk *out_tail
     size_t unsent_bytes

@@ -4,6 +4,8 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
+from aiorch_server._core.buffers cimport drop_buffer
+from aiorch_server._core.loans cimport drop_lent_list
 from aiorch_server._core.nghttp2 cimport nghttp2_session_consume_connection
 from aiorch_server._core.timers cimport clear_timer
 
@@ -102,9 +104,9 @@ cdef void release_stream(Stream *stream) noexcept nogil:
 
 
 cdef void drop_message(Stream *stream) noexcept nogil:
-    stream.connection.partial_bytes -= stream.message_capacity
-    free(stream.message)
-    stream.message, stream.message_capacity = NULL, 0
+    stream.connection.partial_bytes -= stream.message_booked
+    drop_buffer(stream.message)
+    stream.message, stream.message_capacity, stream.message_booked = NULL, 0, 0
 
 
 cdef void drop_inbox(Stream *stream) noexcept nogil:
@@ -121,12 +123,14 @@ cdef void drop_outbound(Stream *stream) noexcept nogil:
     cdef Chunk *chunk
     stream.connection.outbound_bytes -= stream.unsent_bytes
     stream.unsent_bytes = 0
-    free(stream.out)
+    drop_buffer(stream.out)
+    drop_lent_list(stream.lent)
     stream.out, stream.out_size, stream.out_sent = NULL, 0, 0
+    stream.lent = NULL
     while stream.out_head != NULL:
         chunk = stream.out_head
         stream.out_head = chunk.next
-        free(chunk.data)
+        drop_buffer(chunk.data)
         free(chunk)
     stream.out_tail = NULL
 
@@ -186,5 +190,5 @@ cdef void detach_owner(Stream *stream) noexcept nogil:
 
 
 cdef void free_message(Message *message) noexcept nogil:
-    free(message.data)
+    drop_buffer(message.data)
     free(message)

@@ -9,9 +9,9 @@ from collections import deque
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
+from aiorch_server._core.buffers cimport drop_buffer, new_buffer
 from aiorch_server._core.crossing cimport *
 from aiorch_server._core.h2 cimport set_rules
 from aiorch_server._core.h2_ledger cimport ServerLedger
@@ -161,7 +161,7 @@ cdef class IoThread:
         if command == NULL:
             raise MemoryError
         command.code, command.size = code, size
-        command.data = <uint8_t *> malloc(size)
+        command.data = new_buffer(size, 0)
         if command.data == NULL:
             free_command(command)
             raise MemoryError
@@ -313,7 +313,7 @@ cdef class LinkedCall(Call):
     cdef int put_head(self, bytes packed) except -1:
         cdef Command *command = self.new_command(COMMAND_HEAD)
         cdef size_t size = <size_t> PyBytes_GET_SIZE(packed)
-        command.data = <uint8_t *> malloc(size + 1)
+        command.data = new_buffer(size + 1, 0)
         if command.data == NULL:
             free_command(command)
             raise MemoryError
@@ -325,7 +325,7 @@ cdef class LinkedCall(Call):
     cdef int put_frame(self, uint8_t *frame, size_t size) except -1:
         cdef Command *command = new_command(self.link, COMMAND_MESSAGE)
         if command == NULL:
-            free(frame)
+            drop_buffer(frame)
             raise MemoryError
         command.data, command.size = frame, size
         self.written_bytes += size
@@ -339,7 +339,7 @@ cdef class LinkedCall(Call):
         cdef size_t more_size = <size_t> PyBytes_GET_SIZE(packed)
         command.link, command.kind, command.code = link, COMMAND_FINISH, code
         # without memory the code alone has to do
-        command.data, command.more = <uint8_t *> malloc(size + 1), <uint8_t *> malloc(more_size + 1)
+        command.data, command.more = new_buffer(size + 1, 0), new_buffer(more_size + 1, 0)
         if command.data != NULL:
             memcpy(command.data, PyBytes_AS_STRING(text), size)
             command.size = size

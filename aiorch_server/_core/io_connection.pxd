@@ -10,7 +10,7 @@ from aiorch_server._core.transport cimport PortSecurity
 # Takes over the descriptor (not blocking); `security` is NULL for plaintext. -1: no memory, it is closed.
 cdef int open_io_connection(IoState *io, int fd, PortSecurity *security, const sockaddr_storage *peer,
                             socklen_t peer_size, int64_t now) noexcept nogil
-# Reads once and feeds the session; how much depends on what the last reads cost.
+# Reads what is there, but not for ever, and feeds the session: big messages of plaintext straight into their place.
 cdef void receive(IoConnection *connection, int64_t now) noexcept nogil
 # Puts complete messages into their queues; what the router declines becomes a slow call.
 cdef void dispatch_ready(IoConnection *connection) noexcept nogil

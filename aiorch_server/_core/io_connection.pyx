@@ -4,14 +4,17 @@ from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
+from aiorch_server._core.buffers cimport COPY_SENT, count_copied, drop_buffer, new_buffer
 from aiorch_server._core.crossing cimport Link
 from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_ledger cimport has_place
 from aiorch_server._core.h2_life cimport begin_life
+from aiorch_server._core.h2_landing cimport *
 from aiorch_server._core.h2_request cimport make_slow, take_ready
-from aiorch_server._core.h2_stream cimport Limits, Stream
+from aiorch_server._core.h2_stream cimport Limits, Outlet, Stream
+from aiorch_server._core.loans cimport drop_loan
 from aiorch_server._core.io_plane cimport tell_events
 from aiorch_server._core.io_state cimport *
 from aiorch_server._core.request cimport Request, now_ns
@@ -21,6 +24,10 @@ from aiorch_server._core.transport cimport NOTHING_YET, WIRE_SLACK_BYTES, PortSe
 
 cdef extern from "<sys/socket.h>" nogil:
     Py_ssize_t recv(int fd, void *buffer, size_t size, int flags)
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+    Py_ssize_t sendmsg(int fd, const msghdr *message, int flags)
     Py_ssize_t send(int fd, const void *buffer, size_t size, int flags)
     int shutdown(int fd, int how)
     int setsockopt(int fd, int level, int option, const void *value, socklen_t size)
@@ -116,7 +123,7 @@ cdef void destroy_connection(IoConnection *connection) noexcept nogil:
     watch(io, &connection.watched, 0, EPOLL_CTL_DEL)
     shutdown(connection.watched.fd, SHUT_RDWR)
     close(connection.watched.fd)
-    free(connection.unsent)
+    free_unsent(connection)
     if connection.newer != NULL:
         connection.newer.older = connection.older
     else:
@@ -145,33 +152,77 @@ cdef Py_ssize_t receive_sealed(IoConnection *connection) noexcept nogil:
 
 
 cdef void receive(IoConnection *connection, int64_t now) noexcept nogil:
+    cdef Py_ssize_t size = 0
+    cdef size_t total = 0
+    while total < RECEIVE_BYTES:
+        size = receive_landing(connection, now) if connection.transport == NULL else 0
+        if size == 0:
+            if total:
+                return
+            size = receive_linear(connection, now)
+        if size <= 0:
+            return
+        total += <size_t> size
+
+
+cdef Py_ssize_t receive_landing(IoConnection *connection, int64_t now) noexcept nogil:
+    """Reads the messages that are coming in where they belong. 0: there are none; -1: nothing more to read now."""
+    cdef IoState *io = connection.io
+    cdef Landing landing
+    cdef Py_ssize_t size
+    cdef bint is_full
+    if plan_landing(connection.session, &landing, io.receive_buffer + RECEIVE_BYTES, TAIL_BYTES) == 0:
+        return 0
+    size = readv(connection.watched.fd, landing.pieces, landing.n)
+    if size <= 0:
+        end_receiving(connection, size)     # first: it looks at errno
+        clear_landing(&landing)
+        return -1
+    is_full = <size_t> size >= landing.size
+    mark_dirty(connection)
+    if feed_landing(connection.session, &landing, <size_t> size, io.receive_buffer, now) < 0:
+        doom(connection)
+        return -1
+    return size if is_full else -1
+
+
+cdef Py_ssize_t receive_linear(IoConnection *connection, int64_t now) noexcept nogil:
+    """Reads once into the shared buffer. Bytes where a message goes on behind them, else -1: enough for this turn."""
     cdef IoState *io = connection.io
     cdef Py_ssize_t size
+    cdef bint has_more
     if connection.transport == NULL:
         size = recv(connection.watched.fd, io.receive_buffer, connection.read_bytes, 0)
-        if size < 0 and (errno == EAGAIN or errno == EINTR):
-            return
+        has_more = size == <Py_ssize_t> connection.read_bytes
+        if size <= 0:
+            end_receiving(connection, size)
+            return -1
     else:
         size = receive_sealed(connection)
+        has_more = connection.transport.has_more
         if size == NOTHING_YET:
-            resize_reads(connection, connection.transport.has_more, now)
-            return
-    if size < 0:
-        doom(connection)
-        return
+            resize_reads(connection, has_more, now)
+            return -1
+        if size < 0:
+            doom(connection)
+            return -1
+        if size == 0:
+            connection.has_ended = True
+            return -1
     mark_dirty(connection)
-    if size == 0:
-        connection.has_ended = True     # a client that only listens is of no use to HTTP/2
-        return
     if feed(connection.session, io.receive_buffer, <size_t> size, now) < 0:
         doom(connection)
-        return
+        return -1
     if connection.greeting.place:
         connection.greeting_bytes += <size_t> size
         if connection.greeting_bytes >= GREETING_BYTES:
             clear_timer(&io.timers, &connection.greeting)
-    resize_reads(connection, size == <Py_ssize_t> connection.read_bytes if connection.transport == NULL
-                 else connection.transport.has_more, now)
+    if connection.transport == NULL and has_more and awaits_landing(connection.session):
+        # Only what comes before the messages is read here: what is read of them must be copied.
+        connection.read_bytes = FIRST_READ_BYTES
+        return size
+    resize_reads(connection, has_more, now)
+    return -1
 
 
 cdef void resize_reads(IoConnection *connection, bint has_more, int64_t now) noexcept nogil:
@@ -186,54 +237,122 @@ cdef void resize_reads(IoConnection *connection, bint has_more, int64_t now) noe
         connection.read_bytes *= 2
 
 
-cdef Py_ssize_t send_some(IoConnection *connection, const uint8_t *data, size_t size) noexcept nogil:
+cdef void end_receiving(IoConnection *connection, Py_ssize_t result) noexcept nogil:
+    """What a read means that gave nothing."""
+    if result == 0:
+        connection.has_ended = True     # a client that only listens is of no use to HTTP/2
+        mark_dirty(connection)
+    elif errno != EAGAIN and errno != EINTR:
+        doom(connection)
+
+
+cdef Py_ssize_t send_pieces(IoConnection *connection, iovec *pieces, int n) noexcept nogil:
     """Bytes that the socket took, 0 when it is full, -1 when it is broken."""
-    cdef Py_ssize_t taken = send(connection.watched.fd, data, size, MSG_NOSIGNAL)
+    cdef msghdr message
+    cdef Py_ssize_t taken
+    if n == 1:
+        taken = send(connection.watched.fd, pieces[0].iov_base, pieces[0].iov_len, MSG_NOSIGNAL)
+    else:
+        memset(&message, 0, sizeof(message))
+        message.msg_iov, message.msg_iovlen = pieces, <size_t> n
+        taken = sendmsg(connection.watched.fd, &message, MSG_NOSIGNAL)
     if taken >= 0:
         return taken
     return 0 if errno == EAGAIN or errno == EINTR else -1
 
 
-cdef Py_ssize_t collect_wire(IoConnection *connection, const uint8_t **data) noexcept nogil:
-    """The next bytes for the socket, valid until the next call; 0: there are none, -1: broken."""
+cdef Py_ssize_t fill_outlet(IoConnection *connection) noexcept nogil:
+    """What the socket gets next, in the thread's outlet; its size, 0: there is nothing, -1: broken."""
     cdef IoState *io = connection.io
+    cdef Outlet *outlet = &io.outlet
     cdef Transport *transport = connection.transport
     cdef Py_ssize_t size = 0
-    data[0] = io.send_buffer
     if transport == NULL:
-        return collect(connection.session, io.send_buffer, SEND_BYTES)
+        return collect_pieces(connection.session, outlet)
     if transport.is_open:
-        size = collect(connection.session, io.send_buffer, SEND_BYTES)
+        size = collect(connection.session, outlet.buffer, SEND_BYTES)
     if size < 0:
         return -1
-    data[0] = io.wire_buffer
-    return transport.security.seal(transport, io.send_buffer, <size_t> size, io.wire_buffer)
+    size = transport.security.seal(transport, outlet.buffer, <size_t> size, io.wire_buffer)
+    if size > 0:
+        outlet.pieces[0].iov_base, outlet.pieces[0].iov_len = io.wire_buffer, <size_t> size
+        outlet.loans[0] = NULL
+        outlet.n = 1
+    return size
+
+
+cdef void free_unsent(IoConnection *connection) noexcept nogil:
+    cdef Unsent *unsent = connection.unsent
+    connection.unsent = NULL
+    if unsent == NULL:
+        return
+    for i in range(unsent.at, unsent.n):
+        if unsent.loans[i] != NULL:
+            drop_loan(unsent.loans[i])
+    drop_buffer(unsent.copy)
+    free(unsent)
 
 
 cdef int send_unsent(IoConnection *connection) noexcept nogil:
     """What an earlier round left; -1: broken."""
-    cdef Py_ssize_t taken = send_some(
-        connection, connection.unsent + connection.unsent_at, connection.unsent_size - connection.unsent_at)
+    cdef Unsent *unsent = connection.unsent
+    cdef iovec *piece
+    cdef size_t n
+    cdef Py_ssize_t taken = send_pieces(connection, &unsent.pieces[unsent.at], unsent.n - unsent.at)
     if taken < 0:
         return -1
-    connection.unsent_at += <size_t> taken
-    if connection.unsent_at < connection.unsent_size:
+    while taken > 0:
+        piece = &unsent.pieces[unsent.at]
+        n = min(piece.iov_len, <size_t> taken)
+        taken -= <Py_ssize_t> n
+        piece.iov_base, piece.iov_len = <uint8_t *> piece.iov_base + n, piece.iov_len - n
+        if piece.iov_len == 0:
+            if unsent.loans[unsent.at] != NULL:
+                drop_loan(unsent.loans[unsent.at])
+            unsent.at += 1
+    if unsent.at < unsent.n:
         connection.is_write_blocked = True
         return 0
-    free(connection.unsent)
-    connection.unsent = NULL
+    free_unsent(connection)
     clear_timer(&connection.io.timers, &connection.stall)
     return 0
 
 
-cdef int keep_unsent(IoConnection *connection, const uint8_t *data, size_t size) noexcept nogil:
-    """The socket is full: keeps a copy, and expects the client to take it in time. -1: no memory."""
+cdef int keep_unsent(IoConnection *connection, Outlet *outlet, size_t taken) noexcept nogil:
+    """The socket is full: keeps what it did not take, and expects the client to take it in time. -1: no memory."""
     cdef IoState *io = connection.io
-    connection.unsent = <uint8_t *> malloc(size)
-    if connection.unsent == NULL:
+    cdef Unsent *unsent = <Unsent *> malloc(sizeof(Unsent))
+    cdef iovec *piece
+    cdef size_t own_bytes = 0, n
+    if unsent == NULL:
         return -1
-    memcpy(connection.unsent, data, size)
-    connection.unsent_size, connection.unsent_at = size, 0
+    connection.unsent = unsent
+    unsent.at = unsent.n = 0
+    unsent.copy = NULL
+    for i in range(outlet.n):
+        piece = &outlet.pieces[i]
+        n = min(piece.iov_len, taken)
+        taken -= n
+        if piece.iov_len == n:
+            continue
+        unsent.pieces[unsent.n].iov_base = <uint8_t *> piece.iov_base + n
+        unsent.pieces[unsent.n].iov_len = piece.iov_len - n
+        unsent.loans[unsent.n], outlet.loans[i] = outlet.loans[i], NULL
+        if unsent.loans[unsent.n] == NULL:
+            own_bytes += piece.iov_len - n
+        unsent.n += 1
+    if own_bytes:
+        unsent.copy = new_buffer(own_bytes, 0)
+        if unsent.copy == NULL:
+            return -1
+        own_bytes = 0
+        for i in range(unsent.n):
+            piece = &unsent.pieces[i]
+            if unsent.loans[i] == NULL:
+                memcpy(unsent.copy + own_bytes, piece.iov_base, piece.iov_len)
+                piece.iov_base = unsent.copy + own_bytes
+                own_bytes += piece.iov_len
+        count_copied(COPY_SENT, own_bytes)
     connection.is_write_blocked = True
     return set_timer(&io.timers, &connection.stall, now_ns() + io.write_timeout_ns, connection)
 
@@ -241,9 +360,10 @@ cdef int keep_unsent(IoConnection *connection, const uint8_t *data, size_t size)
 cdef int flush(IoConnection *connection) noexcept nogil:
     """Writes what the session has to say, until the socket is full; -1: broken."""
     cdef IoState *io = connection.io
-    cdef const uint8_t *data = NULL
+    cdef Outlet *outlet = &io.outlet
     cdef Py_ssize_t size, taken
     cdef size_t total = 0
+    cdef int result
     if connection.is_write_blocked:
         return 0
     if connection.unsent == NULL:
@@ -251,16 +371,18 @@ cdef int flush(IoConnection *connection) noexcept nogil:
     elif send_unsent(connection) < 0:
         return -1
     while not connection.is_write_blocked:
-        size = collect_wire(connection, &data)
+        size = fill_outlet(connection)
         if size <= 0:
             return <int> size
-        taken = send_some(connection, data, <size_t> size)
-        if taken < 0:
+        taken = send_pieces(connection, outlet.pieces, outlet.n)
+        result = -1 if taken < 0 else 0
+        if 0 <= taken < size:
+            result = keep_unsent(connection, outlet, <size_t> taken)
+        clear_outlet(outlet)
+        if result < 0:
             return -1
-        if taken < size:
-            return keep_unsent(connection, data + taken, <size_t> (size - taken))
         total += <size_t> size
-        if total >= SEND_BYTES_PER_ROUND:
+        if total >= SEND_BYTES_PER_ROUND and connection.unsent == NULL:
             # the next round comes at once, but where the socket is full by chance
             connection.is_write_blocked = True
             return set_timer(&io.timers, &connection.stall, now_ns() + io.write_timeout_ns, connection)

@@ -15,6 +15,7 @@ from aiorch_server._core.io_plane cimport carry_out, post
 from aiorch_server._core.io_state cimport *
 from aiorch_server._core.request cimport Request, abandon_sink, drain_sink, free_request, new_sink, now_ns, release_sink
 from aiorch_server._core.routes cimport begin_round, cancel_request, end_round, release_router, retain_router
+from aiorch_server._core.wire cimport find_tensor
 from aiorch_server._core.timers cimport free_timers, next_due, take_due
 from aiorch_server._core.transport cimport WIRE_SLACK_BYTES, PortSecurity, release_security, retain_security
 
@@ -60,11 +61,15 @@ cdef IoState *new_io(const Limits *limits, const uint8_t *fast_path, size_t fast
     io.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
     io.crossing = new_crossing()
     io.sink = new_sink()
+    if io.sink != NULL:
+        io.sink.takes_loans = True
     io.group = new_group(limits, fast_path, fast_path_size, abandon_request)
-    io.receive_buffer = <uint8_t *> malloc(RECEIVE_BYTES)
-    io.send_buffer = <uint8_t *> malloc(SEND_BYTES)
+    if io.group != NULL:
+        io.group.find_tensor = find_tensor
+    io.receive_buffer = <uint8_t *> malloc(RECEIVE_BYTES + TAIL_BYTES)
+    io.outlet.buffer, io.outlet.capacity = <uint8_t *> malloc(SEND_BYTES), SEND_BYTES
     if (io.epoll_fd < 0 or io.crossing == NULL or io.sink == NULL or io.group == NULL
-            or io.receive_buffer == NULL or io.send_buffer == NULL):
+            or io.receive_buffer == NULL or io.outlet.buffer == NULL):
         free_io(io)
         return NULL
     io.commands_watched.kind, io.commands_watched.fd = WATCHED_COMMANDS, io.crossing.commands_fd
@@ -124,7 +129,7 @@ cdef void free_io(IoState *io) noexcept nogil:
         close(io.epoll_fd)
     free_timers(&io.timers)
     free(io.receive_buffer)
-    free(io.send_buffer)
+    free(io.outlet.buffer)
     free(io.wire_buffer)
     free(io)
 
@@ -187,8 +192,9 @@ cdef void settle(IoState *io) noexcept nogil:
             elif request.response == NULL:
                 fail_stream(stream, STATUS_INTERNAL, NULL, 0)
             else:
-                answer_stream(stream, request.response, request.response_size)
-                request.response = NULL     # it is the stream's now
+                answer_stream(stream, request.response, request.response_size, request.lent)
+                request.response = NULL     # both are the stream's now
+                request.lent = NULL
         free_request(request)
         request = following
 

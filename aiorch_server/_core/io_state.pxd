@@ -6,7 +6,8 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 from aiorch_server._core.crossing cimport Crossing, Event, Link, sockaddr_storage, socklen_t
-from aiorch_server._core.h2_stream cimport Connection, Group
+from aiorch_server._core.h2_stream cimport MAX_OUTLET_PIECES, Connection, Group, Outlet, iovec
+from aiorch_server._core.loans cimport Loan
 from aiorch_server._core.request cimport CompletionSink
 from aiorch_server._core.routes cimport RouteReader, RouterState
 from aiorch_server._core.timers cimport Timer, TimerHeap
@@ -41,6 +42,7 @@ cdef enum WatchedKind:
 
 cdef enum:
     RECEIVE_BYTES = 262144
+    TAIL_BYTES = 16384              # behind the receive buffer: what follows the messages in a landing
     SEND_BYTES = 262144
 
 
@@ -53,6 +55,14 @@ cdef struct Listener:
     Watched watched                 # the descriptor is owned
     PortSecurity *security          # a reference; NULL: plaintext
     Listener *next
+
+
+cdef struct Unsent:
+    int at                          # the first piece that is left
+    int n
+    iovec pieces[MAX_OUTLET_PIECES]
+    Loan *loans[MAX_OUTLET_PIECES]  # one reference each, or NULL
+    uint8_t *copy                   # a buffer, owned: what was not lent
 
 
 cdef struct IoConnection:
@@ -69,9 +79,7 @@ cdef struct IoConnection:
     bint is_write_blocked
     uint32_t interest               # what epoll watches for
     size_t read_bytes               # for the next read: little, where bytes cost much
-    uint8_t *unsent                 # owned: collected and not taken by the socket
-    size_t unsent_size
-    size_t unsent_at
+    Unsent *unsent                  # owned: collected and not taken by the socket
     size_t greeting_bytes           # received while the client preface is awaited
     Timer greeting
     Timer stall
@@ -98,7 +106,7 @@ cdef struct IoState:
     Event *events_tail
     Event idle
     uint8_t *receive_buffer
-    uint8_t *send_buffer
+    Outlet outlet                   # over the send buffer, which it owns
     uint8_t *wire_buffer            # ciphertext that was just received, or is about to be sent; NULL: plaintext only
     int handshakes_left             # in this round
     int64_t greeting_timeout_ns

@@ -2,10 +2,10 @@
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdlib cimport free, malloc
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy
 
+from aiorch_server._core.buffers cimport drop_buffer, new_buffer
 from aiorch_server._core.request cimport (
     CompletionSink,
     Request,
@@ -30,7 +30,7 @@ from aiorch_server._core.scheduler cimport (
     wake,
 )
 from aiorch_server._core.spec cimport bind_request
-from aiorch_server._core.wire cimport SCAN_OK, InferScan, scan_request
+from aiorch_server._core.wire cimport SCAN_OK, InferScan, find_tensor, scan_request
 
 from aiorch_server.errors import InternalError, QueueFull, RequestError, ServerStopping, error_from_code
 
@@ -110,17 +110,17 @@ cdef class Mailbox:
         cdef EnqueueResult result
         if self.loop is None:
             raise ServerStopping("the server is stopping")
-        copy = <uint8_t *> malloc(size + 1)
+        copy = new_buffer(size + 1, find_tensor(<const uint8_t *> PyBytes_AS_STRING(message), size, size))
         if copy == NULL:
             raise MemoryError
         memcpy(copy, PyBytes_AS_STRING(message), size)
         if scan_request(copy, size, &scan) != SCAN_OK:
-            free(copy)
+            drop_buffer(copy)
             raise InternalError("the data plane queued a malformed message")
         request = new_request(copy, size, scheduler.spec.state.n_inputs, scheduler.spec.state.n_key, self.sink,
                               <void *> ticket)
         if request == NULL:
-            free(copy)
+            drop_buffer(copy)
             raise MemoryError
         request.received_ns = now
         request.deadline_ns = deadline_ns

@@ -29,6 +29,7 @@ cdef extern from "<nghttp2/nghttp2.h>" nogil:
         NGHTTP2_FLAG_NONE
         NGHTTP2_FLAG_ACK
         NGHTTP2_FLAG_END_STREAM
+        NGHTTP2_FLAG_PADDED
         NGHTTP2_HCAT_REQUEST
         NGHTTP2_NO_ERROR
         NGHTTP2_INTERNAL_ERROR
@@ -89,9 +90,9 @@ cdef extern from "<nghttp2/nghttp2.h>" nogil:
 
     ctypedef int (*nghttp2_send_data_callback)(
         nghttp2_session *, nghttp2_frame *, const uint8_t *, size_t, nghttp2_data_source *, void *) noexcept nogil
+    ctypedef int (*nghttp2_on_frame_callback)(nghttp2_session *, const nghttp2_frame *, void *) noexcept nogil
     ctypedef int (*nghttp2_on_begin_frame_callback)(
         nghttp2_session *, const nghttp2_frame_hd *, void *) noexcept nogil
-    ctypedef int (*nghttp2_on_frame_callback)(nghttp2_session *, const nghttp2_frame *, void *) noexcept nogil
     ctypedef int (*nghttp2_on_data_chunk_recv_callback)(
         nghttp2_session *, uint8_t, int32_t, const uint8_t *, size_t, void *) noexcept nogil
     ctypedef int (*nghttp2_on_stream_close_callback)(nghttp2_session *, int32_t, uint32_t, void *) noexcept nogil
@@ -101,12 +102,12 @@ cdef extern from "<nghttp2/nghttp2.h>" nogil:
 
     int nghttp2_session_callbacks_new(nghttp2_session_callbacks **)
     void nghttp2_session_callbacks_del(nghttp2_session_callbacks *)
-    void nghttp2_session_callbacks_set_on_begin_frame_callback(
-        nghttp2_session_callbacks *, nghttp2_on_begin_frame_callback)
     void nghttp2_session_callbacks_set_on_begin_headers_callback(nghttp2_session_callbacks *, nghttp2_on_frame_callback)
     void nghttp2_session_callbacks_set_on_header_callback(nghttp2_session_callbacks *, nghttp2_on_header_callback)
     void nghttp2_session_callbacks_set_on_frame_recv_callback(nghttp2_session_callbacks *, nghttp2_on_frame_callback)
     void nghttp2_session_callbacks_set_on_frame_send_callback(nghttp2_session_callbacks *, nghttp2_on_frame_callback)
+    void nghttp2_session_callbacks_set_on_begin_frame_callback(
+        nghttp2_session_callbacks *, nghttp2_on_begin_frame_callback)
     void nghttp2_session_callbacks_set_on_data_chunk_recv_callback(
         nghttp2_session_callbacks *, nghttp2_on_data_chunk_recv_callback)
     void nghttp2_session_callbacks_set_on_stream_close_callback(

@@ -10,6 +10,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from aiorch_server._core.loans cimport LentList
 from aiorch_server._core.wire cimport Slice
 
 
@@ -29,7 +30,7 @@ cdef enum RequestState:
 
 
 cdef struct Request:
-    # the message: malloc'd, owned; all slices point into it
+    # the message: a buffer, owned; all slices point into it
     uint8_t *message
     size_t message_size
     Slice id
@@ -58,10 +59,12 @@ cdef struct Request:
     void (*drop_scheduler)(void *scheduler) noexcept nogil      # ... which this gives back
     RequestState state      # guarded by the scheduler's lock from enqueue on
     bint cancelled          # set by cancel_request while RUNNING: the door drops the answer; see is_cancelled
-    # the answer: response is malloc'd with 5 leading bytes for the gRPC frame header (already written),
-    # response_size counts them. The drainer may steal the pointer by setting it to NULL.
+    # the answer: response is a buffer with 5 leading bytes for the gRPC frame header (already written), response_size
+    # counts them, and the pieces in `lent` that belong between (only where the sink takes loans; else NULL).
+    # The drainer may steal the pointers by setting them to NULL.
     uint8_t *response
     size_t response_size
+    LentList *lent
     int status              # gRPC code; 0: response holds a ModelInferResponse
     char *error             # malloc'd, NUL-terminated UTF-8; NULL if status is 0
     # the way back
@@ -78,6 +81,7 @@ cdef struct CompletionSink:
     Request *tail
     int wake_fd             # owned: closed with the last reference
     bint signalled
+    bint takes_loans        # constant: its owner sends answers piece by piece
     bint is_abandoned       # nobody drains any more: what is settled is freed at once
     int references
 

@@ -4,6 +4,9 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, strlen
 
+from aiorch_server._core.buffers cimport drop_buffer
+from aiorch_server._core.loans cimport drop_lent_list
+
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initial, int flags)
     int EFD_NONBLOCK
@@ -134,8 +137,9 @@ cdef Request *new_request(uint8_t *message, size_t size, int n_inputs, int n_key
 
 
 cdef void free_request(Request *request) noexcept nogil:
-    free(request.message)
-    free(request.response)
+    drop_buffer(request.message)
+    drop_buffer(request.response)
+    drop_lent_list(request.lent)
     free(request.error)
     if request.scheduler != NULL:
         request.drop_scheduler(request.scheduler)
@@ -146,8 +150,9 @@ cdef void free_request(Request *request) noexcept nogil:
 
 cdef void fail_request(Request *request, int status, const char *text) noexcept nogil:
     cdef size_t size = strlen(text)
-    free(request.response)
-    request.response = NULL
+    drop_buffer(request.response)
+    drop_lent_list(request.lent)
+    request.response, request.lent = NULL, NULL
     request.response_size = 0
     request.status = status
     free(request.error)

@@ -50,18 +50,23 @@ cdef enum ScanResult:
 # Reads one serialized ModelInferRequest. `scan` is written from the start; on SCAN_MALFORMED its content is void.
 cdef ScanResult scan_request(const uint8_t *message, size_t size, InferScan *scan) noexcept nogil
 
+# Where in a message the tensor begins that fills most of it, judged by the first `size` bytes; 0: there is none.
+cdef size_t find_tensor(const uint8_t *head, size_t size, size_t message_size) noexcept nogil
+
 # One output of a response. `head` holds the encoded name and datatype fields, which never change for a model.
 cdef struct OutputView:
     Slice head
     int n_dims
     int64_t dims[MAX_DIMS]
     Slice data
+    bint is_lent            # its bytes are not written but left out, before the byte `gap_at` of what is written
+    size_t gap_at
 
 
-# Size of a ModelInferResponse; `head` holds the encoded model_name and model_version fields.
+# Size of a ModelInferResponse with what is lent; `head` holds the encoded model_name and model_version fields.
 cdef size_t response_size(const Slice *head, const Slice *id, const OutputView *outputs, int n) noexcept nogil
-# Writes exactly response_size(...) bytes at `out`.
-cdef void write_response(uint8_t *out, const Slice *head, const Slice *id, const OutputView *outputs,
+# Writes exactly response_size(...) bytes at `out`, less those that are lent; sets each gap_at.
+cdef void write_response(uint8_t *out, const Slice *head, const Slice *id, OutputView *outputs,
                          int n) noexcept nogil
 # True if `data` holds exactly `count` BYTES elements, each with its 4-byte little-endian length.
 cdef bint check_bytes_elements(const uint8_t *data, size_t size, int64_t count) noexcept nogil

@@ -220,6 +220,29 @@ cdef ScanResult scan_request(const uint8_t *message, size_t size, InferScan *sca
     return SCAN_OK
 
 
+cdef size_t find_tensor(const uint8_t *head, size_t size, size_t message_size) noexcept nogil:
+    cdef const uint8_t *at = head
+    cdef const uint8_t *end = head + size
+    cdef uint64_t tag, length = 0
+    while at < end:
+        at = read_varint(at, end, &tag)
+        if at == NULL:
+            return 0
+        if tag & 7 == 0 or tag & 7 == 2:
+            at = read_varint(at, end, &length)
+            if at == NULL:
+                return 0
+        else:
+            return 0
+        if tag & 7 == 2:
+            if tag >> 3 == 7 and length >= message_size // 2:
+                return <size_t> (at - head)
+            if length > <uint64_t> (end - at):
+                return 0
+            at += length
+    return 0
+
+
 cdef inline uint8_t *put_bytes(uint8_t *out, uint8_t tag, const uint8_t *data, size_t size) noexcept nogil:
     out[0] = tag
     out = put_varint(out + 1, size)
@@ -252,9 +275,10 @@ cdef size_t response_size(const Slice *head, const Slice *id, const OutputView *
     return size
 
 
-cdef void write_response(uint8_t *out, const Slice *head, const Slice *id, const OutputView *outputs,
+cdef void write_response(uint8_t *out, const Slice *head, const Slice *id, OutputView *outputs,
                          int n) noexcept nogil:
     cdef const OutputView *output
+    cdef uint8_t *start = out
     memcpy(out, head.data, head.size)
     out += head.size
     if id.size:
@@ -270,7 +294,12 @@ cdef void write_response(uint8_t *out, const Slice *head, const Slice *id, const
         for k in range(output.n_dims):
             out = put_varint(out, <uint64_t> output.dims[k])
     for i in range(n):
-        out = put_bytes(out, 0x32, outputs[i].data.data, outputs[i].data.size)
+        if not outputs[i].is_lent:
+            out = put_bytes(out, 0x32, outputs[i].data.data, outputs[i].data.size)
+            continue
+        out[0] = 0x32
+        out = put_varint(out + 1, outputs[i].data.size)
+        outputs[i].gap_at = <size_t> (out - start)
 
 
 cdef inline bint skip_element(const uint8_t *data, size_t size, size_t *position) noexcept nogil:

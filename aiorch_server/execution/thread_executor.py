@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 from aiorch_server._core import Batch, Scheduler, serve_compiled
@@ -18,7 +18,7 @@ from aiorch_server.backend import Backend, LoadContext, ModelInstance
 from aiorch_server.errors import AiorchError, Code, ModelExecutionError, ModelLoadError
 from aiorch_server.execution.heap import trim_heap
 from aiorch_server.execution.warmup import WarmupSample, warm_up
-from aiorch_server.types import ModelSignature, NumpyArray
+from aiorch_server.types import ModelSignature
 
 logger = logging.getLogger(__name__)
 
@@ -194,23 +194,17 @@ class _InstanceThread(threading.Thread):
 
     def _serve(self, instance: ModelInstance) -> None:
         batch = Batch(self._group.scheduler)
-        advance, execute, compiled = batch.advance, instance.execute, instance.compiled
-        outputs: Mapping[str, NumpyArray] | None = None
+        execute, compiled = instance.execute, instance.compiled
         try:
-            while compiled is not None:
-                reason = serve_compiled(batch, compiled)
-                if reason is None:
-                    return
-                self._settle_failed(instance, batch, self._describe_failure(reason))
             while True:
                 try:
-                    inputs = advance(outputs)
-                    if inputs is None:
-                        return
-                    outputs = execute(inputs)
+                    if compiled is None:
+                        batch.serve(execute)
+                    elif (reason := serve_compiled(batch, compiled)) is not None:
+                        raise self._describe_failure(reason)
+                    return
                 except Exception as error:
                     self._settle_failed(instance, batch, error)
-                    outputs = None
         except BaseException as error:
             # The thread dies (SystemExit in a model's code). Its batch is answered here: where the error is kept, the
             # batch is kept by its traceback, and would leave its members waiting.

@@ -14,6 +14,7 @@ from prometheus_client.registry import CollectorRegistry
 from aiorch_server.frontends.rest.body import Receive, Send, choose_coding, encode_body, find_header
 from aiorch_server.frontends.rest.listener import HttpListener
 from aiorch_server.observability.collector import (
+    CopyCollector,
     DoorCollector,
     DoorLedger,
     MachineCollector,
@@ -46,6 +47,7 @@ class MetricsServer:
         self.registry = CollectorRegistry()
         self.registry.register(ModelCollector(list_models))
         self.registry.register(DoorCollector(list_ledgers))
+        self.registry.register(CopyCollector())
         self.registry.register(MachineCollector())
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)

@@ -16,6 +16,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from aiorch_server import __version__
+from aiorch_server._core import read_copied_bytes
 from aiorch_server.observability.machine import MachineProbe
 from aiorch_server.types import ModelStatistics, PhaseHistogram
 
@@ -67,6 +68,7 @@ _FAILURE = "nv_inference_request_failure"
 _REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 _PENDING = "nv_inference_pending_request_count"
 _PHASES = "aiorch_request_phase_seconds"
+_COPIED = "aiorch_copied_bytes_total"
 
 
 class MeasuredModel(Protocol):
@@ -172,6 +174,15 @@ class DoorCollector(Collector):
             "Messages refused because too many bytes were held",
             sum(ledger.refused_messages for ledger in ledgers),
         )
+
+
+class CopyCollector(Collector):
+    """How many bytes of messages the server itself has copied; what the kernel and models copy is not in it."""
+
+    def collect(self) -> Iterator[Metric]:
+        """One counter by place."""
+        values: dict[Labels, float] = {(("where", where),): size for where, size in read_copied_bytes().items()}
+        yield _family(_COPIED, "Bytes of messages copied in user space by the server", "counter", values)
 
 
 class MachineCollector(Collector):

@@ -11,7 +11,7 @@ from hand_driven import HandDriven, make_spec, message, values_of
 
 from aiorch_server._core import Batch, Mailbox, ModelSpec, Scheduler, decode_response, encode_request
 from aiorch_server.errors import InternalError, ModelExecutionError, QueueFull, RequestError, ServerStopping
-from aiorch_server.types import DataType, ModelSignature, TensorSpec
+from aiorch_server.types import DataType, ModelSignature, NumpyArray, TensorSpec
 
 
 async def test_a_full_queue_refuses_and_loses_nothing(mailbox: Mailbox) -> None:
@@ -247,37 +247,28 @@ def test_bad_settings_are_refused() -> None:
         ModelSpec("m", 1, ModelSignature((TensorSpec("x", DataType.FP32, (1,) * 8),), ()))
 
 
-async def test_advance_settles_takes_and_gathers(mailbox: Mailbox) -> None:
+async def test_serve_answers_until_the_queue_is_empty(mailbox: Mailbox) -> None:
     scheduler = Scheduler(make_spec(1))
-    answers = [mailbox.submit(scheduler, message(value)) for value in (1, 2, 3)]
+    answers = [mailbox.submit(scheduler, message(value)) for value in (1, 2, 3, 4)]
     scheduler.close()
     batch = Batch(scheduler)
-    first = batch.advance()
-    assert first is not None and first["X"][0, 0] == 1
-    with pytest.raises(ModelExecutionError, match="gave no output 'Y'"):
-        batch.advance({})
-    with pytest.raises(TypeError):
-        batch.advance()  # there is a batch to settle
-    second = batch.advance({"Y": first["X"] * 2})
-    assert second is not None and second["X"][0, 0] == 2
+
+    def execute(inputs: dict[str, NumpyArray]) -> dict[str, NumpyArray]:
+        value = inputs["X"][0, 0]
+        if value == 2:
+            raise RuntimeError("spoiled")
+        return {} if value == 3 else {"Y": inputs["X"] * 2}
+
+    with pytest.raises(RuntimeError, match="spoiled"):
+        batch.serve(execute)
     batch.fail(13, "no")
-    third = batch.advance()
-    assert third is not None and batch.advance({"Y": third["X"]}) is None
-    assert batch.advance() is None and scheduler.in_flight == 0
-    assert values_of(await answers[0]) == [2.0] and values_of(await answers[2]) == [3.0]
+    with pytest.raises(ModelExecutionError, match="gave no output 'Y'"):
+        batch.serve(execute)
+    assert batch.members == 1
+    batch.serve(execute)  # what was left unsettled is failed
+    assert scheduler.in_flight == 0
+    assert values_of(await answers[0]) == [2.0] and values_of(await answers[3]) == [8.0]
     with pytest.raises(ModelExecutionError, match=r"^no$"):
         await answers[1]
-
-
-async def test_advance_settles_no_part_of_a_batch(mailbox: Mailbox) -> None:
-    scheduler = Scheduler(make_spec(8))
-    answers = [mailbox.submit(scheduler, message(value)) for value in (1, 2)]
-    scheduler.close()
-    batch = Batch(scheduler)
-    assert batch.advance() is not None and batch.members == 2
-    batch.select(1)
-    with pytest.raises(ValueError, match="one member is selected"):
-        batch.advance({"Y": np.ones((1, 4), np.float32)})
-    batch.select(None)
-    assert batch.advance({"Y": np.full((2, 4), 7, np.float32)}) is None
-    assert [values_of(await answer) for answer in answers] == [[7.0], [7.0]]
+    with pytest.raises(ModelExecutionError, match="unanswered"):
+        await answers[2]

@@ -41,7 +41,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 def measure(repository: Path, *options: str) -> tuple[float, float]:
-    """The interpreter's switch interval in the server, and the median latency of a Python model beside a busy thread."""
+    """The switch interval in the server, and the median latency of a Python model beside a busy thread."""
     seconds = []
     with serve(repository, *options) as server, Client(server.grpc) as client:
         interval = client.infer("busy", {"x": ROW}).outputs["interval"].item()
