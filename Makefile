@@ -10,7 +10,8 @@ PIP := $(PY) -m pip install --disable-pip-version-check
 CORE := $(wildcard aiorch_server/_core/*.pyx aiorch_server/_core/*.pxd aiorch_server/include/*.h \
     backends/aiorch_backends/*/*.pyx backends/aiorch_backends/*/*.h) setup.py
 
-.PHONY: serve test lint compile debug models bench-micro bench-peers bench-memory bench-profile clean
+.PHONY: serve test test-sanitize leak-run fuzz lint compile debug models bench-micro bench-peers bench-memory \
+    bench-profile clean
 
 serve: $(CACHE)/examples $(CACHE)/compiled models
 	$(VENV)/bin/aiorch serve --model-repository $(MODELS) --log-level warning $(SERVE_ARGS)
@@ -25,6 +26,31 @@ test: $(CACHE)/test $(CACHE)/compiled
 	    $(PY) -m pytest tests/$$folder $(TEST_ARGS) || failed="$$failed $$folder"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "== failed:$$failed"; exit 1; fi
+
+# docs/safety.md says what these three find. SANITIZE=address (ASan, UBSan, leaks) or thread (ThreadSanitizer).
+# Left out: tests/meta (nothing compiled runs there); what measures the process's own memory (a sanitizer keeps freed
+# memory aside) or its speed; grpcio's door, which is not ours. ThreadSanitizer sees our threads and their queues: of the
+# doors' tests those that run them, without the frameworks, which bring threads of their own that it cannot see into.
+SANITIZE ?= address
+SANITIZED_address := tests/core tests/contract tests/unit tests/chaos tests/integration
+SANITIZED_thread := tests/core/test_scheduler.py tests/core/test_cancel.py tests/contract/door tests/chaos
+SKIPPED := --deselect tests/core/test_leaks.py --deselect tests/core/test_h2_leaks.py \
+    --deselect tests/contract/door/test_door_threads.py::test_a_busy_interpreter
+
+test-sanitize: $(CACHE)/test
+	$(PY) tests/sanitize/run.py $(SANITIZE) --results tests/sanitize/results.json $(SANITIZED_$(SANITIZE)) \
+	    -- -k "not grpcio" $(SKIPPED) $(TEST_ARGS)
+
+# mixed traffic for so long; memory, descriptors, threads and objects must come back
+SECONDS ?= 120
+leak-run: $(CACHE)/test $(CACHE)/compiled
+	$(PY) tests/core/leaks/traffic.py --seconds $(SECONDS) --results tests/core/leaks/results.json
+
+# each target for so long; FUZZ_TARGETS="session scan", see tests/fuzz/README.md
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= session,frames,scan,text,batch,protobuf,response
+fuzz: $(CACHE)/test $(CACHE)/clang
+	$(PY) tests/fuzz/run.py --seconds $(FUZZ_SECONDS) --targets "$(FUZZ_TARGETS)" --results tests/fuzz/results.json
 
 lint: $(CACHE)/test
 	$(VENV)/bin/ruff check .
@@ -92,6 +118,12 @@ $(CACHE)/test: pyproject.toml setup.py $(CACHE)/base
 	    || deploy/install-packages prometheus nghttp2-client curl
 	@command -v node >/dev/null && command -v npm >/dev/null || deploy/install-packages nodejs npm
 	@touch $@ $(CACHE)/examples $(CACHE)/compiled
+
+$(CACHE)/clang: | $(CACHE)/system
+	@command -v clang >/dev/null || deploy/install-packages clang llvm
+	@ls "$$(clang -print-resource-dir)"/lib/linux/libclang_rt.fuzzer_no_main-*.a >/dev/null 2>&1 \
+	    || deploy/install-packages "libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev"
+	@touch $@
 
 $(CACHE)/compiled: $(CORE) $(CACHE)/base
 	@echo "== compiling the core"

@@ -1,6 +1,7 @@
 """Extensions, compiler directives, the package map and two switches; all metadata is in pyproject.toml.
 
-``AIORCH_DEBUG=1`` turns on invariant checks and annotated HTML, ``AIORCH_SANITIZE=1`` builds with ASan and UBSan.
+``AIORCH_DEBUG=1`` turns on invariant checks and annotated HTML; ``AIORCH_SANITIZE=address``, ``thread`` or ``fuzzer``
+builds for the tools that ``make test-sanitize`` and ``make fuzz`` run (the last needs ``CC=clang``).
 Libraries are found by pkg-config. Without libnghttp2 (>= 1.52) the HTTP/2 modules are left out; the server then offers
 only its ``--transport grpcio`` door and says so. Without OpenSSL (>= 3.0) the I/O threads have no TLS: the event loop
 carries it.
@@ -23,7 +24,16 @@ BACKENDS = Path("backends")
 NEEDS_NGHTTP2 = SESSIONS | {"call", "aio_call", "aio", "crossing", "io_plane", "io_connection", "io_loop", "io"}
 NEEDS_OPENSSL = {"tls"}
 DEBUG = os.environ.get("AIORCH_DEBUG", "") not in ("", "0")
-SANITIZE = os.environ.get("AIORCH_SANITIZE", "") not in ("", "0")
+SANITIZERS = {
+    "": [],
+    "address": ["-fsanitize=address,undefined"],
+    "thread": ["-fsanitize=thread"],
+    # Cython's own code adds nothing to NULL, which clang tells
+    "fuzzer": ["-fsanitize=fuzzer-no-link,address,undefined", "-fno-sanitize=pointer-overflow"],
+}
+SANITIZE = SANITIZERS.get(os.environ.get("AIORCH_SANITIZE", ""))
+if SANITIZE is None:
+    sys.exit(f"AIORCH_SANITIZE must be one of {', '.join(filter(None, SANITIZERS))}, or nothing")
 
 DIRECTIVES = {
     "language_level": 3,
@@ -61,8 +71,9 @@ def list_extensions() -> list[Extension]:
     compile_args += ["-std=gnu11", "-Wno-unused-function", "-fvisibility=hidden"]
     link_args: list[str] = []
     if SANITIZE:
-        compile_args += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
-        link_args += ["-fsanitize=address,undefined"]
+        # signed overflow is an error of ours, even where Python's own flags let it wrap
+        compile_args += [*SANITIZE, "-fno-omit-frame-pointer", "-fno-wrapv", "-fno-sanitize-recover=undefined"]
+        link_args += SANITIZE
     extensions = []
     for source in [*sorted(CORE.glob("*.pyx")), *sorted(BACKENDS.glob("aiorch_backends/*/*.pyx"))]:
         name = source.relative_to(BACKENDS) if source.is_relative_to(BACKENDS) else source

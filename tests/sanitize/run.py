@@ -1,0 +1,172 @@
+"""Runs tests on a core built with sanitizers, and judges what these report.
+
+    run.py address|thread [--results FILE] FOLDER-OR-FILE... [-- PYTEST-ARGUMENT...]
+
+Each path is run by a pytest of its own. Exit status 1 if a test fails, a sanitizer reports anything about the core, or
+faults that are planted first go unnoticed. What counts as the core's: an error anywhere (it ends the process), a leak
+that the core or libnghttp2 has allocated and nothing points to, a race with the core on either side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from instrumented import build, find_library, make_python_path  # noqa: E402
+
+LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
+PLANTED = {"address": ["leak", "overflow", "undefined"], "thread": ["race"]}
+CORE = re.compile(r"/_core/[\w.-]+\.so|libnghttp2\.so")
+#: Allocated by whom: the frame under malloc, or, inside of libnghttp2, its own.
+ALLOCATOR = re.compile(r"#[12] .*(/_core/[\w.-]+\.so|libnghttp2\.so)")
+
+
+def make_environment(kind: str, place: Path, logs: Path) -> dict[str, str]:
+    common = f"log_path={logs}/{kind}:exitcode=86:stack_trace_format='    #%n %p in %f %S (%m)'"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": make_python_path(place, HERE / "at_exit"),
+        "PYTHONSAFEPATH": "1",  # the normal build lies in the current folder
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    # C++ libraries that come later throw through the sanitizer's wrapper, which looks for the real one at the start
+    environment["LD_PRELOAD"] = f"{find_library(LIBRARIES[kind])} {find_library('libstdc++.so')}"
+    if kind == "address":
+        # Python's own pools hide overflows between its objects, and what only they point to
+        environment["PYTHONMALLOC"] = "malloc"
+        environment["ASAN_OPTIONS"] = f"{common}:leak_check_at_exit=0:malloc_context_size=6:quarantine_size_mb=64"
+        environment["LSAN_OPTIONS"] = "use_unaligned=1"
+        environment["UBSAN_OPTIONS"] = "halt_on_error=1:print_stacktrace=1:exitcode=86"
+        environment["AIORCH_UNDEFINED_LOG"] = f"{logs}/undefined"
+    else:
+        suppressions = HERE / "thread.supp"
+        environment["TSAN_OPTIONS"] = (
+            f"{common}:suppressions={suppressions}:ignore_noninstrumented_modules=1:history_size=4:report_signal_unsafe=0:die_after_fork=0"
+        )
+    return environment
+
+
+def make_prefix(kind: str) -> list[str]:
+    """ThreadSanitizer wants addresses where it expects them: not all kernels agree by themselves."""
+    prefix = ["setarch", "-R"]
+    if kind == "thread" and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+        return prefix
+    return []
+
+
+def split_reports(text: str) -> list[str]:
+    """One text for each finding of the reports in a log."""
+    marks = (
+        r"(?m)^(?=(?:Direct|Indirect) leak of |=+\d+=+ERROR: |WARNING: ThreadSanitizer|.*: runtime error: |SUMMARY: )"
+    )
+    return [part for part in re.split(marks, text) if part.strip()]
+
+
+def read_findings(logs: Path) -> list[str]:
+    """What the sanitizers say against the core."""
+    found = []
+    for log in sorted(logs.iterdir()):
+        for report in split_reports(log.read_text(errors="replace")):
+            if report.startswith("Direct leak"):
+                is_ours = ALLOCATOR.search(report) is not None
+            elif "WARNING: ThreadSanitizer" in report:
+                is_ours = CORE.search(report) is not None
+            else:
+                is_ours = "runtime error: " in report or (
+                    "ERROR: AddressSanitizer" in report or "ERROR: ThreadSanitizer" in report
+                )
+            if is_ours:
+                found.append(f"{log.name}:\n{report.strip()}")
+    return found
+
+
+def find_planted(kind: str, place: Path) -> list[str]:
+    """The planted faults that went unnoticed."""
+    missed = []
+    flags = {"address": "address,undefined", "thread": "thread"}[kind]
+    with tempfile.TemporaryDirectory() as scratch:
+        library = Path(scratch) / "_core" / "planted.so"
+        library.parent.mkdir()
+        source = str(HERE / "planted.c")
+        command = ["gcc", "-g", "-O1", "-shared", "-fPIC", f"-fsanitize={flags}", "-fno-sanitize-recover=undefined"]
+        subprocess.run([*command, source, "-o", str(library)], check=True)
+        for fault in PLANTED[kind]:
+            logs = Path(scratch) / fault
+            logs.mkdir()
+            code = f"import ctypes; ctypes.CDLL({str(library)!r}).{fault}(1)"
+            environment = make_environment(kind, place, logs)
+            subprocess.run([*make_prefix(kind), sys.executable, "-c", code], env=environment, capture_output=True)
+            if not read_findings(logs):
+                missed.append(fault)
+    return missed
+
+
+def run(kind: str, place: Path, logs: Path, paths: list[str], arguments: list[str]) -> list[dict[str, object]]:
+    """One pytest for each path; gives what came of them."""
+    rows: list[dict[str, object]] = []
+    for path in paths:
+        print(f"== {path}", flush=True)
+        started = time.monotonic()
+        command = [sys.executable, "-m", "pytest", path, "-q", "-p", "no:cacheprovider", *arguments]
+        done = subprocess.run(
+            [*make_prefix(kind), *command],
+            cwd=ROOT,
+            env=make_environment(kind, place, logs),
+            capture_output=True,
+            text=True,
+        )
+        print(done.stdout[-300:] if done.returncode == 0 else done.stdout[-8000:] + done.stderr[-2000:], flush=True)
+        last = (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
+        rows.append({"path": path, "exit": done.returncode, "tests": last, "s": round(time.monotonic() - started)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=LIBRARIES)
+    parser.add_argument("paths", nargs="+")
+    parser.add_argument("--results", type=Path)
+    own, arguments = sys.argv[1:], []
+    if "--" in own:
+        own, arguments = own[: own.index("--")], own[own.index("--") + 1 :]
+    given = parser.parse_args(own)
+    place = build(given.kind)
+    missed = find_planted(given.kind, place)
+    if missed:
+        sys.exit(f"the sanitizers do not work here: planted and not found: {', '.join(missed)}")
+    print(f"== planted and found: {', '.join(PLANTED[given.kind])}", flush=True)
+    logs = ROOT / ".cache" / "sanitize" / given.kind
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    rows = run(given.kind, place, logs, given.paths, arguments)
+    findings = read_findings(logs)
+    for finding in findings:
+        print(f"\n{finding}")
+    failed = [row["path"] for row in rows if row["exit"] != 0]
+    print(
+        f"\n== {given.kind}: {len(findings)} findings in the core, {len(failed)} of {len(rows)} runs failed: {failed}"
+    )
+    if given.results:
+        results = json.loads(given.results.read_text()) if given.results.exists() else {}
+        today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+        results[given.kind] = {"date": today, "runs": rows, "findings": len(findings)}
+        given.results.parent.mkdir(parents=True, exist_ok=True)
+        given.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    sys.exit(1 if findings or failed else 0)
+
+
+if __name__ == "__main__":
+    main()
