@@ -79,9 +79,9 @@ cdef ScanResult scan_tensor(Slice content, TensorView *tensor, bint *is_plain) n
         at = read_field(at, end, &number, &kind, &value, &field)
         if at == NULL:
             return SCAN_MALFORMED
-        if number == 1 and kind == 2:
+        if number == 1 and kind == 2 and tensor.name.data == NULL:
             tensor.name = field
-        elif number == 2 and kind == 2:
+        elif number == 2 and kind == 2 and tensor.datatype.data == NULL:
             tensor.datatype = field
         elif number == 3 and kind == 2:
             inner, inner_end = field.data, field.data + field.size
@@ -124,18 +124,19 @@ cdef ScanResult scan_parameter(Slice content, InferScan *scan) noexcept nogil:
         at = read_field(at, end, &number, &kind, &value, &field)
         if at == NULL:
             return SCAN_MALFORMED
-        if number == 1 and kind == 2:
+        if number == 1 and kind == 2 and key.data == NULL:
             key = field
         elif number == 2 and kind == 2:
             inner = field
-            choice = 0
             while inner.size:
                 end_of = read_field(inner.data, inner.data + inner.size, &number, &kind, &value, &field)
                 if end_of == NULL:
                     return SCAN_MALFORMED
                 inner.size -= end_of - inner.data
                 inner.data = end_of
-                choice = number if kind == 0 else 0
+                if choice or kind != 0:
+                    scan.is_plain = False
+                choice = number
                 number_value = value
         else:
             scan.is_plain = False
@@ -157,6 +158,7 @@ cdef ScanResult scan_request(const uint8_t *message, size_t size, InferScan *sca
     cdef const uint8_t *inner
     cdef uint32_t number = 0, kind = 0
     cdef uint64_t value = 0
+    cdef Slice *text
     cdef Slice field
     field.data = NULL
     field.size = 0
@@ -172,14 +174,12 @@ cdef ScanResult scan_request(const uint8_t *message, size_t size, InferScan *sca
             return SCAN_MALFORMED
         if kind != 2:
             scan.is_plain = False
-        elif number == 1:
-            scan.model_name = field
-        elif number == 2:
-            scan.model_version = field
-        elif number == 3:
-            scan.id = field
-            if not is_ascii(&field):    # must be valid UTF-8 to be echoed: protobuf decides
+        elif number <= 3:
+            text = &scan.model_name if number == 1 else &scan.model_version if number == 2 else &scan.id
+            # of a text that comes twice protobuf takes the last, and looks at each; an id must be UTF-8 to be echoed
+            if text.data != NULL or (number == 3 and not is_ascii(&field)):
                 scan.is_plain = False
+            text[0] = field
         elif number == 4:
             if scan_parameter(field, scan) != SCAN_OK:
                 return SCAN_MALFORMED
@@ -198,6 +198,8 @@ cdef ScanResult scan_request(const uint8_t *message, size_t size, InferScan *sca
             scan.outputs[scan.n_outputs].size = 0
             inner = field.data
             while inner < field.data + field.size:
+                if scan.outputs[scan.n_outputs].data != NULL:
+                    scan.is_plain = False
                 inner = read_field(inner, field.data + field.size, &number, &kind, &value,
                                    &scan.outputs[scan.n_outputs])
                 if inner == NULL:

@@ -172,3 +172,21 @@ def test_damaged_responses_are_refused() -> None:
         decode_response(b"\x0a\x05a")
     with pytest.raises(ValueError, match="1 outputs holds 0 raw"):
         decode_response(pb.ModelInferResponse(outputs=[pb.ModelInferResponse.InferOutputTensor()]).SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        b"\x0a\x01\xff\x0a\x01m",
+        b"\x12\x01\xff\x12\x011",
+        b"\x1a\x01a\x1a\x01b",
+        b"\x2a\x06\x0a\x01\xff\x0a\x01x\x3a\x00",
+        b"\x2a\x06\x12\x01\xff\x12\x01x\x3a\x00",
+        b"\x32\x06\x0a\x01\xff\x0a\x01y",
+        b"\x22\x11\x0a\x01\xff\x0a\x08priority\x12\x02\x10\x01",
+        b"\x22\x11\x0a\x08priority\x12\x05\x1a\x01\xff\x10\x01",
+    ],
+)
+def test_texts_that_come_twice_are_for_protobuf(twice: bytes) -> None:
+    """It takes the last, but refuses the whole for the first if that is no UTF-8."""
+    assert not scan(twice)["is_plain"]
