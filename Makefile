@@ -28,29 +28,34 @@ test: $(CACHE)/test $(CACHE)/compiled
 	if [ -n "$$failed" ]; then echo "== failed:$$failed"; exit 1; fi
 
 # docs/safety.md says what these three find. SANITIZE=address (ASan, UBSan, leaks) or thread (ThreadSanitizer).
-# Left out: tests/meta (nothing compiled runs there); what measures the process's own memory (a sanitizer keeps freed
-# memory aside) or its speed; grpcio's door, which is not ours. ThreadSanitizer sees our threads and their queues: of the
-# doors' tests those that run them, without the frameworks, which bring threads of their own that it cannot see into.
+# Left out: tests/meta (nothing compiled runs there); what measures the process's own memory or speed (a sanitizer keeps
+# freed memory aside, and takes its time); grpcio's door, which is not ours; curl, which hangs with a sanitizer loaded
+# before it. ThreadSanitizer is for our threads and their queues: it runs the tests that have them, and no framework,
+# because those bring threads of their own that it cannot see into.
 SANITIZE ?= address
 SANITIZED_address := tests/core tests/contract tests/unit tests/chaos tests/integration
 SANITIZED_thread := tests/core/test_scheduler.py tests/core/test_cancel.py tests/contract/door tests/chaos
 SKIPPED := --deselect tests/core/test_leaks.py --deselect tests/core/test_h2_leaks.py \
-    --deselect tests/contract/door/test_door_threads.py::test_a_busy_interpreter
+    --deselect tests/contract/door/test_door_threads.py::test_a_busy_interpreter \
+    --deselect tests/integration/test_cli_serve.py::test_the_lines_to_paste_work
 
 test-sanitize: $(CACHE)/test
 	$(PY) tests/sanitize/run.py $(SANITIZE) --results tests/sanitize/results.json $(SANITIZED_$(SANITIZE)) \
 	    -- -k "not grpcio" $(SKIPPED) $(TEST_ARGS)
+	$(PY) tests/sanitize/report.py
 
 # mixed traffic for so long; memory, descriptors, threads and objects must come back
 SECONDS ?= 120
 leak-run: $(CACHE)/test $(CACHE)/compiled
 	$(PY) tests/core/leaks/traffic.py --seconds $(SECONDS) --results tests/core/leaks/results.json
+	$(PY) tests/sanitize/report.py
 
 # each target for so long; FUZZ_TARGETS="session scan", see tests/fuzz/README.md
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= session,frames,scan,text,batch,protobuf,response
 fuzz: $(CACHE)/test $(CACHE)/clang
 	$(PY) tests/fuzz/run.py --seconds $(FUZZ_SECONDS) --targets "$(FUZZ_TARGETS)" --results tests/fuzz/results.json
+	$(PY) tests/sanitize/report.py
 
 lint: $(CACHE)/test
 	$(VENV)/bin/ruff check .

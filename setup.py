@@ -26,6 +26,7 @@ NEEDS_OPENSSL = {"tls"}
 DEBUG = os.environ.get("AIORCH_DEBUG", "") not in ("", "0")
 SANITIZERS = {
     "": [],
+    "1": ["-fsanitize=address,undefined"],
     "address": ["-fsanitize=address,undefined"],
     "thread": ["-fsanitize=thread"],
     # Cython's own code adds nothing to NULL, which clang tells

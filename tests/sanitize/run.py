@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -35,7 +36,7 @@ ALLOCATOR = re.compile(r"#[12] .*(/_core/[\w.-]+\.so|libnghttp2\.so)")
 
 
 def make_environment(kind: str, place: Path, logs: Path) -> dict[str, str]:
-    common = f"log_path={logs}/{kind}:exitcode=86:stack_trace_format='    #%n %p in %f %S (%m)'"
+    common = f"log_path={logs}/{kind}:stack_trace_format='    #%n %p in %f %S (%m)'"
     environment = {
         **os.environ,
         "PYTHONPATH": make_python_path(place, HERE / "at_exit"),
@@ -47,14 +48,17 @@ def make_environment(kind: str, place: Path, logs: Path) -> dict[str, str]:
     if kind == "address":
         # Python's own pools hide overflows between its objects, and what only they point to
         environment["PYTHONMALLOC"] = "malloc"
-        environment["ASAN_OPTIONS"] = f"{common}:leak_check_at_exit=0:malloc_context_size=6:quarantine_size_mb=64"
+        # libraries leak at their ease, and their process ends well: what is ours is told apart in the logs
+        environment["ASAN_OPTIONS"] = (
+            f"{common}:exitcode=0:abort_on_error=1:leak_check_at_exit=0:malloc_context_size=6:quarantine_size_mb=64"
+        )
         environment["LSAN_OPTIONS"] = "use_unaligned=1"
         environment["UBSAN_OPTIONS"] = "halt_on_error=1:print_stacktrace=1:exitcode=86"
         environment["AIORCH_UNDEFINED_LOG"] = f"{logs}/undefined"
     else:
-        suppressions = HERE / "thread.supp"
         environment["TSAN_OPTIONS"] = (
-            f"{common}:suppressions={suppressions}:ignore_noninstrumented_modules=1:history_size=4:report_signal_unsafe=0:die_after_fork=0"
+            f"{common}:exitcode=86:ignore_noninstrumented_modules=1:history_size=4"
+            ":report_signal_unsafe=0:die_after_fork=0"
         )
     return environment
 
@@ -114,24 +118,26 @@ def find_planted(kind: str, place: Path) -> list[str]:
     return missed
 
 
-def run(kind: str, place: Path, logs: Path, paths: list[str], arguments: list[str]) -> list[dict[str, object]]:
-    """One pytest for each path; gives what came of them."""
-    rows: list[dict[str, object]] = []
-    for path in paths:
-        print(f"== {path}", flush=True)
-        started = time.monotonic()
-        command = [sys.executable, "-m", "pytest", path, "-q", "-p", "no:cacheprovider", *arguments]
-        done = subprocess.run(
-            [*make_prefix(kind), *command],
-            cwd=ROOT,
-            env=make_environment(kind, place, logs),
-            capture_output=True,
-            text=True,
-        )
-        print(done.stdout[-300:] if done.returncode == 0 else done.stdout[-8000:] + done.stderr[-2000:], flush=True)
-        last = (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
-        rows.append({"path": path, "exit": done.returncode, "tests": last, "s": round(time.monotonic() - started)})
-    return rows
+def run(kind: str, place: Path, logs: Path, path: str, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """One pytest for the path; what came of it, and what the sanitizers found."""
+    print(f"== {path}", flush=True)
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    started = time.monotonic()
+    command = [*make_prefix(kind), sys.executable, "-m", "pytest", path, "-q", "-p", "no:cacheprovider", *arguments]
+    environment = make_environment(kind, place, logs)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(done.stdout[-300:] if done.returncode == 0 else done.stdout[-8000:] + done.stderr[-2000:], flush=True)
+    findings = read_findings(logs)
+    for finding in findings:
+        print(f"\n{finding}")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "exit": done.returncode,
+        "findings": len(findings),
+        "seconds": round(time.monotonic() - started),
+        "tests": (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= "),
+    }, findings
 
 
 def main() -> None:
@@ -148,24 +154,18 @@ def main() -> None:
     if missed:
         sys.exit(f"the sanitizers do not work here: planted and not found: {', '.join(missed)}")
     print(f"== planted and found: {', '.join(PLANTED[given.kind])}", flush=True)
-    logs = ROOT / ".cache" / "sanitize" / given.kind
-    shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir(parents=True)
-    rows = run(given.kind, place, logs, given.paths, arguments)
-    findings = read_findings(logs)
-    for finding in findings:
-        print(f"\n{finding}")
-    failed = [row["path"] for row in rows if row["exit"] != 0]
-    print(
-        f"\n== {given.kind}: {len(findings)} findings in the core, {len(failed)} of {len(rows)} runs failed: {failed}"
-    )
+    rows, n_findings = {}, 0
+    for path in given.paths:
+        logs = ROOT / ".cache" / "sanitize" / given.kind / path.replace("/", "-")
+        rows[path], findings = run(given.kind, place, logs, path, arguments)
+        n_findings += len(findings)
+    failed = [path for path, row in rows.items() if row["exit"] != 0]
+    print(f"\n== {given.kind}: {n_findings} findings in the core, {len(failed)} of {len(rows)} runs failed: {failed}")
     if given.results:
         results = json.loads(given.results.read_text()) if given.results.exists() else {}
-        today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-        results[given.kind] = {"date": today, "runs": rows, "findings": len(findings)}
-        given.results.parent.mkdir(parents=True, exist_ok=True)
+        results.setdefault(given.kind, {}).update(rows)
         given.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    sys.exit(1 if findings or failed else 0)
+    sys.exit(1 if n_findings or failed else 0)
 
 
 if __name__ == "__main__":

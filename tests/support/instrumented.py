@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -20,6 +21,14 @@ def build(kind: str, *, compiler: str = "gcc", flags: str = "") -> Path:
     ``kind`` is a value of ``AIORCH_SANITIZE``, ``flags`` are more for the compiler. CalledProcessError if it fails.
     """
     place = ROOT / ".cache" / "instrumented" / kind
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one build at a time
+        _build(place, kind, compiler, flags)
+    return place
+
+
+def _build(place: Path, kind: str, compiler: str, flags: str) -> None:
     wanted = [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")]
     for package in PACKAGES:
         wanted += [path for path in (ROOT / package).rglob("*") if path.suffix in SOURCES and path.is_file()]
@@ -29,7 +38,7 @@ def build(kind: str, *, compiler: str = "gcc", flags: str = "") -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.name == "setup.py":  # other flags: all of it anew
                 for compiled in place.rglob("*.so"):
-                    compiled.unlink()
+                    compiled.unlink(missing_ok=True)
             shutil.copyfile(source, target)  # with the time of now: what is older than its build is not compiled
     for old in [path for package in PACKAGES for path in (place / package).rglob("*") if path.suffix in SOURCES]:
         if old not in targets:  # a module that is no more
@@ -39,7 +48,6 @@ def build(kind: str, *, compiler: str = "gcc", flags: str = "") -> Path:
     environment |= {"LDSHARED": f"{compiler} -shared", "CFLAGS": flags}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=place, env=environment, check=True)
-    return place
 
 
 def find_library(name: str, *, compiler: str = "gcc") -> str:
