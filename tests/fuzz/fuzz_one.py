@@ -16,7 +16,7 @@ def main() -> None:
     fuzzer = ctypes.CDLL(sys.argv[1])
     name = sys.argv[2]
     address = importlib.import_module(MODULES[name]).TARGETS[name]
-    arguments = [name, *sys.argv[3:]]
+    arguments = sys.argv[3:]
     argv = (ctypes.c_char_p * (len(arguments) + 1))(*(argument.encode() for argument in arguments), None)
     argc = ctypes.c_int(len(arguments))
     pointer = ctypes.cast(argv, ctypes.POINTER(ctypes.c_char_p))

@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ SETTINGS = {
 #: These run Python, which keeps what it allocates: a look for leaks after each input would take most of the time.
 WITH_PYTHON = {"batch", "protobuf", "response"}
 #: What the committed corpus may take, of one target.
-CORPUS_BYTES = 26_000
+CORPUS_BYTES, CORPUS_FILES = 26_000, 100
 
 
 def find_clang() -> str:
@@ -88,7 +89,13 @@ def prepare() -> tuple[dict[str, str], Path]:
 
 
 def make_command(library: Path, target: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(HERE / "fuzz_one.py"), str(library), target, *arguments]
+    """libFuzzer starts itself again for some of its tasks, by the name that it was called: so there is a script."""
+    script = CACHE / "start" / target
+    script.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, str(HERE / "fuzz_one.py"), str(library), target, str(script)]
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    script.chmod(0o755)
+    return [str(script), *arguments]
 
 
 def read_number(text: str, pattern: str) -> int:
@@ -149,7 +156,8 @@ def minimise(target: str, environment: dict[str, str], library: Path) -> None:
             path.unlink()
     room = CORPUS_BYTES - sum(path.stat().st_size for path in kept)
     held = {path.read_bytes() for path in kept}
-    for path in sorted(scratch.iterdir(), key=lambda path: (path.stat().st_size, path.name)):
+    found = sorted(scratch.iterdir(), key=lambda path: (path.stat().st_size, path.name))
+    for path in found[:: len(found) // CORPUS_FILES + 1]:  # of all sizes
         content = path.read_bytes()
         if content not in held and len(content) <= room:
             shutil.copyfile(path, CORPUS / target / path.name[:16])
