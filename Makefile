@@ -30,11 +30,11 @@ test: $(CACHE)/test $(CACHE)/compiled
 # docs/safety.md says what these three find. SANITIZE=address (ASan, UBSan, leaks) or thread (ThreadSanitizer).
 # Left out: tests/meta (nothing compiled runs there); what measures the process's own memory or speed (a sanitizer keeps
 # freed memory aside, and takes its time); grpcio's door, which is not ours; curl, which hangs with a sanitizer loaded
-# before it. ThreadSanitizer is for our threads and their queues: it runs the tests that have them, and no framework,
-# because those bring threads of their own that it cannot see into.
+# before it. ThreadSanitizer is for our threads and their queues: it runs the tests that have them, and neither
+# frameworks nor processes of clients, because those have threads of their own that it cannot see into.
 SANITIZE ?= address
 SANITIZED_address := tests/core tests/contract tests/unit tests/chaos tests/integration
-SANITIZED_thread := tests/core/test_scheduler.py tests/core/test_cancel.py tests/contract/door tests/chaos
+SANITIZED_thread := tests/core/test_scheduler.py tests/core/test_cancel.py tests/contract/door
 SKIPPED := --deselect tests/core/test_leaks.py --deselect tests/core/test_h2_leaks.py \
     --deselect tests/contract/door/test_door_threads.py::test_a_busy_interpreter \
     --deselect tests/integration/test_cli_serve.py::test_the_lines_to_paste_work

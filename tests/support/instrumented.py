@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("aiorch_server", "backends", "clients", "proto")
-SOURCES = (".py", ".pyi", ".pyx", ".pxd", ".typed")
+SOURCES = (".py", ".pyi", ".pyx", ".pxd", ".h", ".typed")
 PATHS = (".", "backends", "clients/python", "proto")
 
 

@@ -22,7 +22,10 @@ from aiorch_server._core.h2_answer cimport (
     send_head,
     send_message,
 )
+from aiorch_server._core.h2_ledger cimport Ledger, ServerLedger
+from aiorch_server._core.h2_life cimport begin_life, tend_due
 from aiorch_server._core.h2_request cimport make_slow, take_event, take_message, take_ready
+from aiorch_server._core.h2_rules cimport LifeRules
 from aiorch_server._core.h2_stream cimport *
 from aiorch_server._core.timers cimport next_due, take_due
 
@@ -33,6 +36,10 @@ cdef enum:
 
 cdef const char *FAST = "/fast/Call"
 cdef const char *SLOW = "/slow/Call"
+
+
+cdef ServerLedger shared = ServerLedger(max_bytes=1 << 16)
+cdef Ledger *ledger = shared.ledger
 
 
 cdef struct Tape:
@@ -242,6 +249,7 @@ cdef void play_round(Player *player) noexcept nogil:
     cdef Holder *holder
     cdef Stream *stream
     cdef Limits *limits = &player.group.limits
+    player.group.now_ns = player.now_ns
     take_events(player, False)
     take_requests(player)
     holder = player.holders
@@ -259,6 +267,8 @@ cdef void play_round(Player *player) noexcept nogil:
             demand(stream.connection == player.connection, "a deadline is that of an open stream")
             expire_stream(stream)
             stream = <Stream *> take_due(&player.group.deadlines, player.now_ns)
+        while tend_due(player.group, player.now_ns) != NULL:
+            pass
     if what == 0xF0:
         drain_connection(player.connection)
     elif what == 0xF1:
@@ -272,6 +282,8 @@ cdef void play_round(Player *player) noexcept nogil:
 
 cdef bint begin(Player *player, const uint8_t *data, size_t size) noexcept nogil:
     cdef Limits limits
+    cdef LifeRules rules
+    cdef bint has_rules
     cdef size_t tape_size
     if size < 4:
         return False
@@ -284,7 +296,8 @@ cdef bint begin(Player *player, const uint8_t *data, size_t size) noexcept nogil
     limits.stream_window_bytes = 65535 if data[1] & 8 else 1 << 18
     limits.connection_window_bytes = 65535 if data[1] & 16 else 1 << 20
     limits.high_water_bytes = 1024
-    tape_size = data[2] | <size_t> data[3] << 8
+    tape_size = data[2] | <size_t> (data[3] & 127) << 8
+    has_rules = data[3] & 128
     data += 4
     size -= 4
     if tape_size > size:
@@ -294,8 +307,16 @@ cdef bint begin(Player *player, const uint8_t *data, size_t size) noexcept nogil
     player.out = <uint8_t *> malloc(MIN_COLLECT_BYTES)
     player.group = new_group(&limits, <const uint8_t *> FAST, 10, abandon)
     demand(player.out != NULL and player.group != NULL, "there is memory")
+    if has_rules:
+        memset(&rules, 0, sizeof(rules))
+        rules.keepalive_time_ns, rules.keepalive_timeout_ns = 1 << 24, 1 << 20
+        rules.permit_without_calls, rules.min_ping_interval_ns, rules.max_ping_strikes = size & 1, 1 << 20, 2
+        rules.max_idle_ns, rules.max_age_ns, rules.max_age_grace_ns = 1 << 28, 1 << 30, 1 << 20
+        rules.stall_ns = 1 << 26
+        set_rules(player.group, &rules, ledger, 1 << ENCODING_GZIP)
     player.connection = open_connection(player.group, NULL)
     demand(player.connection != NULL, "there is memory")
+    demand(not has_rules or begin_life(player.connection, player.now_ns) == 0, "there is memory")
     return True
 
 
@@ -315,7 +336,9 @@ cdef void end(Player *player) noexcept nogil:
         demand(holder.is_request and holder.is_over, "whoever holds a call was told that it is over")
         let_go(player, holder)
     free_connection(connection)
+    demand(player.group.held_bytes == 0, "nothing is held for a connection that is gone")
     release_group(player.group)
+    demand(ledger.connections == 0 and ledger.bytes == 0, "the ledger is even in the end")
     free(player.out)
     free(player.wire)
 
