@@ -14,17 +14,19 @@ FUZZ = ROOT / "tests" / "fuzz"
 TARGETS = sorted(path.name for path in (FUZZ / "corpus").iterdir())
 
 
+def make_environment(compiled: Path) -> dict[str, str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(compiled)])}
+    environment.pop("PYTHONSAFEPATH", None)  # the scripts find each other beside themselves
+    return environment
+
+
 @pytest.fixture(scope="module")
 def compiled() -> Path:
     """The targets, compiled as the ordinary build is; quick when nothing has changed."""
     place = ROOT / ".cache" / "fuzz" / "plain"
     code = f"from compile_targets import *; compile_targets(Path({str(place)!r}), ROOT)"
-    subprocess.run([sys.executable, "-c", code], cwd=FUZZ, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=FUZZ, env=make_environment(place), check=True)
     return place
-
-
-def make_environment(compiled: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(compiled)])}
 
 
 def replay(compiled: Path, target: str, *inputs: Path) -> subprocess.CompletedProcess[str]:
