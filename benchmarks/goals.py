@@ -117,6 +117,11 @@ GOALS = (
         at_most=0.25,
     ),
     Goal(
+        "the same, against the asyncio driver at Python's own switch interval",
+        against("aiorch_asyncio_5ms", "identity-busy", "8x1", "p99_us"),
+        at_most=0.25,
+    ),
+    Goal(
         "memory after 5 million requests, against 100,000",
         lambda figures: figures.growth_percent(),
         at_most=5,

@@ -31,6 +31,7 @@ from benchmarks.peers.servers import (
     make_certificate,
     plan_aiorch,
     plan_aiorch_asyncio,
+    plan_aiorch_asyncio_5ms,
     plan_grpc_aio,
     plan_mosec,
 )
@@ -126,6 +127,7 @@ class Comparison:
         plans: Mapping[str, Callable[[Situation], ServerPlan]] = {
             "aiorch": plan_aiorch,
             "aiorch_asyncio": plan_aiorch_asyncio,
+            "aiorch_asyncio_5ms": plan_aiorch_asyncio_5ms,
             "grpc_aio": plan_grpc_aio,
             "triton": partial(plan_triton, out=self.out),
             "mosec": partial(plan_mosec, out=self.out),

@@ -66,7 +66,9 @@ class ServerPlan:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def plan_aiorch(situation: Situation, *, name: str = "aiorch", io_threads: int | None = None) -> ServerPlan:
+def plan_aiorch(
+    situation: Situation, *, name: str = "aiorch", io_threads: int | None = None, switch_interval_us: int | None = None
+) -> ServerPlan:
     """This project's server, from its console script or, when it is not installed, from the checkout."""
     script = Path(sysconfig.get_path("scripts")) / "aiorch"
     start = [str(script)] if script.exists() else [sys.executable, "-m", "aiorch_server.cli"]
@@ -80,15 +82,18 @@ def plan_aiorch(situation: Situation, *, name: str = "aiorch", io_threads: int |
     command += ["--grpc-port", str(situation.port), "--http-port", "0", "--metrics-port", "0"]
     if io_threads is not None:
         command += ["--io-threads", str(io_threads)]
+    if switch_interval_us is not None:
+        command += ["--set", f"execution_switch_interval_us={switch_interval_us}"]
     if situation.certificate:
         command += ["--grpc-server-cert", str(situation.certificate.certificate)]
         command += ["--grpc-server-key", str(situation.certificate.key)]
     if not script.exists():  # entry points come with installation
         for backend_class in _OUR_BACKEND_CLASSES:
             command += ["--backend", backend_class]
+    title = "AIOrchestrator" if io_threads is None else f"AIOrchestrator, --io-threads {io_threads}"
     return ServerPlan(
         name=name,
-        title="AIOrchestrator" if io_threads is None else f"AIOrchestrator, --io-threads {io_threads}",
+        title=title if switch_interval_us is None else f"{title}, switch interval {switch_interval_us / 1000:g} ms",
         settings="native transport, dynamic batching, 1 instance" + ("" if io_threads is None else ", asyncio driver"),
         wire=situation.grpc,
         command=command,
@@ -99,6 +104,11 @@ def plan_aiorch(situation: Situation, *, name: str = "aiorch", io_threads: int |
 def plan_aiorch_asyncio(situation: Situation) -> ServerPlan:
     """This project's server with its gRPC port on the event loop."""
     return plan_aiorch(situation, name="aiorch_asyncio", io_threads=0)
+
+
+def plan_aiorch_asyncio_5ms(situation: Situation) -> ServerPlan:
+    """The same with the switch interval that Python has by itself."""
+    return plan_aiorch(situation, name="aiorch_asyncio_5ms", io_threads=0, switch_interval_us=5000)
 
 
 def plan_grpc_aio(situation: Situation) -> ServerPlan:

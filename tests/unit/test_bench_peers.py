@@ -439,5 +439,5 @@ def test_our_server_gets_the_same_models(
 
 def test_busy_servers_are_never_up_together() -> None:
     turns = {contest.name: contest.turns for contest in CONTESTS}
-    assert turns["identity-busy"] == (("aiorch",), ("aiorch_asyncio",))
+    assert turns["identity-busy"] == (("aiorch",), ("aiorch_asyncio",), ("aiorch_asyncio_5ms",))
     assert turns["mlp"] == (("aiorch", "triton", "grpc_aio", "mosec"),)
