@@ -69,7 +69,7 @@ CONTESTS = (
         ("aiorch", "aiorch_asyncio", "aiorch_asyncio_5ms"),
         ((8, 1),),
         "The same echo while a thread in pure Python is always busy in the server's process, and on the same core: its "
-        "I/O threads against the asyncio driver of the same server (`--io-threads 0`), with the server's switch interval "
+        "I/O threads against its asyncio driver (`--io-threads 0`), with the server's switch interval "
         "(`execution.switch_interval_us`) and with Python's own.",
         is_busy=True,
     ),
