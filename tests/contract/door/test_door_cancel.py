@@ -137,11 +137,13 @@ def test_stop_lets_calls_end(door: Door) -> None:
 
 
 def can_connect(door: Door) -> bool:
+    # Python 3.11's own event loop (not uvloop) forgets a connection that it accepts while its server is closed: nobody
+    # answers that one, so a client that came in that instant waits for its deadline.
     channel = door.channel()
     try:
-        door.call("Echo", channel)(b"x", timeout=TIMEOUT_S)
+        door.call("Echo", channel)(b"x", timeout=2)
     except grpc.RpcError as error:
-        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
         return False
     return True
 
