@@ -20,10 +20,9 @@ def elements(datatype: DataType) -> st.SearchStrategy:
         return st.text()
     if datatype is DataType.BOOL:
         return st.booleans()
-    if datatype is DataType.FP32:
-        return st.floats(width=32)
-    if datatype is DataType.FP64:
-        return st.floats()
+    if datatype in (DataType.FP32, DataType.FP64):
+        width = 32 if datatype is DataType.FP32 else 64
+        return st.floats(width=width, allow_nan=False) | st.just(math.nan)  # JSON knows one NaN, without its payload
     limits = np.iinfo(datatype.numpy)
     return st.integers(int(limits.min), int(limits.max))
 
