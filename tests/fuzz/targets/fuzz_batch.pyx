@@ -8,13 +8,14 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t
 from libc.stdio cimport fprintf, stderr
-from libc.stdlib cimport abort, free, malloc
+from libc.stdlib cimport abort
 from libc.string cimport memcpy
 
 import traceback
 
 import numpy as np
 
+from aiorch_server._core.buffers cimport drop_buffer, new_buffer
 from aiorch_server._core.request cimport CompletionSink, Request, drain_sink, free_request, new_sink
 from aiorch_server._core.routes cimport DISPATCHED, Router, RouterState, RouteReader, begin_round, dispatch, end_round
 
@@ -85,12 +86,12 @@ cdef object run_messages(const uint8_t *data, size_t size, CompletionSink *sink)
     begin_round((<Router> served.router).state, &reader)
     while size >= 2 and n < MAX_MESSAGES:
         length = min(data[0] | <size_t> data[1] << 8, size - 2)
-        message = <uint8_t *> malloc(length + 1)
+        message = new_buffer(length, 0)
         memcpy(message, data + 2, length)
         if dispatch(&reader, message, length, 1, 0, sink, <void *> served, &request) == DISPATCHED:
             sent[<size_t> request] = PyBytes_FromStringAndSize(<const char *> data + 2, <Py_ssize_t> length)
         else:
-            free(message)
+            drop_buffer(message)
         n += 1
         data += 2 + length
         size -= 2 + length

@@ -11,6 +11,7 @@ from libc.stdio cimport fprintf, stderr
 from libc.stdlib cimport abort, calloc, free, malloc
 from libc.string cimport memcpy, memset
 
+from aiorch_server._core.buffers cimport drop_buffer, new_buffer
 from aiorch_server._core.grpc_text cimport put_frame_prefix
 from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_answer cimport (
@@ -94,7 +95,7 @@ cdef inline size_t decide_size(Player *player) noexcept nogil:
 
 
 cdef uint8_t *make_frame(size_t size) noexcept nogil:
-    cdef uint8_t *frame = <uint8_t *> malloc(FRAME_PREFIX_BYTES + size)
+    cdef uint8_t *frame = new_buffer(FRAME_PREFIX_BYTES + size, 0)
     demand(frame != NULL, "there is memory")
     put_frame_prefix(frame, size)
     memset(frame + FRAME_PREFIX_BYTES, 0x61, size)
@@ -159,7 +160,7 @@ cdef void act(Player *player, Holder *holder) noexcept nogil:
             fail_stream(stream, what >> 4, b"went \xc3\xbc wrong", 13)
         else:
             size = decide_size(player)
-            answer_stream(stream, make_frame(size), FRAME_PREFIX_BYTES + size)
+            answer_stream(stream, make_frame(size), FRAME_PREFIX_BYTES + size, NULL)
         return
     sizes[0], sizes[1] = 1, 2
     memcpy(packed, sizes, 8)
@@ -226,7 +227,7 @@ cdef void take_requests(Player *player) noexcept nogil:
         elif what == 3:
             fail_stream(stream, 8, b"full", 4)
         else:
-            free(stream.message)
+            drop_buffer(stream.message)
             stream.message = NULL
             stream.request = hold(player, stream, True)
             player.group.in_flight += 1
