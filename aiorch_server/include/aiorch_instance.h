@@ -16,7 +16,7 @@
 
 /* A C-contiguous tensor; a batching model's first dimension is the number of rows. */
 typedef struct {
-    void *data;     /* NULL: an optional input that the batch leaves out */
+    void *data;     /* NULL: an optional input that the batch leaves out; also an output of 0 bytes */
     size_t size;    /* bytes */
     int32_t n_dims;
     int64_t dims[AIORCH_MAX_DIMS];

@@ -248,3 +248,22 @@ async def test_answers_equal_those_of_the_python_way(mailbox: Mailbox, serve: Se
         name, datatype, shape, data = decode_response(answer)[3][0]
         assert (name, datatype, tuple(shape)) == ("Y", "FP64", array.shape)
         np.testing.assert_array_equal(np.frombuffer(data, np.float64).reshape(array.shape), array)
+
+
+@pytest.mark.parametrize("max_batch_size", [0, 4])
+async def test_an_empty_output_needs_no_memory(mailbox: Mailbox, serve: Serve, max_batch_size: int) -> None:
+    """A detector that finds nothing: ONNX Runtime gives no address then."""
+
+    def run(given: Tensor, answer: Tensor) -> str:
+        echo(given, answer)
+        answer.data, answer.size = None, 0
+        answer.dims[answer.n_dims - 1] = 0
+        return ""
+
+    instance = Instance(run)
+    serving = serve(make_spec(max_batch_size=max_batch_size), instance.capsule)
+    shape = (2, 3) if max_batch_size else (3,)
+    request = encode_request("echo", "", "", [("X", "FP32", shape, bytes(4 * int(np.prod(shape))))])
+    answer = await asyncio.wait_for(mailbox.submit(serving.scheduler, request), TIMEOUT_S)
+    name, _, given_shape, data = decode_response(answer)[3][0]
+    assert (name, tuple(given_shape), len(data)) == ("Y", (*shape[:-1], 0), 0)
