@@ -15,7 +15,7 @@ from aiorch_server._core.aio_call cimport CallCarrier, StreamCall
 from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_answer cimport answer_stream, expire_stream, fail_stream, revoke_stream
 from aiorch_server._core.h2_ledger cimport ServerLedger, has_place
-from aiorch_server._core.h2_life cimport ConnectionRules, begin_life, next_tending, tend_due
+from aiorch_server._core.h2_life cimport ConnectionRules, balance_books, begin_life, next_tending, tend_due
 from aiorch_server._core.h2_request cimport make_slow, take_event, take_ready
 from aiorch_server._core.h2_stream cimport *
 from aiorch_server._core.request cimport (
@@ -486,6 +486,8 @@ cdef class ConnectionProtocol(CallCarrier):
         cdef Py_ssize_t size
         if self.connection == NULL or self.transport.is_closing():
             return 0
+        if self.is_write_paused:
+            balance_books(self.connection)      # nobody collects the answers that come meanwhile
         while not self.is_write_paused:
             size = collect(self.connection, self.server.send_buffer, SEND_BYTES)
             if size < 0:

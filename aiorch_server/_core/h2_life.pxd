@@ -47,7 +47,7 @@ cdef void note_idle_frame(Connection *connection) noexcept nogil
 # GOAWAY with ENHANCE_YOUR_CALM and this text, and the end.
 cdef void calm_down(Connection *connection, const char *text) noexcept nogil
 
-# --- the books: after each feed() and collect(), and at the end
+# --- the books: after each feed() and collect(), at the end, and by drivers that cannot collect
 cdef void balance_books(Connection *connection) noexcept nogil
 # Whether the server may hold so many bytes more; counts a refusal where not.
 cdef bint has_room(Connection *connection, size_t more) noexcept nogil

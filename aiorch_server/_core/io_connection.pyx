@@ -10,7 +10,7 @@ from aiorch_server._core.buffers cimport COPY_SENT, count_copied, drop_buffer, n
 from aiorch_server._core.crossing cimport Link
 from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_ledger cimport has_place
-from aiorch_server._core.h2_life cimport begin_life
+from aiorch_server._core.h2_life cimport balance_books, begin_life
 from aiorch_server._core.h2_landing cimport *
 from aiorch_server._core.h2_request cimport make_slow, take_ready
 from aiorch_server._core.h2_stream cimport Limits, Outlet, Stream
@@ -365,6 +365,7 @@ cdef int flush(IoConnection *connection) noexcept nogil:
     cdef size_t total = 0
     cdef int result
     if connection.is_write_blocked:
+        balance_books(connection.session)       # nobody collects the answers that come meanwhile
         return 0
     if connection.unsent == NULL:
         clear_timer(&io.timers, &connection.stall)

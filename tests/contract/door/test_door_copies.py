@@ -355,3 +355,19 @@ def test_too_much_on_loan_is_copied(site: Site) -> None:
     assert (site.ask_many([image(2)])[0] == image(2)).all()
     with pytest.raises(grpc.RpcError):
         site.door.channel().unary_unary(FAST_PATH)(b"\xff", timeout=TIMEOUT_S)
+
+
+def test_what_a_full_socket_holds_up_is_on_the_books(site: Site) -> None:
+    """Answers that come while the socket is full are collected by nobody, but they take memory."""
+    site.model = lambda inputs: {"Y": inputs["X"] + 1}
+    site.gate.clear()
+    slow = site.connect(receive_buffer_bytes=65536)
+    for number in range(64):
+        slow.ask(2 * number + 1, image(1))
+    wait_until(lambda: site.scheduler.in_flight == 64, "the requests")
+    site.gate.set()
+    wait_until(lambda: site.scheduler.in_flight == 0, "the answers")
+    ledger = site.door.server.ledger
+    wait_until(lambda: ledger.bytes > 64 * IMAGE_BYTES * 2 // 3, "the answers in the books")
+    slow.close()
+    wait_until(lambda: ledger.bytes == 0, "empty books")
