@@ -328,7 +328,7 @@ cdef class Batch:
         `is_ours`: nobody else holds the mapping.
         """
         cdef Encoder encoder = Encoder(self, self._state.spec.n_outputs)
-        cdef bint is_alone
+        cdef size_t own_bytes
         for index, tensor in enumerate(self._scheduler.spec.signature.outputs):
             try:
                 array = outputs[tensor.name]
@@ -336,8 +336,8 @@ cdef class Batch:
                 raise ModelExecutionError(
                     f"the model gave no output '{tensor.name}'; it gave {sorted(map(str, outputs))}") from None
             # held by `array` and the mapping, which the model has let go of: nobody will write into it again
-            is_alone = is_ours and Py_REFCNT(array) == 2 and has_one_owner(array)
-            encoder.add(index, tensor, array, is_alone)
+            own_bytes = count_own_bytes(array) if is_ours and Py_REFCNT(array) == 2 else 0
+            encoder.add(index, tensor, array, own_bytes)
         return encoder
 
     def fail(self, int code, str text not None):
@@ -459,16 +459,16 @@ cdef class Batch:
         settle_chain(self._state, chain)
 
 
-cdef bint has_one_owner(array):
-    """Whether whoever lets go of ``array`` lets go of its memory too: no other array, model or framework has it."""
+cdef size_t count_own_bytes(array):
+    """The memory that goes with ``array``, of which it may be a part; 0: another array, model or framework has it too."""
     if type(array) is not np.ndarray:
-        return False
+        return 0
     base = array.base
     while type(base) is np.ndarray and Py_REFCNT(base) == 2:
         array, base = base, base.base
     if base is None:
-        return array.flags.owndata
-    return type(base) is HeldBuffer and Py_REFCNT(base) == 2
+        return array.nbytes if array.flags.owndata else 0
+    return (<HeldBuffer> base).size if type(base) is HeldBuffer and Py_REFCNT(base) == 2 else 0
 
 
 cdef class Encoder:
@@ -513,8 +513,8 @@ cdef class Encoder:
         free(self.row_bytes)
         free(self.is_held)
 
-    cdef object add(self, int index, tensor, given, bint is_alone):
-        """Checks one output and takes hold of its memory; `is_alone`: nobody else has it."""
+    cdef object add(self, int index, tensor, given, size_t own_bytes):
+        """Checks one output and takes hold of its memory; `own_bytes`: see count_own_bytes."""
         cdef const SpecState *spec = self.batch._state.spec
         cdef const TensorLayout *layout = &spec.outputs[index]
         cdef OutputView *view = &self.views[index]
@@ -548,8 +548,8 @@ cdef class Encoder:
         self.is_held[index] = True
         view.data.data = <const uint8_t *> self.buffers[index].buf
         view.data.size = <size_t> self.buffers[index].len
-        if is_alone and array is given and view.data.size >= LENT_FROM_BYTES and may_lend(view.data.size):
-            self.loans[index] = new_loan(array, view.data.size)
+        if own_bytes and array is given and view.data.size >= LENT_FROM_BYTES and may_lend(own_bytes):
+            self.loans[index] = new_loan(array, own_bytes)
         self.row_bytes[index] = view.data.size // <size_t> max(1, self.batch._rows)
 
     cdef object encode_bytes(self, int index, array, bint is_batched):

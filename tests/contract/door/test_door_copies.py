@@ -371,3 +371,14 @@ def test_what_a_full_socket_holds_up_is_on_the_books(site: Site) -> None:
     wait_until(lambda: ledger.bytes > 64 * IMAGE_BYTES * 2 // 3, "the answers in the books")
     slow.close()
     wait_until(lambda: ledger.bytes == 0, "empty books")
+
+
+def test_a_loan_counts_all_the_memory_that_it_keeps(site: Site) -> None:
+    """A part of a big array keeps the whole: a client that does not read could hold any amount."""
+    site.model = lambda inputs: {"Y": np.zeros((64, *SHAPE), np.float32)[: len(inputs["X"])]}
+    idle = site.connect(window=1000)
+    for number in range(8):
+        idle.ask(2 * number + 1, image(1))
+        wait_until(lambda: sum(site.sizes) > number and site.scheduler.in_flight == 0, "the answer")  # noqa: B023
+    assert loans.read_lent_bytes() >= 64 * IMAGE_BYTES
+    assert loans.read_lent_bytes() <= 64 << 20
