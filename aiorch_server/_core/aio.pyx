@@ -207,6 +207,7 @@ cdef class NativeServer:
     cdef int run_tick(self) except -1:
         cdef list dirty = self.dirty
         cdef ConnectionProtocol protocol
+        exiting = None
         self.dirty = []
         self.group.now_ns = now_ns()
         if self.router is not None:
@@ -217,10 +218,20 @@ cdef class NativeServer:
                 protocol.dispatch_ready()
         end_round(&self.reader)
         for protocol in dirty:
-            protocol.handle_events()
-            protocol.flush()
-            protocol.end_rest()
+            try:
+                protocol.handle_events()
+                protocol.flush()
+                protocol.end_rest()
+            except Exception as error:
+                self.loop.call_exception_handler(
+                    {"message": "a connection could not be served", "exception": error, "protocol": protocol})
+                protocol.transport.abort()      # what should have gone out may be lost
+            except BaseException as error:      # an order to exit: the others have their turn first
+                exiting = error
+                self.mark_dirty(protocol)
         self.arm_timer()
+        if exiting is not None:
+            raise exiting
         return 0
 
     def _on_settled(self):
@@ -381,9 +392,9 @@ cdef class ConnectionProtocol(CallCarrier):
             if self.greeting_bytes >= GREETING_BYTES:
                 self.greeting_timer.cancel()
                 self.greeting_timer = None
+        self.server.mark_dirty(self)
         if self.connection.event_head != NULL:
             self.handle_events()
-        self.server.mark_dirty(self)
         # Loops read one socket again and again while it has more: small frames that cost much must not hold up others.
         self.busy_ns += now_ns() - now
         if self.busy_ns > READ_SLICE_NS and not self.is_resting:
@@ -465,7 +476,7 @@ cdef class ConnectionProtocol(CallCarrier):
                 call = StreamCall.__new__(StreamCall)
                 call.open(self, stream)
                 self.server.on_call(call)
-            except Exception:
+            except BaseException:
                 if stream.owner != NULL:
                     (<StreamCall> stream.owner).finish(STATUS_INTERNAL, "The server failed to start the call")
                 else:

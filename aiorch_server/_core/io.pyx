@@ -174,6 +174,7 @@ cdef class IoThread:
         """The thread has something to say: to each call in order, each guarded alone."""
         cdef Event *event = take_events(self.state.crossing)
         cdef Event *following
+        exiting = None
         while event != NULL:
             following = event.next
             try:
@@ -181,9 +182,13 @@ cdef class IoThread:
             except Exception as error:
                 self.loop.call_exception_handler(
                     {"message": "a call could not be started or told", "exception": error, "protocol": self})
+            except BaseException as error:      # an order to exit: the other calls are told first
+                exiting = error
             finally:
                 free_event(event)
             event = following
+        if exiting is not None:
+            raise exiting
 
     cdef int handle_event(self, Event *event) except -1:
         if event.link != NULL:
@@ -242,7 +247,7 @@ cdef class IoThread:
         if event.bits & EVENT_CALL:
             try:
                 self.on_call(call)
-            except Exception:
+            except BaseException:
                 call.finish(STATUS_INTERNAL, "The server failed to start the call")
                 raise
             return 0
