@@ -9,7 +9,7 @@ skipped always, also for the calls of such a method that the fast path declines.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 import grpc
@@ -20,11 +20,16 @@ FindHandler = Callable[[Any], Awaitable[grpc.RpcMethodHandler | None]]
 
 
 def check_interceptors(interceptors: Sequence[grpc.aio.ServerInterceptor] | None) -> tuple[Any, ...]:
-    """The interceptors; ValueError for what is none, as grpc.aio says it."""
+    """The interceptors; ValueError for what is none, as grpc.aio says it, or has no collection of skipped methods."""
     chosen = tuple(interceptors or ())
     invalid = [interceptor for interceptor in chosen if not isinstance(interceptor, grpc.aio.ServerInterceptor)]
     if invalid:
         raise ValueError(f"Interceptor must be ServerInterceptor, the following are invalid: {invalid}")
+    for interceptor in chosen:
+        skipped = getattr(interceptor, "skipped_methods", ())
+        # of a text every part would be skipped
+        if isinstance(skipped, str | bytes) or not isinstance(skipped, Collection):
+            raise ValueError(f"skipped_methods of {interceptor!r} is {skipped!r}; expected a collection of names")
     return chosen
 
 

@@ -153,6 +153,10 @@ def test_the_fast_path_is_not_taken_behind_an_interceptors_back(
 def test_what_is_no_interceptor() -> None:
     with pytest.raises(ValueError, match="must be ServerInterceptor"):
         NativeGrpcServer(interceptors=[object()])
+    recorder = Recorder()
+    recorder.skipped_methods = FAST_PATH + "More"
+    with pytest.raises(ValueError, match="expected a collection of names"):
+        NativeGrpcServer(interceptors=[recorder])
     assert isinstance(import_interceptor(f"{__name__}:Recorder"), Recorder)
     for name in ("nowhere.at.all:x", f"{__name__}:Nothing", f"{__name__}:SERVICE"):
         with pytest.raises(InvalidSettings, match=name):
