@@ -53,6 +53,8 @@ cdef int UNAVAILABLE = 14
 # The longest delay or timeout, 146 years: added to the clock it still is a number of 63 bits.
 cdef int64_t MAX_SPAN_US = (1 << 62) // 1000
 cdef double MAX_WAIT_S = 1e9
+# An idle instance looks into its queue so often by itself: glibc can lose a wake-up (its bug 25847).
+cdef int64_t MAX_NAP_NS = 1000000000
 
 # Requests and bytes that one queue holds when the configuration names no bound.
 DEFAULT_MAX_REQUESTS = 16384
@@ -245,6 +247,8 @@ cdef Request *take_batch(SchedulerState *state, int *members, int64_t *rows, int
         wake_ns = batch.wake_ns
         if state.queue.next_expiry_ns and (wake_ns == 0 or state.queue.next_expiry_ns < wake_ns):
             wake_ns = state.queue.next_expiry_ns
+        if wake_ns == 0 or wake_ns > now + MAX_NAP_NS:
+            wake_ns = now + MAX_NAP_NS
         state.waiting += 1
         wait_until(&state.due, &state.lock, wake_ns)
         state.waiting -= 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -272,3 +274,25 @@ async def test_serve_answers_until_the_queue_is_empty(mailbox: Mailbox) -> None:
         await answers[1]
     with pytest.raises(ModelExecutionError, match="unanswered"):
         await answers[2]
+
+
+def test_an_idle_instance_looks_around_by_itself(scheduler: Scheduler) -> None:
+    """So that a wake-up that the C library loses costs a second and not the request."""
+    thread = threading.Thread(target=lambda: scheduler.take(Batch(scheduler)), daemon=True)
+    thread.start()
+    status = Path(f"/proc/self/task/{thread.native_id}/status")
+
+    def count_sleeps() -> int:
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("voluntary")]
+        return int(line.split()[1])
+
+    end = time.monotonic() + 20
+    while status.read_text().split("State:")[1].split()[0] != "S":
+        assert time.monotonic() < end
+    before = count_sleeps()
+    while count_sleeps() < before + 2:
+        assert time.monotonic() < end, "the instance sleeps for ever"
+        time.sleep(0.01)
+    scheduler.close()
+    thread.join(20)
+    assert not thread.is_alive()
