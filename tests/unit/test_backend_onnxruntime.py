@@ -150,6 +150,19 @@ def test_texts_beside_brain_floats_are_refused(tmp_path: Path) -> None:
         backend.load(context, backend.inspect(context))
 
 
+def test_what_fails_is_not_written_to_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Else a client could fill the log: the reason is in the error, which the server logs now and then."""
+    info = helper.make_tensor_value_info
+    inputs, outputs = [info("x", TensorProto.INT64, ["n", 1])], [info("y", TensorProto.FLOAT, ["n", 1])]
+    table = {"table": np.arange(10, dtype=np.float32)}
+    path = save_graph(tmp_path / "model.onnx", [helper.make_node("Gather", ["table", "x"], ["y"])], inputs, outputs, table)
+    backend, context = OnnxRuntimeBackend(), make_context(path)
+    instance = backend.load(context, backend.inspect(context))
+    with pytest.raises(Exception, match="idx=99"):
+        instance.execute({"x": np.array([[99]])})
+    assert capfd.readouterr().err == ""
+
+
 def test_broken_utf8_is_the_callers_fault(tmp_path: Path) -> None:
     backend, context = OnnxRuntimeBackend(), make_context(save_echo(tmp_path / "model.onnx", TensorProto.STRING))
     instance = backend.load(context, backend.inspect(context))

@@ -78,7 +78,7 @@ cdef extern from "ort_api.h" nogil:
 
 cdef enum:
     ERROR_BYTES = 1024
-    LOG_ERRORS = 3
+    LOG_FATAL = 4               # errors come back as such; written to stderr too, clients could fill the log with them
     MAX_TENSORS = 64            # inputs or outputs of one model, as in the server's core
 
 #: By ONNXTensorElementDataType: the name in ONNX Runtime's Python API, the item size, numpy's type (BF16: bit patterns).
@@ -130,7 +130,7 @@ cdef Runtime *find_runtime(str path) except NULL:
         if runtime.table == NULL:
             free(runtime)
             raise OSError(f"'{path}' is older than version {ORT_API_LEAST_VERSION} of ONNX Runtime's C API")
-        check(runtime.table, ort_create_environment(runtime.table, LOG_ERRORS, b"aiorch", &runtime.environment))
+        check(runtime.table, ort_create_environment(runtime.table, LOG_FATAL, b"aiorch", &runtime.environment))
         check(runtime.table, ort_get_allocator(runtime.table, &runtime.allocator))
         check(runtime.table, ort_describe_cpu_memory(runtime.table, &runtime.memory))
         _runtimes[path] = <size_t> runtime
@@ -159,7 +159,7 @@ cdef class NativeSession:
         check(table, ort_create_options(table, &options))
         try:
             check(table, ort_set_sequential(table, options))
-            check(table, ort_set_log_level(table, options, LOG_ERRORS))
+            check(table, ort_set_log_level(table, options, LOG_FATAL))
             check(table, ort_set_optimization(table, options, optimization))
             check(table, ort_set_intra_threads(table, options, threads))
             check(table, ort_set_inter_threads(table, options, 1))

@@ -26,7 +26,8 @@ _LEVELS = {
 }
 # A spinning pool burns the cores that other instances and the server's own threads live on.
 _ENTRIES = {"session.intra_op.allow_spinning": "0"}
-_ERRORS_ONLY = 3
+# Errors come back as such; written to stderr too, clients could fill the log with them.
+_FATAL_ONLY = 4
 _MOST_THREADS = 1024
 
 
@@ -110,7 +111,7 @@ def _build_options(context: LoadContext, runtime: Any) -> Any:
     options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     for key, value in _ENTRIES.items():
         options.add_session_config_entry(key, value)
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, _read_level(context)[0])
     return options
 
