@@ -23,16 +23,19 @@ from aiorch_server._core.h2_answer cimport (
     send_head,
     send_message,
 )
+from aiorch_server._core.h2_landing cimport MAX_LANDING_BYTES, Landing, feed_landing, plan_landing
 from aiorch_server._core.h2_ledger cimport Ledger, ServerLedger
 from aiorch_server._core.h2_life cimport begin_life, tend_due
 from aiorch_server._core.h2_request cimport make_slow, take_event, take_message, take_ready
 from aiorch_server._core.h2_rules cimport LifeRules
 from aiorch_server._core.h2_stream cimport *
+from aiorch_server._core.loans cimport LentList, lend_buffer, new_lent_list
 from aiorch_server._core.timers cimport next_due, take_due
 
 cdef enum:
     MAX_WIRE_BYTES = 1 << 19    # what one input can make of itself
     MAX_STEPS = 4000
+    TAIL_BYTES = 512            # behind the messages of a landing
     MAX_STREAMS = 64            # that the frames' author keeps in mind
 
 cdef const char *FAST = "/fast/Call"
@@ -64,6 +67,9 @@ cdef struct Player:
     Holder *holders
     int n_holders
     uint8_t *out
+    uint8_t *linear
+    Outlet outlet
+    bint gathers                # writes as an I/O thread does
     # frames only: bytes that the client will send
     uint8_t *wire
     size_t wire_size
@@ -100,6 +106,25 @@ cdef uint8_t *make_frame(size_t size) noexcept nogil:
     put_frame_prefix(frame, size)
     memset(frame + FRAME_PREFIX_BYTES, 0x61, size)
     return frame
+
+
+cdef void answer_lent(Stream *stream, size_t size) noexcept nogil:
+    """All but the last byte on loan, in two pieces of one buffer."""
+    cdef LentList *lent = new_lent_list(2)
+    cdef uint8_t *frame = new_buffer(FRAME_PREFIX_BYTES + 1, 0)
+    cdef uint8_t *content = new_buffer(size, 0)
+    demand(lent != NULL and frame != NULL and content != NULL, "there is memory")
+    put_frame_prefix(frame, size)
+    frame[FRAME_PREFIX_BYTES] = 0x61
+    memset(content, 0x62, size)
+    lent.n, lent.size = 2, size - 1
+    for i in range(2):
+        lent.items[i].at, lent.items[i].loan = FRAME_PREFIX_BYTES, lend_buffer(content, size)
+        demand(lent.items[i].loan != NULL, "there is memory")
+    lent.items[0].data, lent.items[0].size = content, size // 2
+    lent.items[1].data, lent.items[1].size = content + size // 2, size - 1 - size // 2
+    drop_buffer(content)
+    answer_stream(stream, frame, FRAME_PREFIX_BYTES + size, lent)
 
 
 # --- the driver: what h2.pxd asks of it
@@ -160,7 +185,10 @@ cdef void act(Player *player, Holder *holder) noexcept nogil:
             fail_stream(stream, what >> 4, b"went \xc3\xbc wrong", 13)
         else:
             size = decide_size(player)
-            answer_stream(stream, make_frame(size), FRAME_PREFIX_BYTES + size, NULL)
+            if what & 2 and size > 2:
+                answer_lent(stream, size)
+            else:
+                answer_stream(stream, make_frame(size), FRAME_PREFIX_BYTES + size, NULL)
         return
     sizes[0], sizes[1] = 1, 2
     memcpy(packed, sizes, 8)
@@ -234,12 +262,36 @@ cdef void take_requests(Player *player) noexcept nogil:
         stream = take_ready(player.connection)
 
 
+cdef Py_ssize_t gather_pieces(Player *player) noexcept nogil:
+    """As a gathering write reads them."""
+    cdef Outlet *outlet = &player.outlet
+    cdef Py_ssize_t n = collect_pieces(player.connection, outlet)
+    cdef const uint8_t *piece
+    cdef Py_ssize_t total = 0
+    cdef size_t at
+    if n < 0:
+        demand(outlet.n == 0, "nothing is held for a broken connection")
+        return n
+    demand(0 <= outlet.n <= MAX_OUTLET_PIECES, "pieces are within bounds")
+    for i in range(outlet.n):
+        piece = <const uint8_t *> outlet.pieces[i].iov_base
+        total += <Py_ssize_t> outlet.pieces[i].iov_len
+        for at in range(outlet.pieces[i].iov_len if outlet.loans[i] != NULL else 0):
+            demand(piece[at] == 0x62, "what is lent is what was answered")
+    demand(total == n, "all pieces are counted")
+    clear_outlet(outlet)
+    return n
+
+
 cdef void collect_all(Player *player, size_t limit) noexcept nogil:
     cdef Py_ssize_t n = 1
     cdef size_t total = 0
     while n > 0 and total < limit:
-        n = collect(player.connection, player.out, MIN_COLLECT_BYTES)
-        demand(n <= <Py_ssize_t> MIN_COLLECT_BYTES, "collect keeps within its buffer")
+        if player.gathers:
+            n = gather_pieces(player)
+        else:
+            n = collect(player.connection, player.out, MIN_COLLECT_BYTES)
+            demand(n <= <Py_ssize_t> MIN_COLLECT_BYTES, "collect keeps within its buffer")
         total += <size_t> n if n > 0 else 0
         demand(total < 1 << 26, "collect comes to an end")
 
@@ -297,6 +349,7 @@ cdef bint begin(Player *player, const uint8_t *data, size_t size) noexcept nogil
     limits.stream_window_bytes = 65535 if data[1] & 8 else 1 << 18
     limits.connection_window_bytes = 65535 if data[1] & 16 else 1 << 20
     limits.high_water_bytes = 1024
+    player.gathers = data[2] & 1
     tape_size = data[2] | <size_t> (data[3] & 127) << 8
     has_rules = data[3] & 128
     data += 4
@@ -306,8 +359,10 @@ cdef bint begin(Player *player, const uint8_t *data, size_t size) noexcept nogil
     player.tape.at, player.tape.end = data, data + tape_size
     player.now_ns, player.next_id = 1, 1
     player.out = <uint8_t *> malloc(MIN_COLLECT_BYTES)
+    player.outlet.buffer, player.outlet.capacity = player.out, MIN_COLLECT_BYTES
+    player.linear = <uint8_t *> malloc(MAX_LANDING_BYTES + TAIL_BYTES)
     player.group = new_group(&limits, <const uint8_t *> FAST, 10, abandon)
-    demand(player.out != NULL and player.group != NULL, "there is memory")
+    demand(player.out != NULL and player.linear != NULL and player.group != NULL, "there is memory")
     if has_rules:
         memset(&rules, 0, sizeof(rules))
         rules.keepalive_time_ns, rules.keepalive_timeout_ns = 1 << 24, 1 << 20
@@ -341,23 +396,43 @@ cdef void end(Player *player) noexcept nogil:
     release_group(player.group)
     demand(ledger.connections == 0 and ledger.bytes == 0, "the ledger is even in the end")
     free(player.out)
+    free(player.linear)
     free(player.wire)
 
 
 cdef bint feed_pieces(Player *player, const uint8_t *data, size_t size) noexcept nogil:
     """Gives all bytes to the session, cut as the tape says; False: it is broken."""
+    cdef Landing landing
     cdef size_t n
+    cdef bint may_land
     while size:
         n = decide(player)
+        may_land = n & 1
         n = size if n == 0 or n > size else n if n < 200 else min(size, (n - 199) * 300)
         player.now_ns += 1
+        if may_land and plan_landing(player.connection, &landing, player.linear + MAX_LANDING_BYTES, TAIL_BYTES):
+            n = land(player, &landing, data, size)
+            if n == 0:
+                return False
         # a copy of its own, so that reading behind the end is seen
-        if not feed_copy(player, data, n):
+        elif not feed_copy(player, data, n):
             return False
         data += n
         size -= n
         play_round(player)
     return True
+
+
+cdef size_t land(Player *player, Landing *landing, const uint8_t *data, size_t size) noexcept nogil:
+    """What one readv would bring; the number of bytes, 0: the session is broken."""
+    cdef size_t taken = 0, n
+    cdef int i
+    for i in range(landing.n):
+        n = min(landing.pieces[i].iov_len, size - taken)
+        memcpy(landing.pieces[i].iov_base, data + taken, n)
+        taken += n
+    demand(taken > 0, "a landing has places")
+    return taken if feed_landing(player.connection, landing, taken, player.linear, player.now_ns) == 0 else 0
 
 
 cdef bint feed_copy(Player *player, const uint8_t *data, size_t size) noexcept nogil:
