@@ -169,6 +169,21 @@ async def test_outputs_that_cannot_be_are_refused(
     assert len(serving.reasons) == 1
 
 
+async def test_an_output_without_elements_may_lie_nowhere(mailbox: Mailbox, serve: Serve) -> None:
+    def run(given: Tensor, answer: Tensor) -> str:
+        answer.data, answer.size, answer.n_dims = None, 0, 2
+        answer.dims[0], answer.dims[1] = given.dims[0], 0
+        return ""
+
+    instance = Instance(run)
+    serving = serve(make_spec(), instance.capsule)
+    answers = await asyncio.wait_for(
+        asyncio.gather(*(mailbox.submit(serving.scheduler, message(*[1.0] * rows)) for rows in (1, 2))), TIMEOUT_S
+    )
+    outputs = [decode_response(answer)[3][0] for answer in answers]
+    assert [(list(shape), bytes(data)) for _, _, shape, data in outputs] == [([1, 0], b""), ([2, 0], b"")]
+
+
 async def test_serving_goes_on_after_a_failure(mailbox: Mailbox, serve: Serve) -> None:
     reasons = iter(["the weights are lost" * 100, ""])
     instance = Instance(lambda given, answer: next(reasons) or echo(given, answer))
