@@ -14,7 +14,7 @@ from aiorch_server._core.nghttp2 cimport nghttp2_data_source, nghttp2_frame, ngh
 
 # All of them do nothing but free what they were given when the stream is closed or finished already
 # One message (a buffer, 5-byte prefix in front, owned from now on, and so is what is lent to it; `size` is that of both)
-# and status OK.
+# and status OK. Where the server holds as many bytes as it may: RESOURCE_EXHAUSTED, here and in send_message.
 cdef void answer_stream(Stream *stream, uint8_t *frame, size_t size, LentList *lent) noexcept nogil
 # A status without a message; `text` is UTF-8 and copied.
 cdef void fail_stream(Stream *stream, int status, const uint8_t *text, size_t size) noexcept nogil

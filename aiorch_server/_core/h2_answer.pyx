@@ -6,6 +6,7 @@ from libc.string cimport memcpy, strlen
 
 from aiorch_server._core.buffers cimport COPY_SENT, count_copied, drop_buffer
 from aiorch_server._core.grpc_text cimport cut_status_text, percent_encode, put_decimal
+from aiorch_server._core.h2_life cimport has_room
 from aiorch_server._core.h2_stream cimport (
     EVENT_OVER,
     EVENT_WRITABLE,
@@ -29,6 +30,7 @@ cdef enum:
     STATUS_RESOURCE_EXHAUSTED = 8
     INLINE_NVS = 16
     FRAME_HEAD_BYTES = 9
+    SMALL_ANSWER_BYTES = 1024           # a refusal would hardly take less
 
 
 cdef struct NvList:
@@ -161,8 +163,20 @@ cdef inline void _add_outbound(Connection *connection, size_t size) noexcept nog
     connection.outbound_bytes += size
 
 
+cdef bint _is_too_much(Stream *stream, size_t size) noexcept nogil:
+    """Refuses the stream where the server may not hold that much more: a small question can have a big answer."""
+    if size <= SMALL_ANSWER_BYTES or has_room(stream.connection, size):
+        return False
+    refuse_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"The server holds as many bytes of messages as it may; try again later")
+    return True
+
+
 cdef void answer_stream(Stream *stream, uint8_t *frame, size_t size, LentList *lent) noexcept nogil:
     if not takes_answers(stream):
+        drop_buffer(frame)
+        drop_lent_list(lent)
+        return
+    if _is_too_much(stream, size):
         drop_buffer(frame)
         drop_lent_list(lent)
         return
@@ -183,7 +197,7 @@ cdef void send_head(Stream *stream, const uint8_t *metadata, size_t size) noexce
 
 cdef void send_message(Stream *stream, uint8_t *frame, size_t size) noexcept nogil:
     cdef Chunk *chunk
-    if not takes_answers(stream):
+    if not takes_answers(stream) or _is_too_much(stream, size):
         drop_buffer(frame)
         return
     if stream.out == NULL:

@@ -321,6 +321,32 @@ def test_the_ledger_counts_answers_and_forgets_what_is_sent() -> None:
     assert ledger.bytes == 0
 
 
+@pytest.mark.parametrize("path", [FAST, SLOW])
+def test_above_the_bound_big_answers_are_refused(path: str) -> None:
+    """Small questions with big answers, asked by clients that take none."""
+    ledger = ServerLedger(max_bytes=4 << 20)
+    pairs = [Pair(window=0, rules=ConnectionRules(**QUIET), ledger=ledger) for _ in range(3)]
+    called = [pair.open(path, frame(b"x")) for pair in pairs]
+    for pair, stream_id in zip(pairs, called, strict=True):
+        if path == FAST:
+            pair.server.take_ready()
+            pair.server.answer(stream_id, bytes(3 << 20))
+        else:
+            pair.server.take_events()
+            pair.server.take_message(stream_id)
+            pair.server.send_message(stream_id, bytes(3 << 20))
+        pair.run()
+    assert 3 << 20 <= ledger.bytes <= 4 << 20 and ledger.refused_messages == 2
+    for pair, stream_id in zip(pairs[1:], called[1:], strict=True):
+        assert pair.headers[stream_id][-1]["grpc-status"] == "8"
+    small = pairs[1].open(path, frame(b"x"))
+    assert pairs[1].server.books["streams"] == 1 and small
+    for pair in pairs:
+        pair.server.close()
+        pair.server.take_events()
+    assert ledger.bytes == 0
+
+
 def test_small_messages_never_reach_the_ledger() -> None:
     ledger = ServerLedger(max_bytes=64 << 20)
     pair = make_pair(ledger)
