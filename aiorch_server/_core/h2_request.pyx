@@ -16,7 +16,7 @@ cdef enum:
     STATUS_RESOURCE_EXHAUSTED = 8
     STATUS_UNIMPLEMENTED = 12
     STATUS_INTERNAL = 13
-    FIRST_BOOKED_BYTES = 262144         # what a length prefix alone can make us book
+    FIRST_BOOKED_BYTES = 4096           # what a length prefix alone can make us book: the page that its bytes touch
     FIRST_MESSAGE_BYTES = 4194304       # ... and allocate: memory that nobody writes to is only addresses
 
 
@@ -143,10 +143,12 @@ cdef int _begin_message(Stream *stream, const uint8_t *head, size_t head_size) n
 cdef int extend_message(Stream *stream, size_t size) noexcept nogil:
     cdef Connection *connection = stream.connection
     cdef size_t booked = connection.partial_bytes - stream.message_booked
-    cdef size_t claimed = stream.message_booked * 2
+    cdef size_t claimed = max(stream.message_booked, <size_t> FIRST_BOOKED_BYTES)
     cdef size_t capacity = stream.message_capacity * 2
     cdef uint8_t *grown
-    claimed = min(max(claimed, size), stream.message_size)
+    while claimed < size:           # never by `size` itself: how the bytes were cut shall not matter
+        claimed *= 2
+    claimed = min(claimed, stream.message_size)
     if size <= stream.message_capacity:     # it grows when it is full: then no landing holds it, and it need not be moved
         claimed = min(claimed, stream.message_capacity)
     booked += claimed

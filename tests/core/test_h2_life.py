@@ -347,6 +347,17 @@ def test_above_the_bound_big_answers_are_refused(path: str) -> None:
     assert ledger.bytes == 0
 
 
+def test_who_only_claims_memory_keeps_nobody_out() -> None:
+    """A hundred bytes on the wire may announce a message of megabytes; what it takes is what has come."""
+    ledger = ServerLedger(max_bytes=8 << 20)
+    hog, other = make_pair(ledger), make_pair(ledger)
+    for _ in range(100):
+        hog.open(FAST, frame(bytes(1 << 20))[:6], end=False)
+    assert hog.server.books["partial_bytes"] <= 100 * 4096 and ledger.refused_messages == 0
+    taken = other.open(FAST, frame(bytes(1 << 19)))
+    assert other.server.take_ready()[0][0] == taken
+
+
 def test_small_messages_never_reach_the_ledger() -> None:
     ledger = ServerLedger(max_bytes=64 << 20)
     pair = make_pair(ledger)
