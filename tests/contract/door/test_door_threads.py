@@ -111,7 +111,7 @@ async def main():
             await server.stop(None)
 
 asyncio.run(main())
-print(threading.active_count())
+print(sum(thread.name.startswith("aiorch-io") for thread in threading.enumerate()))
 """
 
 
@@ -120,7 +120,7 @@ def test_the_process_ends(how: str) -> None:
     """Also where nobody stops the server: its threads hold up nothing."""
     done = subprocess.run([sys.executable, "-c", EXIT, how], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == ("1\n" if how == "stop" else "3\n")
+    assert done.stdout == ("0\n" if how == "stop" else "2\n")
 
 
 @pytest.mark.parametrize("kind", THREADS)
