@@ -204,8 +204,8 @@ cdef int _feed_pieces(Connection *connection, Landing *landing, size_t size, uin
             return -1
         in_places -= n
         i += 1
-    if in_places == FRAME_HEAD_BYTES and landing.is_open:      # nothing lies behind it: not to be moved
-        if feed(connection, landing.heads[landing.n_guesses - 1], FRAME_HEAD_BYTES, now_ns) < 0:
+    if in_places == FRAME_HEAD_BYTES:       # a header that was not guessed, and nothing behind it: not to be moved
+        if feed(connection, <const uint8_t *> landing.pieces[i].iov_base, FRAME_HEAD_BYTES, now_ns) < 0:
             return -1
     elif in_places and _feed_linear(connection, landing, i, in_places, linear, now_ns) < 0:
         return -1

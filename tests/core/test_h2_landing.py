@@ -10,7 +10,7 @@ from typing import Any
 import hpack
 import hyperframe.frame
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 SessionProbe: Any = importlib.import_module("aiorch_server._core.h2_probe").SessionProbe
@@ -191,6 +191,16 @@ def write(plans: list[Body], rng: random.Random, turns: str, noise: float) -> by
     linear_bytes=st.sampled_from([16, 512, FRAME_BYTES]),
     is_guessing=st.booleans(),
     broken_at=st.one_of(st.none(), st.none(), st.floats(0, 1)),
+)
+@example(  # a read that ends with a header that was not guessed, while another was to come
+    plans=[Body(FAST, [0], 700, -1, False, "end"), Body(FAST, [150_000], 9000, -1, True, "short")],
+    seed=0,
+    turns="in turn",
+    noise=0.0,
+    cuts=[5000],
+    linear_bytes=16,
+    is_guessing=True,
+    broken_at=None,
 )
 def test_the_same_messages_in_any_cut(
     plans: list[Body],
