@@ -411,7 +411,7 @@ cdef bint feed_pieces(Player *player, const uint8_t *data, size_t size) noexcept
         n = size if n == 0 or n > size else n if n < 200 else min(size, (n - 199) * 300)
         player.now_ns += 1
         if may_land and plan_landing(player.connection, &landing, player.linear + MAX_LANDING_BYTES, TAIL_BYTES):
-            n = land(player, &landing, data, size)
+            n = land(player, &landing, data, n)
             if n == 0:
                 return False
         # a copy of its own, so that reading behind the end is seen
