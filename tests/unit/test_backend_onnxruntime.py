@@ -155,7 +155,8 @@ def test_what_fails_is_not_written_to_stderr(tmp_path: Path, capfd: pytest.Captu
     info = helper.make_tensor_value_info
     inputs, outputs = [info("x", TensorProto.INT64, ["n", 1])], [info("y", TensorProto.FLOAT, ["n", 1])]
     table = {"table": np.arange(10, dtype=np.float32)}
-    path = save_graph(tmp_path / "model.onnx", [helper.make_node("Gather", ["table", "x"], ["y"])], inputs, outputs, table)
+    node = helper.make_node("Gather", ["table", "x"], ["y"])
+    path = save_graph(tmp_path / "model.onnx", [node], inputs, outputs, table)
     backend, context = OnnxRuntimeBackend(), make_context(path)
     instance = backend.load(context, backend.inspect(context))
     with pytest.raises(Exception, match="idx=99"):
