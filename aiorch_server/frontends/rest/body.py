@@ -54,12 +54,19 @@ def find_header(headers: Headers, name: bytes) -> str | None:
 
 
 async def read_body(
-    receive: Receive, headers: Headers, *, max_bytes: int, idle_timeout_s: float, min_bytes_per_s: int
+    receive: Receive,
+    headers: Headers,
+    *,
+    max_bytes: int,
+    idle_timeout_s: float,
+    min_bytes_per_s: int,
+    book: Callable[[int], None] | None = None,
 ) -> bytes:
     """The whole body as sent.
 
     It may stand still for ``idle_timeout_s``, and take that long plus its size by ``min_bytes_per_s`` in all. Raises
-    PayloadTooLarge (as soon as that is known, without keeping more), BodyTimeout, and ClientGone.
+    PayloadTooLarge (as soon as that is known, without keeping more), BodyTimeout, ClientGone, and what ``book`` raises,
+    which is told of each part's bytes before they are kept.
     """
     declared = find_header(headers, b"content-length")
     if declared is not None and declared.isdecimal() and int(declared[:20]) > max_bytes:
@@ -78,6 +85,8 @@ async def read_body(
                 size += len(chunk)
                 if size > max_bytes:
                     raise _too_large("the request body", max_bytes)
+                if book is not None:
+                    book(len(chunk))
                 chunks.append(chunk)
                 if not message.get("more_body", False):
                     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -111,14 +120,31 @@ async def receive_body(
 
     Raises like ``read_body`` and ``decode_body``, and CapacityError when other requests hold the budget for too long.
     """
-    body = await read_body(
-        receive,
-        headers,
-        max_bytes=limits.max_body_bytes,
-        idle_timeout_s=limits.body_idle_timeout_s,
-        min_bytes_per_s=limits.min_body_bytes_per_s,
-    )
-    coding = find_header(headers, b"content-encoding")
+    bodies = limits.bodies
+    held = 0
+
+    def book(size: int) -> None:
+        nonlocal held
+        bodies.take(size)
+        held += size
+
+    try:
+        body = await read_body(
+            receive,
+            headers,
+            max_bytes=limits.max_body_bytes,
+            idle_timeout_s=limits.body_idle_timeout_s,
+            min_bytes_per_s=limits.min_body_bytes_per_s,
+            book=book,
+        )
+        async with _unpacked(body, find_header(headers, b"content-encoding"), limits, budget) as content:
+            yield content
+    finally:
+        bodies.give(held)
+
+
+@contextlib.asynccontextmanager
+async def _unpacked(body: bytes, coding: str | None, limits: RestLimits, budget: UnpackBudget) -> AsyncIterator[bytes]:
     if coding is None:
         yield body
         return

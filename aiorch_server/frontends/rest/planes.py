@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from aiorch_server.errors import CapacityError
 from aiorch_server.frontends.rest.connection import Patience
 from aiorch_server.types import (
     InferenceRequest,
@@ -79,9 +80,27 @@ class ManagementPlane(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class HeldBodies:
+    """Bytes of request bodies that the door holds, for all connections together; belongs to the loop's thread."""
+
+    limit_bytes: int = 1 << 30
+    held_bytes: int = 0
+
+    def take(self, size: int) -> None:
+        """Books ``size`` more bytes; CapacityError where that is too much."""
+        if self.held_bytes + size > self.limit_bytes:
+            raise CapacityError("the server holds as many bytes of request bodies as it may; try again later")
+        self.held_bytes += size
+
+    def give(self, size: int) -> None:
+        """Gives booked bytes back."""
+        self.held_bytes -= size
+
+
 @dataclass(frozen=True, slots=True)
 class RestLimits:
-    """Bounds on one request.
+    """Bounds on one request, and with ``bodies`` on what all bodies together take.
 
     ``max_body_bytes`` holds before and after decompression. ``max_json_bytes`` bounds the JSON part alone: parsing
     it stops the event loop, and Python objects take about twenty times the memory of the text; large tensors belong
@@ -94,3 +113,4 @@ class RestLimits:
     body_idle_timeout_s: float = 30.0
     min_body_bytes_per_s: int = 1024
     patience: Patience = field(default_factory=Patience)
+    bodies: HeldBodies = field(default_factory=HeldBodies)

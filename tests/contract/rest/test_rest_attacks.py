@@ -42,6 +42,31 @@ async def test_a_broken_body_is_no_fault(door, caplog, path):
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+async def test_bodies_that_never_end_share_a_bound(door):
+    bodies = door.server._infer._limits.bodies
+    bodies.limit_bytes = 120_000
+    head = b"POST /v2/models/echo/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n"
+    clients = [await asyncio.open_connection("127.0.0.1", door.port) for _ in range(5)]
+    reads = [asyncio.create_task(reader.readline()) for reader, _ in clients]
+    try:
+        for _, writer in clients:
+            writer.write(head + bytes(50_000))
+        async with asyncio.timeout(DEADLINE_S):
+            while sum(read.done() for read in reads) < 3:
+                await asyncio.sleep(0.01)
+        assert {read.result() for read in reads if read.done()} == {b"HTTP/1.1 503 Service Unavailable\r\n"}
+        assert 0 < bodies.held_bytes <= 120_000
+    finally:
+        for _, writer in clients:
+            writer.close()
+        await asyncio.gather(*reads, return_exceptions=True)
+    async with asyncio.timeout(DEADLINE_S):
+        while bodies.held_bytes:
+            await asyncio.sleep(0.01)
+    assert (await door.http.post("/v2/models/echo/infer", content=BODY)).status_code == 200
+    assert bodies.held_bytes == 0
+
+
 async def test_compressed_requests_share_a_budget(door):
     """Each is within the body's limit, all together unpack to far more than they are."""
     budget = UnpackBudget(200 << 10, patience_s=0.5)
