@@ -9,6 +9,12 @@ cdef extern from * nogil:
     """
     #include <pthread.h>
 
+    #ifdef __has_feature    /* clang's word for it */
+    #if __has_feature(address_sanitizer)
+    #define __SANITIZE_ADDRESS__ 1
+    #endif
+    #endif
+
     #ifdef __SANITIZE_ADDRESS__
     #define AIORCH_HAS_POOL 0
     #else
