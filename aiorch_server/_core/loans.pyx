@@ -53,8 +53,6 @@ cdef void return_loans():
     global _given_back
     cdef Loan *loan
     cdef Loan *following
-    if _given_back == NULL:         # looked at without the lock: what comes now, comes the next time
-        return
     aiorch_lock_loans()
     loan, _given_back = _given_back, NULL
     aiorch_unlock_loans()
@@ -119,7 +117,11 @@ cdef void drop_lent_list(LentList *lent) noexcept nogil:
 
 def read_lent_bytes():
     """Bytes of arrays that are lent to answers, or given back and not yet let go of."""
-    return _lent_bytes
+    cdef size_t size
+    aiorch_lock_loans()
+    size = _lent_bytes
+    aiorch_unlock_loans()
+    return size
 
 
 def return_all():
