@@ -37,6 +37,7 @@ SANITIZED_address := tests/core tests/contract tests/unit tests/chaos tests/inte
 SANITIZED_thread := tests/core/test_scheduler.py tests/core/test_cancel.py tests/contract/door
 SKIPPED := --deselect tests/core/test_leaks.py --deselect tests/core/test_h2_leaks.py \
     --deselect tests/contract/door/test_door_threads.py::test_a_busy_interpreter \
+    --deselect tests/contract/door/test_door_tls.py::test_two_thousand_connections_leave_nothing \
     --deselect tests/integration/test_cli_serve.py::test_the_lines_to_paste_work
 
 test-sanitize: $(CACHE)/test

@@ -57,7 +57,8 @@ def make_environment(kind: str, place: Path, logs: Path) -> dict[str, str]:
         environment["AIORCH_UNDEFINED_LOG"] = f"{logs}/undefined"
     else:
         environment["TSAN_OPTIONS"] = (
-            f"{common}:exitcode=86:ignore_noninstrumented_modules=1:history_size=4"
+            # memory that is refused is an answer, as it is without: there are tests of that
+            f"{common}:allocator_may_return_null=1:exitcode=86:ignore_noninstrumented_modules=1:history_size=4"
             ":report_signal_unsafe=0:die_after_fork=0"
         )
     return environment
