@@ -53,7 +53,7 @@ leak-run: $(CACHE)/test $(CACHE)/compiled
 
 # each target for so long; FUZZ_TARGETS="session scan", see tests/fuzz/README.md
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= session,frames,scan,text,batch,protobuf,response
+FUZZ_TARGETS ?= session,frames,landing,scan,text,batch,protobuf,response
 fuzz: $(CACHE)/test $(CACHE)/clang
 	$(PY) tests/fuzz/run.py --seconds $(FUZZ_SECONDS) --targets "$(FUZZ_TARGETS)" --results tests/fuzz/results.json
 	$(PY) tests/sanitize/report.py

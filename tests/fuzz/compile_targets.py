@@ -14,6 +14,7 @@ ROOT = HERE.parents[1]
 MODULES = {
     "session": "fuzz_sessions",
     "frames": "fuzz_sessions",
+    "landing": "fuzz_landing",
     "scan": "fuzz_scan",
     "text": "fuzz_text",
     "batch": "fuzz_batch",

@@ -138,6 +138,28 @@ def make_responses() -> list[bytes]:
     return [pb.ModelInferResponse(model_name="m").SerializeToString(), response.SerializeToString()]
 
 
+def make_landings(rng: random.Random) -> list[bytes]:
+    """Bounds, manners, six cuts; then steps, see ``put_step`` in ``fuzz_landing.pyx``."""
+    opened = bytes([0, 0])
+    alone = opened + bytes([7, 31, 128, 190])  # 32 frames of a message that is longer
+    in_turn = opened * 3 + bytes([7, 31, 130, 130, 140, 120]) * 2
+    reset = in_turn + bytes([12, 0x80, 12, 0x81, 7, 20, 130])
+    padded = opened * 2 + bytes([4, 3, 33, 90, 68]) + bytes([4, 3, 32, 90, 68, 4, 2, 65]) * 4
+    slow = bytes([0, 1]) * 2 + bytes([7, 20, 129, 100, 90, 4, 1, 0, 70, 13, 0, 14, 9, 20, 0, 0]) * 2
+    early = opened + bytes([7, 3, 128, 200, 4, 48, 0, 70]) + opened + bytes([7, 9, 128, 90])
+    nonsense = in_turn + bytes([15, 40]) + rng.randbytes(40)
+    # learned in turn, then in another order: frames of the length that was guessed, but of the next stream
+    swapped = opened * 3 + bytes([7, 11, 130, 130, 140, 120]) + bytes([4, 0, 0x41, 4, 0, 0x40, 4, 0, 0x42]) * 6
+    steps = (alone, in_turn, swapped, reset, padded, slow, early, nonsense)
+    manners = (
+        bytes([0x1F, 10, 255, 255, 255, 255, 255, 255]),  # all that is there, looked at after each piece
+        bytes([0x0F, 12, 255, 200, 110, 150, 101, 160]),
+        bytes([0x14, 5, 108, 99, 160, 8, 104, 131]),  # narrow bounds
+        bytes([0x1F, 26, 120, 180, 255, 108, 101, 140]),  # guesses anew each time
+    )
+    return [manner + step for step in steps for manner in manners]
+
+
 async def make_sessions() -> list[bytes]:
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((Echo(),))
@@ -161,6 +183,7 @@ def main() -> None:
             for tape in (b"", bytes(rng.choices([7, 40, 200, 1, 3, 0], k=60)))
         ],
         "frames": [bytes([31, 0xF7, 0, 0]) + rng.randbytes(size) for size in (40, 200, 400)],
+        "landing": make_landings(rng),
         "scan": messages,
         "protobuf": messages,
         "response": responses,

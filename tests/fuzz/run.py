@@ -37,6 +37,7 @@ SANITIZERS = (
 SETTINGS = {
     "session": (8192, "frames.dict"),
     "frames": (4096, ""),
+    "landing": (1024, ""),
     "scan": (4096, "protobuf.dict"),
     "text": (64, "text.dict"),
     "batch": (2048, "protobuf.dict"),
