@@ -60,6 +60,8 @@ cdef str name_peer(object transport):
     """The peer as gRPC writes it: ``ipv4:127.0.0.1:5000``, ``ipv6:%5B::1%5D:5000``, ``unix:``."""
     family = getattr(transport.get_extra_info("socket"), "family", None)
     name = transport.get_extra_info("peername")
+    if name is None and family in (socket.AF_INET, socket.AF_INET6):
+        return "unknown"        # reset before it was accepted: connection_lost comes next
     if family == socket.AF_INET:
         return f"ipv4:{name[0]}:{name[1]}"
     if family == socket.AF_INET6:

@@ -7,6 +7,7 @@ import gzip
 import random
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -267,6 +268,26 @@ def test_streams_above_the_limit_are_refused(make_door: Callable[..., Door], kin
         wait_until(lambda: door.servicer.count("started") == 10)
         door.check_next_call()
     wait_until(lambda: door.servicer.count("cancelled") == 10)
+
+
+def test_clients_that_reset_before_they_are_accepted(native_door: Door, caplog: pytest.LogCaptureFixture) -> None:
+    """They have no address any more when the server looks for it."""
+    is_blocked, go_on = threading.Event(), threading.Event()
+
+    def block() -> None:
+        is_blocked.set()
+        go_on.wait(TIMEOUT_S)
+
+    native_door.loop.call_soon_threadsafe(block)
+    assert is_blocked.wait(TIMEOUT_S)
+    for _ in range(20):
+        client = socket.create_connection(("127.0.0.1", native_door.port), TIMEOUT_S)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    go_on.set()
+    native_door.check_next_call()
+    wait_until(lambda: native_door.server.connections <= 1, "the end of what was reset")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_metadata_that_is_not_base64(native_door: Door) -> None:
