@@ -79,9 +79,11 @@ cdef ScanResult scan_tensor(Slice content, TensorView *tensor, bint *is_plain) n
         at = read_field(at, end, &number, &kind, &value, &field)
         if at == NULL:
             return SCAN_MALFORMED
-        if number == 1 and kind == 2 and tensor.name.data == NULL:
+        if number == 1 and kind == 2:       # the last one holds, as in protobuf; a request is declined
+            is_plain[0] = is_plain[0] and tensor.name.data == NULL
             tensor.name = field
-        elif number == 2 and kind == 2 and tensor.datatype.data == NULL:
+        elif number == 2 and kind == 2:
+            is_plain[0] = is_plain[0] and tensor.datatype.data == NULL
             tensor.datatype = field
         elif number == 3 and kind == 2:
             inner, inner_end = field.data, field.data + field.size
