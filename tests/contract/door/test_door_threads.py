@@ -132,7 +132,7 @@ def test_calls_given_up_faster_than_the_loop_hears_of_them(make_door: Callable[.
     data = frame_of(bytes(60_000))  # within the window that every stream begins with
     held = 0
     with Attacker(door) as attacker:
-        attacker.socket.settimeout(1.0)
+        attacker.socket.settimeout(3.0)
         try:
             for held in range(64):
                 stream_id = 2 * held + 1
