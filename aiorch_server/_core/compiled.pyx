@@ -155,6 +155,10 @@ cdef bint check_output(Batch batch, int index, const AiorchTensor *tensor, Outpu
                  <int> layout.name.size, layout.name.data, <int> AIORCH_MAX_DIMS)
         return False
     for i in range(tensor.n_dims):
+        if tensor.dims[i] < 0:
+            snprintf(error, ERROR_BYTES, b"output '%.*s' has a negative dimension, %lld",
+                     <int> layout.name.size, layout.name.data, <long long> tensor.dims[i])
+            return False
         view.dims[i] = tensor.dims[i]
         n *= tensor.dims[i]
     if spec.max_batch_size > 0 and (tensor.n_dims == 0 or tensor.dims[0] != batch._rows):

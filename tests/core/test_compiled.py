@@ -140,16 +140,22 @@ async def test_many_members_make_one_batch(mailbox: Mailbox, serve: Serve) -> No
     assert rows == [1, 6]
 
 
+def fold(answer: Tensor) -> None:
+    """Two negative dimensions, whose product is right."""
+    answer.n_dims, answer.dims[1], answer.dims[2] = 3, -2, -2
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
+        (fold, "output 'Y' has a negative dimension, -2"),
         (lambda answer: setattr(answer, "data", None), "output 'Y' is missing"),
         (lambda answer: setattr(answer, "n_dims", 9), "output 'Y' is missing, or has more than 8 dimensions"),
         (lambda answer: setattr(answer, "n_dims", -1), "output 'Y' is missing, or has more than 8 dimensions"),
         (lambda answer: setattr(answer, "n_dims", 0), "output 'Y' has 0 rows for a batch of 2"),
         (lambda answer: answer.dims.__setitem__(0, 3), "output 'Y' has 3 rows for a batch of 2"),
         (lambda answer: answer.dims.__setitem__(1, 5), "output 'Y' has 32 bytes, its shape says 40"),
-        (lambda answer: answer.dims.__setitem__(1, -4), "output 'Y' has 32 bytes, its shape says -32"),
+        (lambda answer: answer.dims.__setitem__(1, -4), "output 'Y' has a negative dimension, -4"),
     ],
 )
 async def test_outputs_that_cannot_be_are_refused(
