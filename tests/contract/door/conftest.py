@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -347,6 +348,22 @@ class Door:
             self.servicer.release.set()
 
         self.loop.call_soon_threadsafe(set_event)
+
+    @contextmanager
+    def stuck_loop(self) -> Iterator[None]:
+        """The loop stands still inside the block: from the first line to the last."""
+        is_stuck, release = threading.Event(), threading.Event()
+
+        def stand_still() -> None:
+            is_stuck.set()
+            release.wait(TIMEOUT_S)
+
+        self.loop.call_soon_threadsafe(stand_still)
+        assert is_stuck.wait(TIMEOUT_S)
+        try:
+            yield
+        finally:
+            release.set()
 
     def channel(self, credentials: Any = None, **options: Any) -> grpc.Channel:
         arguments = [(f"grpc.{name}", value) for name, value in options.items()]

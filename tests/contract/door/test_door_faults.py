@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
 import re
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ THREADS = ["native-asyncio-1", "native-uvloop-2"]
 def find_other_end(client: socket.socket) -> int:
     """A second descriptor of the server's side of this connection, as a forked child would hold one."""
     for entry in sorted(Path("/proc/self/fd").iterdir()):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if entry.is_socket():
                 with socket.socket(fileno=os.dup(int(entry.name))) as end:
                     if end.getpeername() == client.getsockname():
@@ -47,7 +47,7 @@ def watched_inodes() -> set[int]:
     """What this process's epoll descriptors watch; see proc(5)."""
     found: set[int] = set()
     for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if "[eventpoll]" in str(entry.readlink()):
                 lines = Path("/proc/self/fdinfo", entry.name).read_text()
                 found |= {int(inode, 16) for inode in re.findall(r"^tfd:.* ino:\s*([0-9a-f]+)", lines, re.MULTILINE)}
@@ -167,11 +167,9 @@ def test_a_message_that_the_interpreter_has_no_memory_for(threads: int) -> None:
 def test_connections_given_up_faster_than_the_loop_hears_of_them(make_door: Callable[..., Door], kind: str) -> None:
     """The loop is stuck; what it has not heard of yet is bounded also where each call comes on its own connection."""
     door = make_door(kind, limits=ConnectionLimits(max_buffered_bytes=1 << 20))
-    release = threading.Event()
-    door.loop.call_soon_threadsafe(release.wait, TIMEOUT_S)
     data = frame_of(bytes(60_000))
     taken = 0
-    try:
+    with door.stuck_loop(), suppress(TimeoutError):
         while taken < 64:
             with Attacker(door) as attacker:
                 attacker.socket.settimeout(0.7)
@@ -181,10 +179,6 @@ def test_connections_given_up_faster_than_the_loop_hears_of_them(make_door: Call
                 attacker.send(PingFrame(0, bytes(8)).serialize())
                 attacker.read_until(lambda frames: any(isinstance(frame, PingFrame) for frame in frames))
             taken += 1
-    except TimeoutError:
-        pass
-    finally:
-        release.set()
     threads = int(kind[-1])
     assert 16 <= taken <= 20 * threads, "new clients were let in too long, or too short"
     door.check_next_call()
@@ -220,7 +214,7 @@ def test_a_closed_scheduler_is_no_reason_to_refuse(make_door: Callable[..., Door
 def count_event_descriptors() -> int:
     found = 0
     for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             found += "eventfd" in str(entry.readlink())
     return found
 
@@ -276,7 +270,7 @@ def test_a_socket_that_is_full_at_any_moment(make_door: Callable[..., Door], kin
     door = make_door(kind, limits=ConnectionLimits(write_timeout_s=0.5))
     settings = SettingsFrame(0, {SettingsFrame.INITIAL_WINDOW_SIZE: 2**31 - 1}).serialize()
     greeting = PREFACE + settings + WindowUpdateFrame(0, 2**31 - 65536).serialize()
-    with contextlib.ExitStack() as attackers:
+    with ExitStack() as attackers:
         for index in range(12):
             attacker = attackers.enter_context(Attacker(door, greeting))
             first = headers(1, f"/{SERVICE}/Count", "END_HEADERS")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -127,13 +128,11 @@ def test_the_process_ends(how: str) -> None:
 def test_calls_given_up_faster_than_the_loop_hears_of_them(make_door: Callable[..., Door], kind: str) -> None:
     """The loop is stuck; what it has not heard of yet is bounded: the connection is not read any more."""
     door = make_door(kind, limits=ConnectionLimits(max_buffered_bytes=1 << 20))
-    release = threading.Event()
-    door.loop.call_soon_threadsafe(release.wait, TIMEOUT_S)
     data = frame_of(bytes(60_000))  # within the window that every stream begins with
     held = 0
     with Attacker(door) as attacker:
         attacker.socket.settimeout(3.0)
-        try:
+        with door.stuck_loop(), suppress(TimeoutError):
             for held in range(64):
                 stream_id = 2 * held + 1
                 attacker.send(headers(stream_id, f"/{SERVICE}/Wait", "END_HEADERS"))
@@ -145,11 +144,8 @@ def test_calls_given_up_faster_than_the_loop_hears_of_them(make_door: Callable[.
                     lambda frames, held=held: sum(isinstance(frame, PingFrame) for frame in frames) > held  # type: ignore[misc]
                 )
                 attacker.send(RstStreamFrame(stream_id, 8).serialize())
-        except TimeoutError:
-            pass
-        finally:
-            release.set()
-        assert 16 <= held <= 18, "reading was not stopped, or too early"
+        # the read that brings the last reset may bring the whole next call with it
+        assert 16 <= held <= 19, "reading was not stopped, or too early"
         attacker.socket.settimeout(TIMEOUT_S)
         attacker.read_until(lambda frames: sum(isinstance(frame, PingFrame) for frame in frames) > held)
         wait_until(lambda: door.server.calls <= 1, "the end of the calls given up")
@@ -212,9 +208,7 @@ def test_a_stuck_loop_stops_slow_calls_only(make_door: Callable[..., Door], kind
     door = make_door(kind, router=route_to(instance.scheduler))
     channel = door.channel()
     door.check_next_call(channel)
-    release = threading.Event()
-    door.loop.call_soon_threadsafe(release.wait, TIMEOUT_S)
-    try:
+    with door.stuck_loop():
         slow = door.call("Echo", channel).future(b"x", timeout=TIMEOUT_S)
         infer = channel.unary_unary(FAST_PATH)
         for value in range(200):
@@ -224,8 +218,6 @@ def test_a_stuck_loop_stops_slow_calls_only(make_door: Callable[..., Door], kind
         with pytest.raises(grpc.RpcError) as caught:
             expired.result()
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    finally:
-        release.set()
     assert slow.result() == b"x"
 
 

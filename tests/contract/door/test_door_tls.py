@@ -10,7 +10,6 @@ import select
 import socket
 import ssl
 import subprocess
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -547,16 +546,12 @@ def test_ports_with_tls_belong_to_the_threads(
     assert {type(driver) for driver in door.server._drivers} == {IoThread}
     channel = door.channel(trust(certificates))
     door.check_next_call(channel)
-    release = threading.Event()
-    door.loop.call_soon_threadsafe(release.wait, TIMEOUT_S)
-    try:
+    with door.stuck_loop():
         infer = channel.unary_unary(FAST_PATH)
         for value in range(100):
             assert values_of(infer(message(value), timeout=TIMEOUT_S)) == [2.0 * value]
         other = door.channel(trust(certificates)).unary_unary(FAST_PATH)  # a handshake needs nobody else either
         assert values_of(other(message(7), timeout=TIMEOUT_S)) == [14.0]
-    finally:
-        release.set()
 
 
 def test_many_clients_on_two_threads(
