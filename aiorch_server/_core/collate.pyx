@@ -30,7 +30,14 @@ from aiorch_server._core.loans cimport (
     new_loan,
     return_loans,
 )
-from aiorch_server._core.request cimport fail_request, is_cancelled, now_ns, pthread_mutex_lock, pthread_mutex_unlock
+from aiorch_server._core.request cimport (
+    fail_request,
+    find_buffer,
+    is_cancelled,
+    now_ns,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+)
 from aiorch_server._core.scheduler cimport (
     FAILURE_BACKEND,
     FAILURE_CANCELED,
@@ -231,12 +238,15 @@ cdef class Batch:
         cdef Request *request = NULL
         cdef HeldBuffer held
         cdef uint8_t *rows
+        cdef uint8_t *buffer = NULL
         for i in range(self._first, self._last):
             if self._members[i] != NULL and self._members[i].inputs[index].size:
                 request = self._members[i]
                 break
         if request.inputs[index].size == size and <size_t> request.inputs[index].data % ALIGNMENT_BYTES == 0:
-            held = hold_for_python(request.message, <uint8_t *> request.inputs[index].data, size)
+            buffer = find_buffer(request, request.inputs[index].data)
+        if buffer != NULL:
+            held = hold_for_python(buffer, <uint8_t *> request.inputs[index].data, size)
         else:
             rows = new_buffer(size, 0)
             if rows == NULL:

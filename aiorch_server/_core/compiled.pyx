@@ -9,7 +9,7 @@ from libc.string cimport memcpy, memset
 from aiorch_server._core.buffers cimport COPY_GATHERED, count_copied, drop_buffer, hold_buffer, new_buffer
 from aiorch_server._core.collate cimport Batch
 from aiorch_server._core.loans cimport LENT_FROM_BYTES, Loan, drop_loan, lend_buffer, may_lend
-from aiorch_server._core.request cimport Request, fail_request, is_cancelled, now_ns
+from aiorch_server._core.request cimport Request, fail_request, find_buffer, is_cancelled, now_ns
 from aiorch_server._core.spec cimport SpecState, TensorLayout
 from aiorch_server._core.wire cimport MAX_TENSORS, OutputView, Slice
 
@@ -114,8 +114,9 @@ cdef int gather_input(Batch batch, int index, Room *room, AiorchTensor *tensor) 
     if batch._n == 1 and not is_bool and (<size_t> first.inputs[index].data) % ALIGNMENT == 0:
         tensor.data = <void *> first.inputs[index].data
         if tensor.size >= BIG_BYTES:
-            room.buffer = first.message
-            hold_buffer(room.buffer)
+            room.buffer = find_buffer(first, first.inputs[index].data)
+            if room.buffer != NULL:
+                hold_buffer(room.buffer)
         return 0
     if tensor.size >= BIG_BYTES:
         room.buffer = new_buffer(tensor.size, 0)

@@ -10,7 +10,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from aiorch_server._core.loans cimport LentList
+from aiorch_server._core.loans cimport LentList, Loan
 from aiorch_server._core.wire cimport Slice
 
 
@@ -29,10 +29,20 @@ cdef enum RequestState:
     REQUEST_RUNNING = 2     # taken out to be run or failed, and from then on; a cancel only marks it
 
 
+# Memory outside of the message that slices of a request point into, and what keeps it alive.
+cdef struct Hold:
+    Hold *next
+    const uint8_t *data
+    size_t size
+    uint8_t *buffer         # a counted buffer (see buffers.pxd) with one reference, or NULL:
+    Loan *loan              # ... a loan with one reference
+
+
 cdef struct Request:
-    # the message: a buffer, owned; all slices point into it
+    # the message: a buffer, owned; all slices point into it, or into what `holds` keeps
     uint8_t *message
     size_t message_size
+    Hold *holds             # owned; NULL for most requests
     Slice id
     # tensors in the order of the model's inputs, and the sizes of their dimensions (see spec.bind_request);
     # both arrays lie behind the record in the same allocation
@@ -102,6 +112,11 @@ cdef Request *drain_sink(CompletionSink *sink) noexcept nogil
 # (NULL in simulations); NULL when memory ran out. `message` stays the caller's until success.
 cdef Request *new_request(uint8_t *message, size_t size, int n_inputs, int n_key, CompletionSink *sink,
                           void *owner) noexcept nogil
+# Keeps memory alive until free_request: adopts the caller's reference to the buffer or to the loan. False: no memory, the
+# reference is still the caller's. Before the request can be seen by anybody else.
+cdef bint hold_memory(Request *request, const uint8_t *data, size_t size, uint8_t *buffer, Loan *loan) noexcept nogil
+# The counted buffer in which a slice of the request lies; NULL: on loan from elsewhere.
+cdef uint8_t *find_buffer(const Request *request, const uint8_t *data) noexcept nogil
 # Frees the record with its message, response and error, and drops its references.
 cdef void free_request(Request *request) noexcept nogil
 # Sets status and a copy of the text; a request is failed or answered once, before put_settled.

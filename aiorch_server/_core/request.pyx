@@ -5,7 +5,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, strlen
 
 from aiorch_server._core.buffers cimport drop_buffer
-from aiorch_server._core.loans cimport drop_lent_list
+from aiorch_server._core.loans cimport drop_lent_list, drop_loan
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initial, int flags)
@@ -136,7 +136,38 @@ cdef Request *new_request(uint8_t *message, size_t size, int n_inputs, int n_key
     return request
 
 
+cdef bint hold_memory(Request *request, const uint8_t *data, size_t size, uint8_t *buffer, Loan *loan) noexcept nogil:
+    cdef Hold *hold = <Hold *> malloc(sizeof(Hold))
+    if hold == NULL:
+        return False
+    hold.next, hold.data, hold.size, hold.buffer, hold.loan = request.holds, data, size, buffer, loan
+    request.holds = hold
+    return True
+
+
+cdef uint8_t *find_buffer(const Request *request, const uint8_t *data) noexcept nogil:
+    cdef const Hold *hold = request.holds
+    while hold != NULL:
+        if hold.data <= data < hold.data + hold.size:
+            return <uint8_t *> hold.buffer
+        hold = hold.next
+    return <uint8_t *> request.message
+
+
+cdef void free_holds(Request *request) noexcept nogil:
+    cdef Hold *hold
+    while request.holds != NULL:
+        hold = request.holds
+        request.holds = hold.next
+        drop_buffer(hold.buffer)
+        if hold.loan != NULL:
+            drop_loan(hold.loan)
+        free(hold)
+
+
 cdef void free_request(Request *request) noexcept nogil:
+    if request.holds != NULL:
+        free_holds(request)
     drop_buffer(request.message)
     drop_buffer(request.response)
     drop_lent_list(request.lent)
