@@ -209,7 +209,10 @@ class Application:
                 compression=door.COMPRESSIONS[config.compression],
                 interceptors=[door.import_interceptor(name) for name in config.interceptors],
             )
-        return door.NativeGrpcServer(
+        interceptors = [door.import_interceptor(name) for name in config.interceptors]
+        # interceptors are made with grpc, our own services are not
+        open_door = door.NativeGrpcServer if interceptors else door.GrpcDoor
+        return open_door(
             router=self.router,
             max_message_bytes=config.max_message_bytes,
             io_threads=config.io_threads,
@@ -220,7 +223,7 @@ class Application:
             life=_make_life(config),
             server_limits=door.ServerLimits(config.max_buffered_bytes, config.max_connections),
             compression=door.ResponseCompression(door.COMPRESSIONS[config.compression], config.min_compress_bytes),
-            interceptors=[door.import_interceptor(name) for name in config.interceptors],
+            interceptors=interceptors,
         )
 
     def _list_ledgers(self) -> list[ServerLedger]:
@@ -282,7 +285,7 @@ def _bind(server: Any, config: GrpcConfig) -> int:
             port = server.add_insecure_port(address)
         else:
             credentials: Any = _read_credentials(config.tls)
-            if not isinstance(server, door.NativeGrpcServer):
+            if not isinstance(server, door.GrpcDoor):
                 credentials = door.make_grpcio_credentials(credentials)
             port = server.add_secure_port(address, credentials)
     except RuntimeError as error:  # grpcio has no errno to tell

@@ -16,8 +16,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from aiorch_server.cli.output import Output
-from aiorch_server.cli.status import STATE_STYLES, write_reasons
+from aiorch_server.cli.output import STATE_STYLES, Output, write_reasons
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.types import ModelIndexEntry, ModelMetadata, ModelState, TensorMetadata
 

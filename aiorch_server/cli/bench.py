@@ -15,7 +15,7 @@ from rich.table import Table
 
 from aiorch_server.cli.connection import (
     DEFAULT_URL,
-    Json,
+    ClientOutput,
     TimeoutSecs,
     TlsCert,
     TlsKey,
@@ -28,7 +28,7 @@ from aiorch_server.cli.connection import (
     read_token,
 )
 from aiorch_server.cli.infer import Model, ModelVersion
-from aiorch_server.cli.output import CommandError, ExitCode, Output, UsageError
+from aiorch_server.cli.output import CommandError, ExitCode, Json, Output, UsageError
 from aiorch_server.cli.tensors import make_inputs, parse_shapes, read_inputs
 
 #: Different messages sent in turn, so that no cache answers all of them from one.
@@ -82,7 +82,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measures a model under load: requests per second and latencies."""
-    output = Output(json)
+    output = ClientOutput(json)
     with output.guard():
         if concurrency % connections:
             raise UsageError(f"--concurrency {concurrency} must be a multiple of --connections {connections}")

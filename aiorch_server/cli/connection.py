@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from aiorch_client import Client, RequestError, TlsConfig
+from aiorch_client import Client, ClientError, RequestError, TlsConfig, UnreachableError
 
-from aiorch_server.cli.output import UsageError
+from aiorch_server.cli.output import CommandError, ExitCode, Output, UsageError
 
 DEFAULT_URL = "127.0.0.1:8001"
 _CONNECT_S = 5.0
 
-Json = Annotated[bool, typer.Option("--json", help="Write JSON, one document a line.")]
 Url = Annotated[str, typer.Option("--url", "-u", help="Where the server's gRPC listens: host:port.")]
 TimeoutSecs = Annotated[float, typer.Option("--timeout-secs", min=0.001, max=86_400, help="Longest time of one call.")]
 UseTls = Annotated[bool, typer.Option("--tls", help="Connect with TLS; implied by the other TLS options.")]
@@ -23,6 +22,21 @@ TlsRoot = Annotated[Path | None, typer.Option("--tls-root-cert", help="PEM of au
 TlsCert = Annotated[Path | None, typer.Option("--tls-cert", help="PEM of the client's own certificate.")]
 TlsKey = Annotated[Path | None, typer.Option("--tls-key", help="PEM of the client's own key.")]
 TokenFile = Annotated[Path | None, typer.Option("--token-file", help="File with a bearer token for every call.")]
+
+
+class ClientOutput(Output):
+    """The output of a command that calls a server."""
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """As ``Output.guard``, for what a client raises too."""
+        with super().guard():
+            try:
+                yield
+            except ClientError as error:
+                is_unreachable = isinstance(error, UnreachableError)
+                exit_code = ExitCode.UNREACHABLE if is_unreachable else ExitCode.REFUSED
+                raise CommandError(error.details, exit_code, error.code.name) from None
 
 
 def make_tls(use_tls: bool, root: Path | None, certificate: Path | None, key: Path | None) -> TlsConfig | None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from aiorch_server.cli.connection import (
     DEFAULT_URL,
-    Json,
+    ClientOutput,
     TimeoutSecs,
     TlsCert,
     TlsKey,
@@ -25,7 +25,7 @@ from aiorch_server.cli.connection import (
     open_client,
     read_token,
 )
-from aiorch_server.cli.output import Output, UsageError
+from aiorch_server.cli.output import Json, UsageError
 from aiorch_server.cli.tensors import read_inputs
 
 Model = Annotated[str, typer.Argument(help="The model's name.")]
@@ -63,7 +63,7 @@ def infer(
     json: Json = False,
 ) -> None:
     """Runs a model on tensors from files or standard input and shows what it gives."""
-    shown = Output(json)
+    shown = ClientOutput(json)
     with shown.guard():
         if output is not None and output.suffix != ".npz":
             raise UsageError(f"--output {output}: expected a name that ends in .npz")

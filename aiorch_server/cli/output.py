@@ -11,17 +11,18 @@ import enum
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from aiorch_client import ClientError, UnreachableError
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+Json = Annotated[bool, typer.Option("--json", help="Write JSON, one document a line.")]
+STATE_STYLES = {"READY": "green", "LOADING": "yellow", "UNLOADING": "yellow", "UNAVAILABLE": "red"}
 _FILE_COLUMNS = 200
 _WIDEST_TABLE = 1000
 
@@ -36,11 +37,12 @@ class ExitCode(enum.IntEnum):
 
 
 class CommandError(Exception):
-    """A failure to tell the user; ``str(error)`` says what would be right."""
+    """A failure to tell the user; ``str(error)`` says what would be right, ``code`` is for programs."""
 
-    def __init__(self, text: str, exit_code: ExitCode) -> None:
+    def __init__(self, text: str, exit_code: ExitCode, code: str = "") -> None:
         super().__init__(text)
         self.exit_code = exit_code
+        self.code = code or exit_code.name
 
 
 class UsageError(CommandError):
@@ -89,12 +91,15 @@ class Output:
         try:
             yield
         except CommandError as error:
-            self.fail(str(error), error.exit_code.name)
+            self.fail(str(error), error.code)
             raise typer.Exit(error.exit_code) from None
-        except ClientError as error:
-            self.fail(error.details, error.code.name)
-            is_unreachable = isinstance(error, UnreachableError)
-            raise typer.Exit(ExitCode.UNREACHABLE if is_unreachable else ExitCode.REFUSED) from None
+
+
+def write_reasons(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each model that has something to say; a column would leave no room for the others."""
+    return [
+        f"{model['name']} {model['version']}".strip() + f": {model['reason']}" for model in models if model["reason"]
+    ]
 
 
 def to_json(value: Any) -> Any:

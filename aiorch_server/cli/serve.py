@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO, cast
 import typer
 
 from aiorch_server.cli.announce import Announcer, ServedModel
-from aiorch_server.cli.connection import Json
-from aiorch_server.cli.output import CommandError, ExitCode, Output
+from aiorch_server.cli.output import CommandError, ExitCode, Json, Output
 from aiorch_server.cli.settings import build_config
 from aiorch_server.config.server import ControlMode, LogFormat, LogLevel, ServerConfig, Transport
 from aiorch_server.errors import AiorchError, CapacityError, NotFoundError, RequestError

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from aiorch_server.cli.connection import (
     DEFAULT_URL,
-    Json,
+    ClientOutput,
     TimeoutSecs,
     TlsCert,
     TlsKey,
@@ -24,9 +24,7 @@ from aiorch_server.cli.connection import (
     open_client,
     read_token,
 )
-from aiorch_server.cli.output import Output
-
-STATE_STYLES = {"READY": "green", "LOADING": "yellow", "UNLOADING": "yellow", "UNAVAILABLE": "red"}
+from aiorch_server.cli.output import STATE_STYLES, Json, write_reasons
 
 
 def status(
@@ -40,7 +38,7 @@ def status(
     json: Json = False,
 ) -> None:
     """Shows a server, its models and their statistics."""
-    output = Output(json)
+    output = ClientOutput(json)
     with output.guard():
         tls_config = make_tls(tls, tls_root_cert, tls_cert, tls_key)
         with open_client(url, timeout_s=timeout_secs, tls=tls_config, token=read_token(token_file)) as client:
@@ -94,10 +92,3 @@ def _tabulate(models: list[dict[str, Any]]) -> Table:
         state = Text(model["state"], STATE_STYLES.get(model["state"], ""))
         table.add_row(Text(model["name"]), model["version"], state, *numbers)
     return table
-
-
-def write_reasons(models: list[dict[str, Any]]) -> list[str]:
-    """A line for each model that has something to say; a column would leave no room for the others."""
-    return [
-        f"{model['name']} {model['version']}".strip() + f": {model['reason']}" for model in models if model["reason"]
-    ]

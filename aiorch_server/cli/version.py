@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import version as find_version
 
-import grpc
 import numpy as np
 
 import aiorch_server
-from aiorch_server.cli.connection import Json
-from aiorch_server.cli.output import Output
+from aiorch_server.cli.output import Json, Output
 
 
 def version(json: Json = False) -> None:
@@ -17,7 +16,7 @@ def version(json: Json = False) -> None:
     versions = {
         "aiorchestrator": aiorch_server.__version__,
         "python": platform.python_version(),
-        "grpcio": grpc.__version__,
+        "grpcio": find_version("grpcio"),
         "numpy": np.__version__,
     }
     Output(json).show(versions, "\n".join(f"{name} {number}" for name, number in versions.items()))

@@ -12,7 +12,7 @@ from aiorch_proto.v2 import inference_pb2 as pb
 from aiorch_proto.v2.service import METHODS, SERVICE_NAME
 from typer.testing import CliRunner
 
-from aiorch_server.cli import app
+from aiorch_server.cli import build_app
 
 TENSOR = pb.ModelMetadataResponse.TensorMetadata
 
@@ -109,7 +109,7 @@ def nobody():
 
 
 def run(*arguments, stdin=None):
-    return CliRunner().invoke(app, [str(each) for each in arguments], input=stdin)
+    return CliRunner().invoke(build_app(), [str(each) for each in arguments], input=stdin)
 
 
 def run_json(*arguments, stdin=None):

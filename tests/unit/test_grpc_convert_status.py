@@ -10,7 +10,7 @@ import pytest
 from error_tree import ERROR_TREE
 
 from aiorch_server.errors import AiorchError, Code
-from aiorch_server.frontends.grpc.status import MAX_TEXT_BYTES, STATUS, bound_text, describe_error
+from aiorch_server.frontends.grpc.status import MAX_TEXT_BYTES, bound_text, describe_error, to_status
 
 
 @pytest.mark.parametrize("error", ERROR_TREE, ids=lambda error: error.__name__)
@@ -26,8 +26,8 @@ def test_tree_was_walked() -> None:
 
 
 def test_codes_are_numbered_as_grpc_does() -> None:
-    assert {code: status.value[0] for code, status in STATUS.items()} == {code: int(code) for code in Code}
-    assert set(STATUS.values()) == set(grpc.StatusCode)
+    assert {code: to_status(code).value[0] for code in Code} == {code: int(code) for code in Code}
+    assert {to_status(code) for code in Code} == set(grpc.StatusCode)
 
 
 def test_unexpected_error_is_logged_and_hidden(caplog: pytest.LogCaptureFixture) -> None:

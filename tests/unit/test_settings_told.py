@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from aiorch_server.cli import app
+from aiorch_server.cli import build_app
 from aiorch_server.config.load import ALIASES, setting_names
 from aiorch_server.config.server import ServerConfig
 
@@ -42,7 +42,7 @@ def test_the_page_lists_every_setting_with_its_short_name_and_default() -> None:
 
 
 def list_told_defaults() -> list[tuple[str, str]]:
-    options = typer.main.get_command(app).commands["serve"].params  # type: ignore[attr-defined]
+    options = typer.main.get_command(build_app()).commands["serve"].params  # type: ignore[attr-defined]
     found = [(option.name, re.findall(r"; default (.+)\.$", option.help or "")) for option in options]
     return [(name, default) for name, (default,) in filter(all, found)]
 
@@ -54,6 +54,6 @@ def test_the_help_tells_the_defaults_there_are(option: str, told: str) -> None:
 
 
 def test_the_help_tells_the_default_of_every_option_that_has_one() -> None:
-    options = {parameter.name for parameter in typer.main.get_command(app).commands["serve"].params}  # type: ignore[attr-defined]
+    options = {parameter.name for parameter in typer.main.get_command(build_app()).commands["serve"].params}  # type: ignore[attr-defined]
     paths = {name: path for name, path in setting_names().items() if name in options and default_of(path)}
     assert paths.keys() - dict(list_told_defaults()).keys() == {"allow_code", "grpc_use_ssl_mutual"}  # plain flags

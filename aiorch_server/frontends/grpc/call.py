@@ -7,12 +7,13 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import grpc
-
+from aiorch_server.errors import Code
 from aiorch_server.frontends.grpc.context import CallFailed, ServicerContext
-from aiorch_server.frontends.grpc.sync import SyncRequestIterator, SyncServicerContext
+
+if TYPE_CHECKING:
+    import grpc
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,12 @@ async def run_call(path: str, handler: grpc.RpcMethodHandler, context: ServicerC
         await _invoke(handler, context, executor)
     except asyncio.CancelledError:
         if context.is_ok:
-            context.set_code(grpc.StatusCode.CANCELLED)
+            context.set_code(Code.CANCELLED)
             context.set_details("RPC cancelled by the server")
         raise
-    except grpc.aio.AbortError:
+    except context.abort_error:
         if context.is_ok:
-            context.set_code(grpc.StatusCode.UNKNOWN)
+            context.set_code(Code.UNKNOWN)
     except CallFailed as failure:
         context.set_code(failure.code)
         context.set_details(failure.details)
@@ -43,7 +44,7 @@ async def run_call(path: str, handler: grpc.RpcMethodHandler, context: ServicerC
         if not context.cancelled():
             logger.exception("unexpected error in the servicer of %s", path)
         if context.is_ok:
-            context.set_code(grpc.StatusCode.UNKNOWN)
+            context.set_code(Code.UNKNOWN)
             context.set_details(f"Unexpected {type(error)}: {error}")
     finally:
         context.finish()
@@ -55,6 +56,8 @@ async def _invoke(handler: grpc.RpcMethodHandler, context: ServicerContext, exec
         argument = _iterate(context) if handler.request_streaming else await _read_one(context)
         result = function(argument, context)
     else:
+        from aiorch_server.frontends.grpc.sync import SyncRequestIterator, SyncServicerContext  # with grpc's interface
+
         loop = asyncio.get_running_loop()
         sync_context = SyncServicerContext(context, loop)
         argument = SyncRequestIterator(context, sync_context) if handler.request_streaming else await _read_one(context)
@@ -79,14 +82,14 @@ async def _write_from_thread(messages: Any, context: ServicerContext, executor: 
 
 
 async def _iterate(context: ServicerContext) -> AsyncIterator[Any]:
-    while (message := await context.read()) is not grpc.aio.EOF:
+    while (message := await context.read()) is not context.end:
         yield message
 
 
 async def _read_one(context: ServicerContext) -> Any:
     message = await context.read()
-    if message is grpc.aio.EOF:
-        raise CallFailed(grpc.StatusCode.UNIMPLEMENTED, _NO_REQUEST)
+    if message is context.end:
+        raise CallFailed(Code.UNIMPLEMENTED, _NO_REQUEST)
     await context.expect_end()
     return message
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
-
-import grpc
 
 #: ``wbits`` of zlib for each message encoding; gRPC's "deflate" is the zlib format.
 WBITS: Final = {"gzip": 31, "deflate": 15}
@@ -17,13 +16,19 @@ MIN_COMPRESS_BYTES: Final = 1024
 _LEVEL: Final = 1
 #: From this size on a message is packed on another thread: less takes the loop a millisecond at worst.
 _LARGE_BYTES: Final = 16 << 10
+
+
+class Compression(enum.IntEnum):
+    """What messages are packed with, numbered as ``grpc.Compression``, whose members are taken as well."""
+
+    NONE = 0
+    DEFLATE = 1
+    GZIP = 2
+
+
 #: By name, as settings have them.
-COMPRESSIONS: Final = {
-    "none": grpc.Compression.NoCompression,
-    "gzip": grpc.Compression.Gzip,
-    "deflate": grpc.Compression.Deflate,
-}
-_NAMES: Final = {grpc.Compression.Gzip: "gzip", grpc.Compression.Deflate: "deflate"}
+COMPRESSIONS: Final = {"none": Compression.NONE, "gzip": Compression.GZIP, "deflate": Compression.DEFLATE}
+_NAMES: Final[dict[int, str]] = {Compression.GZIP: "gzip", Compression.DEFLATE: "deflate"}
 _NUMBERS: Final = {"gzip": 1, "deflate": 2}
 
 
@@ -34,7 +39,7 @@ class ResponseCompression:
     ValueError for a negative size.
     """
 
-    algorithm: grpc.Compression = grpc.Compression.NoCompression
+    algorithm: int = Compression.NONE
     min_compress_bytes: int = MIN_COMPRESS_BYTES
 
     def __post_init__(self) -> None:
@@ -48,7 +53,7 @@ class ResponseCompression:
         return 0 if name is None else 1 << _NUMBERS[name]
 
 
-def choose_encoding(algorithm: grpc.Compression, accepted: Collection[str]) -> str | None:
+def choose_encoding(algorithm: int, accepted: Collection[str]) -> str | None:
     """The encoding's name, None for identity: also where the client's grpc-accept-encoding does not name it."""
     name = _NAMES.get(algorithm)
     return name if name in accepted else None

@@ -6,10 +6,9 @@ import asyncio
 import logging
 import zlib
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
-import grpc
-
+from aiorch_server.errors import Code
 from aiorch_server.frontends.grpc.compression import WBITS, ResponseCompression, choose_encoding, pack_message
 from aiorch_server.frontends.grpc.credentials import AuthContext, describe_peer, find_identity_key
 from aiorch_server.frontends.grpc.metadata import (
@@ -22,6 +21,8 @@ from aiorch_server.frontends.grpc.metadata import (
 from aiorch_server.frontends.unpacking import LARGEST_RATIO, UnpackBudget
 
 if TYPE_CHECKING:
+    import grpc
+
     from aiorch_server._core import Call
 
 logger = logging.getLogger(__name__)
@@ -34,10 +35,18 @@ _MORE_REQUESTS: Final = "A unary call carries exactly one request message, recei
 _OVER: Final = "the RPC is over: its client is gone, its deadline has passed, or it was answered"
 
 
+class AbortError(Exception):
+    """What ``abort`` raises; grpc.aio has one of the same name."""
+
+
+class UsageError(Exception):
+    """Something was asked of a call or server that is over; grpc.aio has one of the same name."""
+
+
 class CallFailed(Exception):
     """Ends a call with this status; raised by the door itself, never by servicers."""
 
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+    def __init__(self, code: Code, details: str) -> None:
         super().__init__(details)
         self.code = code
         self.details = details
@@ -49,23 +58,29 @@ def decompress(message: bytes, encoding: str, max_bytes: int) -> bytes:
     try:
         plain = unpacker.decompress(message, max_bytes + 1)
     except zlib.error:
-        raise CallFailed(grpc.StatusCode.INTERNAL, f"a message is not valid {encoding} data") from None
+        raise CallFailed(Code.INTERNAL, f"a message is not valid {encoding} data") from None
     if len(plain) > max_bytes:
         text = f"Received message larger than max (more than {max_bytes} bytes after decompression vs. {max_bytes})"
-        raise CallFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        raise CallFailed(Code.RESOURCE_EXHAUSTED, text)
     if not unpacker.eof:
-        raise CallFailed(grpc.StatusCode.INTERNAL, f"a message ends in the middle of its {encoding} data")
+        raise CallFailed(Code.INTERNAL, f"a message ends in the middle of its {encoding} data")
     if unpacker.unused_data:
-        raise CallFailed(grpc.StatusCode.INTERNAL, f"a message goes on behind the end of its {encoding} data")
+        raise CallFailed(Code.INTERNAL, f"a message goes on behind the end of its {encoding} data")
     return plain
 
 
-class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
+class ServicerContext:
     """One RPC as an asynchronous servicer sees it; https://grpc.github.io/grpc/python/grpc_asyncio.html.
 
-    All methods belong to the loop's thread. Reading or writing when the RPC is over raises ``grpc.aio.UsageError``;
-    the servicer's task is cancelled at that moment anyway.
+    All methods belong to the loop's thread. Reading or writing when the RPC is over raises ``usage_error``; the
+    servicer's task is cancelled at that moment anyway. ``embedded.GrpcServicerContext`` is the form for servicers that
+    know grpc: it raises and gives what grpc.aio does.
     """
+
+    abort_error: ClassVar[type[Exception]] = AbortError
+    usage_error: ClassVar[type[Exception]] = UsageError
+    #: What ``read`` gives after the last message.
+    end: ClassVar[Any] = object()
 
     def __init__(
         self,
@@ -117,7 +132,7 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
             await self._budget.reserve(most)
         except TimeoutError:
             text = "Other compressed messages take all the memory there is for unpacking"
-            raise CallFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, text) from None
+            raise CallFailed(Code.RESOURCE_EXHAUSTED, text) from None
         self._unpacked_bytes = most
         arguments = (message, self._call.encoding, self._max_message_bytes)
         if len(message) < _LARGE_COMPRESSED_BYTES:
@@ -133,10 +148,10 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
             self._budget.release(released)
 
     async def read(self) -> Any:
-        """The next request message, ``grpc.aio.EOF`` after the last."""
+        """The next request message, ``end`` after the last."""
         message = await self.receive()
         if message is None:
-            return grpc.aio.EOF
+            return self.end
         return message if self._deserialize is None else self._deserialize(message)
 
     async def expect_end(self) -> None:
@@ -146,7 +161,7 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
             if self._call.is_half_closed:
                 return
             await self._call.wait_readable()
-        raise CallFailed(grpc.StatusCode.UNIMPLEMENTED, _MORE_REQUESTS)
+        raise CallFailed(Code.UNIMPLEMENTED, _MORE_REQUESTS)
 
     async def send(self, message: Any) -> None:
         """Serializes, packs and queues a response message, however many are unsent."""
@@ -182,23 +197,23 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
 
     def _ensure_open(self) -> None:
         if self._call.is_over or self._is_finished:
-            raise grpc.aio.UsageError(_OVER)
+            raise self.usage_error(_OVER)
 
     # --------------------------------------------------------------------------------------------------- status
 
-    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
-        """Ends the RPC with a status that is not OK; always raises ``grpc.aio.AbortError``."""
+    async def abort(self, code: grpc.StatusCode | int, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
+        """Ends the RPC with a status that is not OK; always raises ``abort_error``."""
         self.set_abort(code, details, trailing_metadata)
-        raise grpc.aio.AbortError("Locally aborted.")
+        raise self.abort_error("Locally aborted.")
 
     async def abort_with_status(self, status: grpc.Status) -> NoReturn:
         """As ``abort``, with the status as one object."""
         await self.abort(status.code, status.details, status.trailing_metadata or ())
 
-    def set_abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Metadata) -> None:
+    def set_abort(self, code: grpc.StatusCode | int, details: str, trailing_metadata: Metadata) -> None:
         """Sets what ``abort`` ends the RPC with."""
-        if code in (grpc.StatusCode.OK, 0):
-            code, details = grpc.StatusCode.UNKNOWN, f"abort was called with OK: {details}"
+        if _number(code) == 0:
+            code, details = Code.UNKNOWN, f"abort was called with OK: {details}"
         self._code, self._details = code, details
         if trailing_metadata:
             self._trailing_metadata = trailing_metadata
@@ -230,7 +245,7 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
     @property
     def is_ok(self) -> bool:
         """Whether nobody has set another status than OK."""
-        return self._code in (None, 0, grpc.StatusCode.OK)
+        return _number(self._code) == 0
 
     def finish(self) -> None:
         """Answers with the status that was set, once; then runs the done callbacks, each guarded alone."""
@@ -257,7 +272,7 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
             try:
                 self._invocation_metadata = decode_metadata(self._call.metadata)
             except MalformedMetadata as error:
-                raise CallFailed(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+                raise CallFailed(Code.INVALID_ARGUMENT, str(error)) from None
         return self._invocation_metadata
 
     def peer(self) -> str:
@@ -295,7 +310,7 @@ class ServicerContext(grpc.aio.ServicerContext):  # type: ignore[misc]
         """``callback(context)`` runs when the servicer has returned and the status is sent."""
         self._done_callbacks.append(callback)
 
-    def set_compression(self, compression: grpc.Compression) -> None:
+    def set_compression(self, compression: int) -> None:
         """What the messages are packed with, if the client takes that. RuntimeError once the headers are sent."""
         if self._call.has_begun:
             raise RuntimeError("Compression setting must be specified before sending initial metadata")
@@ -311,13 +326,14 @@ def _encode(metadata: Metadata) -> HeaderPairs:
         return encode_metadata(metadata)
     except (TypeError, ValueError) as error:  # InvalidMetadata, or no pairs at all
         logger.error("a servicer set metadata that cannot be sent: %s", error)
-        raise CallFailed(grpc.StatusCode.INTERNAL, "Invalid metadata") from None
+        raise CallFailed(Code.INTERNAL, "Invalid metadata") from None
 
 
 def _number(code: Any) -> int:
     """What a servicer set as gRPC's number; UNKNOWN where it is none."""
-    if isinstance(code, grpc.StatusCode):
-        return int(code.value[0])
     if code is None:
         return 0
-    return code if isinstance(code, int) and 0 <= code <= 16 else int(grpc.StatusCode.UNKNOWN.value[0])
+    number = getattr(code, "value", code)
+    if isinstance(number, tuple):  # grpc.StatusCode's values are pairs
+        number = number[0]
+    return number if isinstance(number, int) and 0 <= number <= 16 else Code.UNKNOWN

@@ -22,14 +22,14 @@ def create_grpcio_server(
     executor: Executor | None = None,
     reuse_port: bool = False,
     life: ConnectionLife | None = None,
-    compression: grpc.Compression | None = None,
+    compression: int | None = None,
     interceptors: Sequence[grpc.aio.ServerInterceptor] | None = None,
 ) -> Any:
     """A ``grpc.aio.Server`` of the running loop with the native door's limits; answers may have any size."""
     return grpc.aio.server(
         executor,
         interceptors=interceptors,
-        compression=compression,
+        compression=None if compression is None else grpc.Compression(compression),
         maximum_concurrent_rpcs=maximum_concurrent_rpcs,
         options=(
             ("grpc.max_receive_message_length", max_message_bytes),

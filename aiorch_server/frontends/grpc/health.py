@@ -1,30 +1,65 @@
-"""The standard health service (grpc.health.v1, Check and Watch) following the server's readiness."""
+"""The standard health service (grpc.health.v1, Check and Watch) following the server's readiness.
+
+https://github.com/grpc/grpc/blob/master/doc/health-checking.md
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, Final
 
 from aiorch_proto.v2.service import SERVICE_NAME
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
+
+from aiorch_server.errors import Code
+from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
+from aiorch_server.frontends.grpc.status import bound_text, to_status
+
+HEALTH_NAME: Final = "grpc.health.v1.Health"
+_Status = health_pb2.HealthCheckResponse
+#: What can be asked for: the server as a whole, and the V2 service.
+_KNOWN: Final = ("", SERVICE_NAME)
 
 
 class HealthService:
-    """What the health service says of the server as a whole (``""``) and of the V2 service."""
+    """What the health service says of everything it knows: NOT_SERVING until told otherwise; for the loop's thread."""
 
-    def __init__(self, servicer: Any) -> None:
-        self._servicer = servicer
+    def __init__(self) -> None:
+        self._status: int = _Status.NOT_SERVING
+        self._changed = asyncio.Event()
 
     async def set_serving(self, is_serving: bool) -> None:
         """From now on Check answers SERVING or NOT_SERVING, and everybody who watches is told."""
-        status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE_NAME):
-            await self._servicer.set(service, status)
+        self._status = _Status.SERVING if is_serving else _Status.NOT_SERVING
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def check(self, request: Any, context: Any) -> Any:
+        """The status now; NOT_FOUND for a service that is not known."""
+        if request.service not in _KNOWN:
+            await context.abort(to_status(Code.NOT_FOUND), bound_text(f"unknown service '{request.service}'"))
+        return _Status(status=self._status)
+
+    async def watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """The status now and after each change, for as long as the client listens; what it missed is left out."""
+        sent = None
+        while True:
+            changed = self._changed
+            status = self._status if request.service in _KNOWN else _Status.SERVICE_UNKNOWN
+            if status != sent:
+                yield _Status(status=status)
+                sent = status
+            await changed.wait()
 
 
 async def add_health_service(server: Any) -> HealthService:
     """Registers the health service with ``server``; it says NOT_SERVING until told otherwise."""
-    servicer = health.aio.HealthServicer()
-    service = HealthService(servicer)
-    await service.set_serving(False)
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    service = HealthService()
+    read, write = health_pb2.HealthCheckRequest.FromString, _Status.SerializeToString
+    methods = {
+        "Check": RpcMethod(False, False, read, write, unary_unary=service.check),
+        "Watch": RpcMethod(False, True, read, write, unary_stream=service.watch),
+    }
+    add_methods(server, HEALTH_NAME, methods)
     return service

@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any
-
-import grpc
+from typing import TYPE_CHECKING, Any
 
 from aiorch_server.errors import InvalidSettings
 
-FindHandler = Callable[[Any], Awaitable[grpc.RpcMethodHandler | None]]
+if TYPE_CHECKING:
+    import grpc
+
+FindHandler = Callable[[Any], Awaitable[Any]]
 
 
 def check_interceptors(interceptors: Sequence[grpc.aio.ServerInterceptor] | None) -> tuple[Any, ...]:
     """The interceptors; ValueError for what is none, as grpc.aio says it, or has no collection of skipped methods."""
     chosen = tuple(interceptors or ())
+    if not chosen:
+        return ()
+    import grpc
+
     invalid = [interceptor for interceptor in chosen if not isinstance(interceptor, grpc.aio.ServerInterceptor)]
     if invalid:
         raise ValueError(f"Interceptor must be ServerInterceptor, the following are invalid: {invalid}")

@@ -2,22 +2,26 @@
 
 Our messages live under a package of our own, because protobuf refuses a second declaration of ``package inference`` in
 one process (tritonclient brings the first). Reflection must show the standard names all the same, so their
-descriptors are made from ours and kept in a pool that nobody else sees.
+descriptors are made from ours and kept in a pool that nobody else sees, made when it is first asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterable
+from functools import cached_property
 from typing import Any, Final
 
-import grpc
 from aiorch_proto.v2 import inference_pb2, model_config_pb2
 from aiorch_proto.v2.service import SERVICE_NAME
 from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha import reflection_pb2 as pb
 
-_HEALTH: Final = "grpc.health.v1.Health"
+from aiorch_server.errors import Code
+from aiorch_server.frontends.grpc.health import HEALTH_NAME
+from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
+
 _V1ALPHA: Final = "grpc.reflection.v1alpha.ServerReflection"
 #: v1 has v1alpha's messages under another package; newer clients ask for it first.
 _V1: Final = "grpc.reflection.v1.ServerReflection"
@@ -30,15 +34,76 @@ _STANDARD_FILES: Final = {
 
 def add_reflection_service(server: Any) -> None:
     """Registers reflection (v1 and v1alpha) of the V2, health and reflection services with ``server``."""
-    servicer = reflection.aio.ReflectionServicer((SERVICE_NAME, _HEALTH, _V1, _V1ALPHA), pool=build_pool())
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    for service in (_V1, _V1ALPHA):
-        handlers = {"ServerReflectionInfo": handler}
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    service = ReflectionService((SERVICE_NAME, HEALTH_NAME, _V1, _V1ALPHA))
+    read, write = pb.ServerReflectionRequest.FromString, pb.ServerReflectionResponse.SerializeToString
+    methods = {"ServerReflectionInfo": RpcMethod(True, True, read, write, stream_stream=service.reflect)}
+    for name in (_V1, _V1ALPHA):
+        add_methods(server, name, methods)
+
+
+class ReflectionService:
+    """Answers what is asked about the services' descriptors.
+
+    https://github.com/grpc/grpc/blob/master/doc/server-reflection.md
+    """
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._services = sorted(services)
+
+    @cached_property
+    def _pool(self) -> DescriptorPool:
+        return build_pool()
+
+    async def reflect(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        """One answer for each request, in their order."""
+        async for request in requests:
+            yield self.answer(request)
+
+    def answer(self, request: Any) -> Any:
+        """What one request asks for; inside it an error where that is unknown, or nothing was asked."""
+        response = pb.ServerReflectionResponse(original_request=request)
+        try:
+            match request.WhichOneof("message_request"):
+                case "list_services":
+                    response.list_services_response.service.extend(
+                        pb.ServiceResponse(name=each) for each in self._services
+                    )
+                case "file_by_filename":
+                    self._write_files(self._pool.FindFileByName(request.file_by_filename), response)
+                case "file_containing_symbol":
+                    self._write_files(self._pool.FindFileContainingSymbol(request.file_containing_symbol), response)
+                case "file_containing_extension":
+                    asked = request.file_containing_extension
+                    extended = self._pool.FindMessageTypeByName(asked.containing_type)
+                    extension = self._pool.FindExtensionByNumber(extended, asked.extension_number)
+                    self._write_files(extension.file, response)
+                case "all_extension_numbers_of_type":
+                    extended = self._pool.FindMessageTypeByName(request.all_extension_numbers_of_type)
+                    numbers = sorted(extension.number for extension in self._pool.FindAllExtensions(extended))
+                    response.all_extension_numbers_response.base_type_name = extended.full_name
+                    response.all_extension_numbers_response.extension_number.extend(numbers)
+                case _:
+                    _write_error(Code.INVALID_ARGUMENT, response)
+        except KeyError:
+            _write_error(Code.NOT_FOUND, response)
+        return response
+
+    def _write_files(self, file: Any, response: Any) -> None:
+        """The file's declaration and those of all that it imports, each once."""
+        found = {file.name: file}
+        waiting = [file]
+        while waiting:
+            for dependency in waiting.pop().dependencies:
+                if dependency.name not in found:
+                    found[dependency.name] = dependency
+                    waiting.append(dependency)
+        files = response.file_descriptor_response.file_descriptor_proto
+        files.extend(each.serialized_pb for each in found.values())
+
+
+def _write_error(code: Code, response: Any) -> None:
+    response.error_response.error_code = code
+    response.error_response.error_message = code.name.lower().replace("_", " ")
 
 
 def build_pool() -> DescriptorPool:
@@ -47,8 +112,8 @@ def build_pool() -> DescriptorPool:
     for module in (model_config_pb2, inference_pb2):
         pool.Add(rename_package(_copy_file(module), "inference"))
     pool.Add(_copy_file(health_pb2))
-    pool.Add(_copy_file(reflection_pb2))
-    pool.Add(rename_package(_copy_file(reflection_pb2), "grpc.reflection.v1"))
+    pool.Add(_copy_file(pb))
+    pool.Add(rename_package(_copy_file(pb), "grpc.reflection.v1"))
     return pool
 
 

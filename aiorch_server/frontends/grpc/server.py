@@ -1,6 +1,6 @@
-"""The native gRPC door: ``grpc.aio.Server``'s surface over the compiled HTTP/2 core.
+"""The native gRPC door: ``grpc.aio.Server``'s surface over the compiled HTTP/2 core, without the package grpc.
 
-Generated servicers, grpcio-health-checking and grpcio-reflection plug in unchanged. Calls of ``fast_path`` go from the
+``embedded.NativeGrpcServer`` is this door for code that brings grpc along. Calls of ``fast_path`` go from the
 socket into the model's queue without Python; all others run here, one task each.
 """
 
@@ -14,14 +14,13 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
-
-import grpc
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVar
 
 from aiorch_server import _core
+from aiorch_server.errors import Code
 from aiorch_server.frontends.grpc.address import bind_sockets, remove_socket_file
 from aiorch_server.frontends.grpc.call import run_call
-from aiorch_server.frontends.grpc.compression import ResponseCompression
+from aiorch_server.frontends.grpc.compression import Compression, ResponseCompression
 from aiorch_server.frontends.grpc.context import ServicerContext
 from aiorch_server.frontends.grpc.credentials import ServerCredentials, is_tls_compiled
 from aiorch_server.frontends.grpc.intercept import chain_interceptors, check_interceptors, is_skipped
@@ -31,6 +30,8 @@ from aiorch_server.frontends.unpacking import UnpackBudget
 
 if TYPE_CHECKING:
     from ssl import SSLContext
+
+    import grpc
 
     from aiorch_server._core import Call, IoThread, NativeServer, Router, ServerLedger, TlsContext
 
@@ -65,8 +66,8 @@ def is_native_available() -> bool:
     return _core.NativeServer is not None
 
 
-class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
-    """A gRPC server on the running loop; a subclass of ``grpc.aio.Server``, because reflection looks at that.
+class GrpcDoor:
+    """A gRPC server on the running loop.
 
     ``router`` None sends every call to the registered handlers. ``maximum_concurrent_rpcs`` counts the calls that
     handlers run; those of the fast path are bounded by their queues. Handlers that are plain functions run on
@@ -77,6 +78,8 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
     first end the fast path unless they declare otherwise (see ``intercept``), the second ends it for clients that take
     packed answers. Raises RuntimeError where the compiled door was not built.
     """
+
+    context_class: ClassVar[type[ServicerContext]] = ServicerContext
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         reuse_port: bool = False,
         life: ConnectionLife | None = None,
         server_limits: ServerLimits | None = None,
-        compression: ResponseCompression | grpc.Compression | None = None,
+        compression: ResponseCompression | int | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] | None = None,
     ) -> None:
         if not is_native_available():
@@ -104,7 +107,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         self._interceptors = check_interceptors(interceptors)
         self._fast_path = fast_path if all(is_skipped(each, fast_path) for each in self._interceptors) else ""
         if not isinstance(compression, ResponseCompression):
-            compression = ResponseCompression(compression or grpc.Compression.NoCompression)
+            compression = ResponseCompression(compression or Compression.NONE)
         self._compression = compression
         self._life = life or ConnectionLife()
         self._ledger = make_ledger(server_limits or ServerLimits())
@@ -169,7 +172,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
     async def start(self) -> None:
         """Begins to accept; once only."""
         if self._is_started or self._stop_at is not None:
-            raise grpc.aio.UsageError("the server was started or stopped already")
+            raise self.context_class.usage_error("the server was started or stopped already")
         self._is_started = True
         on_loop = [port for port in self._ports if port.is_for_loop]
         on_threads = [port for port in self._ports if not port.is_for_loop]
@@ -296,7 +299,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
             hurry.cancel()
         if not disconnected.done():
             for driver in self._drivers:
-                driver.cancel_calls(grpc.StatusCode.UNAVAILABLE.value[0], "Cancelling all calls")
+                driver.cancel_calls(Code.UNAVAILABLE, "Cancelling all calls")
             await asyncio.wait({disconnected}, timeout=_LAST_WORDS_S)
             for driver in self._drivers:
                 driver.abort_connections()
@@ -315,10 +318,10 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
     def _on_call(self, call: Call) -> None:
         maximum = self._maximum_concurrent_rpcs
         if maximum is not None and len(self._tasks) >= maximum:
-            call.finish(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], "Concurrent RPC limit exceeded!")
+            call.finish(Code.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded!")
             return
         if self._interceptors:
-            cancelled = partial(call.finish, grpc.StatusCode.CANCELLED.value[0], "RPC cancelled by the server")
+            cancelled = partial(call.finish, Code.CANCELLED, "RPC cancelled by the server")
             self._start_task(call, self._run_intercepted(call), cancelled)
             return
         try:
@@ -328,7 +331,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
             _refuse(call, error)
             return
         if handler is None:
-            call.finish(grpc.StatusCode.UNIMPLEMENTED.value[0], "Method not found!")
+            call.finish(Code.UNIMPLEMENTED, "Method not found!")
             return
         context = self._make_context(call, handler)
         assert self._executor is not None
@@ -342,7 +345,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
         call.set_over_callback(partial(_cancel, task))
 
     def _make_context(self, call: Call, handler: grpc.RpcMethodHandler) -> ServicerContext:
-        return ServicerContext(
+        return self.context_class(
             call,
             handler.request_deserializer,
             handler.response_serializer,
@@ -362,7 +365,7 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
             _refuse(call, error)
             return
         if handler is None:
-            call.finish(grpc.StatusCode.UNIMPLEMENTED.value[0], "Method not found!")
+            call.finish(Code.UNIMPLEMENTED, "Method not found!")
             return
         assert self._executor is not None
         await run_call(call.path, handler, self._make_context(call, handler), self._executor)
@@ -380,10 +383,10 @@ class NativeGrpcServer(grpc.aio.Server):  # type: ignore[misc]
 def _refuse(call: Call, error: Exception) -> None:
     """No handler could be asked for: the client's fault, or that of an interceptor or a generic handler."""
     if isinstance(error, MalformedMetadata):
-        call.finish(grpc.StatusCode.INVALID_ARGUMENT.value[0], str(error))
+        call.finish(Code.INVALID_ARGUMENT, str(error))
         return
     logger.error("unexpected error while a handler for %s was looked for", call.path, exc_info=error)
-    call.finish(grpc.StatusCode.UNKNOWN.value[0], f"Unexpected {type(error)}: {error}")
+    call.finish(Code.UNKNOWN, f"Unexpected {type(error)}: {error}")
 
 
 def _end_task(tasks: set[asyncio.Task[None]], finish: Callable[[], None], task: asyncio.Task[None]) -> None:

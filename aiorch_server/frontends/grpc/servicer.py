@@ -12,12 +12,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import grpc
 from aiorch_proto.v2 import inference_pb2 as pb
 from aiorch_proto.v2.service import METHODS, PACKAGE_SERVICE_NAME, SERVICE_NAME, Method
 
 from aiorch_server.errors import RequestCancelled, UnsupportedRequest
 from aiorch_server.frontends.grpc import convert
+from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
 from aiorch_server.frontends.grpc.status import describe_error
 from aiorch_server.frontends.grpc.stream import answer_in_order
 from aiorch_server.types import InferenceResponse
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _LARGE_REQUEST_BYTES: Final = 1 << 16
 #: gRPC's timeouts reach 11,000 years; 30 of them fit into 64 bits of nanoseconds and are as good.
 _LONGEST_WAIT_S: Final = 1e9
-_Failure = tuple[grpc.StatusCode, str]
+_Failure = tuple[Any, str]
 _Result = TypeVar("_Result")
 
 
@@ -199,15 +199,14 @@ class InferenceServicer:
 
 def add_inference_service(servicer: InferenceServicer, server: Any) -> None:
     """Registers all methods of ``servicer`` with ``server``, a ``grpc.aio.Server`` or one with its surface."""
-    handlers = {name: _build_handler(getattr(servicer, name), method) for name, method in METHODS.items()}
+    methods = {name: _build_method(getattr(servicer, name), method) for name, method in METHODS.items()}
     for service in (SERVICE_NAME, PACKAGE_SERVICE_NAME):
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-        server.add_registered_method_handlers(service, handlers)
+        add_methods(server, service, methods)
 
 
-def _build_handler(rpc: Callable[..., Awaitable[Any]], method: Method) -> Any:
+def _build_method(rpc: Callable[..., Awaitable[Any]], method: Method) -> RpcMethod:
     if method.is_streaming:
-        return grpc.stream_stream_rpc_method_handler(rpc)
+        return RpcMethod(request_streaming=True, response_streaming=True, stream_stream=rpc)
 
     async def answer(message: bytes, context: Any) -> bytes:
         try:
@@ -220,7 +219,7 @@ def _build_handler(rpc: Callable[..., Awaitable[Any]], method: Method) -> Any:
         await context.abort(code, text)
         raise AssertionError("abort returned")
 
-    return grpc.unary_unary_rpc_method_handler(answer)
+    return RpcMethod(request_streaming=False, response_streaming=False, unary_unary=answer)
 
 
 async def _own_cancellation_only(awaitable: Awaitable[_Result]) -> _Result:

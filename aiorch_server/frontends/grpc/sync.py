@@ -80,9 +80,9 @@ class SyncServicerContext(grpc.ServicerContext):  # type: ignore[misc]
         return self._context.trailing_metadata()
 
     def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Metadata = ()) -> NoReturn:
-        """Ends the RPC with a status that is not OK; always raises ``grpc.aio.AbortError``."""
+        """Ends the RPC with a status that is not OK; always raises the same as there."""
         self._context.set_abort(code, details, trailing_metadata)
-        raise grpc.aio.AbortError("Locally aborted.")
+        raise self._context.abort_error("Locally aborted.")
 
     def abort_with_status(self, status: grpc.Status) -> NoReturn:
         """As ``abort``, with the status as one object."""
@@ -122,6 +122,6 @@ class SyncRequestIterator(Iterator[Any]):
 
     def __next__(self) -> Any:
         message = self._sync_context.wait_for(self._context.read())
-        if message is grpc.aio.EOF:
+        if message is self._context.end:
             raise StopIteration
         return message

@@ -19,7 +19,7 @@ from aiorch_server._core import Mailbox, Router
 from aiorch_server.config.server import LifecycleConfig
 from aiorch_server.controlplane import ControlPlane
 from aiorch_server.dataplane import DataPlane
-from aiorch_server.frontends.grpc import NativeGrpcServer, create_grpcio_server, is_native_available
+from aiorch_server.frontends.grpc import GrpcDoor, create_grpcio_server, is_native_available
 from aiorch_server.frontends.grpc.health import add_health_service
 from aiorch_server.frontends.grpc.reflection import add_reflection_service
 from aiorch_server.frontends.grpc.servicer import InferenceServicer, add_inference_service
@@ -210,7 +210,7 @@ async def serve(
     if door == "grpcio":
         server = create_grpcio_server()
     else:
-        server = NativeGrpcServer(router=router, io_threads=int(door.removeprefix("native-")))
+        server = GrpcDoor(router=router, io_threads=int(door.removeprefix("native-")))
     add_inference_service(InferenceServicer(dataplane, controlplane), server)
     health = await add_health_service(server)
     add_reflection_service(server)
