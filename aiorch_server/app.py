@@ -18,6 +18,7 @@ from aiorch_server._core import Mailbox, Router
 from aiorch_server.config.server import GrpcConfig, ServerConfig, TlsConfig, Transport
 from aiorch_server.controlplane import EXTENSIONS, ControlPlane
 from aiorch_server.dataplane import DataPlane
+from aiorch_server.exchange import SharedRegions
 from aiorch_server.lifecycle.backends import BackendRegistry
 from aiorch_server.lifecycle.loader import Loader
 from aiorch_server.lifecycle.manager import LifecycleManager
@@ -144,9 +145,11 @@ class Application:
             observe=self._observe,
         )
         self._mailbox = Mailbox(asyncio.get_running_loop())
-        self.dataplane = DataPlane(self.manager, self._mailbox)
+        memory = config.shared_memory
+        regions = SharedRegions(memory.keys, max_regions=memory.max_regions, max_bytes=memory.max_bytes)
+        self.dataplane = DataPlane(self.manager, self._mailbox, regions)
         extensions = (*EXTENSIONS, "binary_tensor_data") if config.http.enabled else EXTENSIONS
-        self.controlplane = ControlPlane(self.manager, config.lifecycle, extensions=extensions)
+        self.controlplane = ControlPlane(self.manager, config.lifecycle, extensions=extensions, regions=regions)
 
     async def _open_metrics(self) -> None:
         config = self.config.metrics

@@ -8,6 +8,7 @@ from aiorch_server import __version__
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.config.server import LifecycleConfig
 from aiorch_server.errors import RequestError, ServerStopping
+from aiorch_server.exchange import SharedRegions
 from aiorch_server.lifecycle.manager import LifecycleManager, parse_version
 from aiorch_server.types import (
     ModelIndexEntry,
@@ -27,19 +28,26 @@ EXTENSIONS = ("model_configuration", "model_repository", "schedule_policy", "sta
 class ControlPlane:
     """The management side of the server; all methods are for the event loop's thread and none blocks it.
 
-    The texts of its errors are Triton's, because clients' tests look at them.
+    The texts of its errors are Triton's, because clients' tests look at them. ``regions`` are the data plane's.
     """
 
     def __init__(
-        self, manager: LifecycleManager, config: LifecycleConfig, *, extensions: Sequence[str] = EXTENSIONS
+        self,
+        manager: LifecycleManager,
+        config: LifecycleConfig,
+        *,
+        extensions: Sequence[str] = EXTENSIONS,
+        regions: SharedRegions | None = None,
     ) -> None:
         self._manager = manager
+        self.regions = regions or SharedRegions()
         self._is_strict = config.is_readiness_strict
         self._extensions = tuple(extensions)
 
     def server_metadata(self) -> ServerMetadata:
         """Name, version and the extensions that work."""
-        return ServerMetadata(SERVER_NAME, __version__, self._extensions)
+        optional = ("system_shared_memory",) if self.regions.is_enabled else ()
+        return ServerMetadata(SERVER_NAME, __version__, (*self._extensions, *optional))
 
     def is_live(self) -> bool:
         """True while the server runs; ServerStopping once it drains."""

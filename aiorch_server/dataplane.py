@@ -6,7 +6,8 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from aiorch_server._core import Mailbox, decode_response, encode_request
-from aiorch_server.errors import CapacityError, DeadlineExpired, RequestError
+from aiorch_server.errors import CapacityError, DeadlineExpired, NotFoundError, RequestError
+from aiorch_server.exchange import Exchange, SharedRegions
 from aiorch_server.types import InferenceRequest, InferenceResponse, Tensor
 from aiorch_server.validation import check_request
 
@@ -18,31 +19,28 @@ if TYPE_CHECKING:
 class DataPlane:
     """Takes neutral requests from any door, finds the version, checks, queues and awaits; used on one event loop."""
 
-    def __init__(self, manager: LifecycleManager, mailbox: Mailbox) -> None:
+    def __init__(self, manager: LifecycleManager, mailbox: Mailbox, regions: SharedRegions | None = None) -> None:
         self._manager = manager
         self._mailbox = mailbox
+        self._regions = regions or SharedRegions()
 
     async def infer(self, request: InferenceRequest, *, deadline_ns: int = 0) -> InferenceResponse:
         """Runs one request; ``deadline_ns`` is absolute on the monotonic clock, 0 for none.
 
         Raises UnknownModel, UnknownVersion, ModelNotReady, RequestError, UnsupportedRequest, CapacityError,
-        DeadlineExpired, or what the model raised. Cancelling it takes the request out of the queue. The response's
-        tensors keep its memory alive.
+        DeadlineExpired, NotFoundError for an unknown shared memory region, or what the model raised. Cancelling it
+        takes the request out of the queue. The response's tensors keep its memory alive; outputs that went to shared
+        memory have no data.
         """
         with self._manager.acquire(request.model_name, request.model_version) as servable:
             try:
-                answer = await self._run(servable, request, deadline_ns)
-            except (RequestError, CapacityError) as error:
+                with Exchange(self._regions, request) as exchange:
+                    answer = await self._run(servable, await exchange.bring(), deadline_ns)
+                    return await exchange.deliver(_decode(answer, request.id))
+            except (RequestError, CapacityError, NotFoundError) as error:
                 if str(error).startswith("[request id: "):  # the queue's own refusals carry it already
                     raise
                 raise type(error)(f"[request id: {request.id or '<id_unknown>'}] {error}") from error.__cause__
-        name, version, _, outputs = decode_response(answer)
-        return InferenceResponse(
-            model_name=name,
-            model_version=version,
-            outputs=[Tensor(name, datatype, shape, data) for name, datatype, shape, data in outputs],
-            id=request.id,
-        )
 
     async def _run(self, servable: Servable, request: InferenceRequest, deadline_ns: int) -> bytes:
         terms = check_request(request, servable.name, servable.signature)
@@ -70,3 +68,13 @@ class DataPlane:
                 return await answer
         except TimeoutError:
             raise DeadlineExpired("Deadline Exceeded") from None
+
+
+def _decode(answer: bytes, request_id: str) -> InferenceResponse:
+    name, version, _, outputs = decode_response(answer)
+    return InferenceResponse(
+        model_name=name,
+        model_version=version,
+        outputs=[Tensor(name, datatype, shape, data) for name, datatype, shape, data in outputs],
+        id=request_id,
+    )

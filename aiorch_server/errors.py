@@ -8,6 +8,7 @@
     |  |- PayloadTooLarge         a message or an expansion passed its limit
     |  |- RequestCancelled        the caller took the request back
     |  |- LoadNotAllowed          the server's control mode leaves loading to the repository
+    |  |- DeviceMissing           it needs a device that this machine does not have
     |  |- AlreadyExists           the name is taken
     |  `- InvalidSettings         the server was started with settings that are wrong
     |- NotFoundError           the caller must name something that exists
@@ -89,6 +90,12 @@ class RequestCancelled(RequestError):
 
 class LoadNotAllowed(RequestError):
     """Models are not loaded or unloaded by request in this control mode; Triton answers UNAVAILABLE."""
+
+    code = Code.UNAVAILABLE
+
+
+class DeviceMissing(RequestError):
+    """The request needs a device, such as a GPU, that this server does not have."""
 
     code = Code.UNAVAILABLE
 

@@ -7,12 +7,12 @@ looked at here. Texts follow those that Triton's clients and tests match on, whe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aiorch_server._core import walk_elements
 from aiorch_server.errors import RequestError, UnsupportedRequest
-from aiorch_server.types import DataType, InferenceRequest, ModelSignature, Parameter, Tensor, TensorSpec
+from aiorch_server.types import DataType, InferenceRequest, ModelSignature, Tensor, TensorSpec
 
 #: Parameters of requests that mean something; other names are the model's own business.
 _ALLOWED_RESERVED = "triton_enable_empty_final_response"
@@ -44,7 +44,6 @@ def check_request(request: InferenceRequest, model: str, signature: ModelSignatu
     for output in request.outputs:
         if output.name not in known:
             raise RequestError(f"unexpected inference output '{output.name}' for model '{model}'")
-        _refuse_unsupported(output.parameters, f"output '{output.name}'")
         if output.parameters.get("classification"):
             raise UnsupportedRequest(f"classification of output '{output.name}' is not supported by this server")
     return terms
@@ -94,7 +93,6 @@ def _check_names(inputs: Sequence[Tensor], model: str, signature: ModelSignature
 
 def _check_tensor(tensor: Tensor, spec: TensorSpec, model: str, max_batch_size: int, rows: int | None) -> int | None:
     """Gives the number of rows of a batching model, None for another."""
-    _refuse_unsupported(tensor.parameters, f"input '{tensor.name}'")
     if tensor.datatype != spec.datatype.value:
         raise RequestError(
             f"inference input '{tensor.name}' data-type is '{tensor.datatype}', but model '{model}' expects "
@@ -166,11 +164,6 @@ def _check_elements(name: str, data: memoryview, count: int, model: str) -> None
             f"unexpected number of string elements {more}{min(found, count)} for inference input '{name}' for model "
             f"'{model}', expecting {count}"
         )
-
-
-def _refuse_unsupported(parameters: Mapping[str, Parameter], where: str) -> None:
-    if "shared_memory_region" in parameters:
-        raise UnsupportedRequest(f"{where} is in shared memory, which is not supported by this server")
 
 
 def _shape(shape: Sequence[int]) -> str:

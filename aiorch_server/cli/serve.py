@@ -115,6 +115,15 @@ def serve(
     allow_code: Annotated[
         bool | None, typer.Option("--allow-code", help="Open pickles, and code that comes with load requests.")
     ] = None,
+    shared_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--shared-memory",
+            "--allow-client-shm",
+            metavar="off|on|/PREFIX",
+            help="Whether clients may register system shared memory: none, any, or keys with this prefix; default off.",
+        ),
+    ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="The least severe records to write; default info.")] = None,
     log_verbose: Annotated[int | None, typer.Option(help="Above 0: the same as --log-level debug.")] = None,
     log_format: Annotated[
@@ -168,6 +177,7 @@ def serve(
         "default_max_batch_size": default_max_batch_size,
         "backends": backend,
         "allow_code": allow_code,
+        "shared_memory": shared_memory,
         "log_level": log_level,
         "log_format": log_format,
     }

@@ -59,6 +59,8 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "default_max_batch_size": ("execution", "default_max_batch_size"),
     "allow_code": ("execution", "allow_code"),
     "backends": ("execution", "backends"),
+    "allow_client_shm": ("shared_memory", "keys"),
+    "shared_memory": ("shared_memory", "keys"),
 }
 # Read elsewhere: by setup.py, and by this module for the file's name.
 _OTHER_VARIABLES = {CONFIG_VARIABLE, "AIORCH_DEBUG", "AIORCH_SANITIZE"}

@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Collection, Iterator
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, DirectoryPath, Field, FilePath, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, FilePath, ValidationInfo, model_validator
 
 from aiorch_server.config.names import check_name
 from aiorch_server.config.problems import Problem, raise_problems
@@ -19,6 +19,7 @@ from aiorch_server.config.section import Flag, Number, Section, Whole
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_MESSAGE_BYTES = 64 * 1024 * 1024
+_KEY_PREFIX = re.compile(r"/[^/\0]{1,200}")
 _PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.ASCII)
 
 
@@ -251,6 +252,31 @@ class LimitsConfig(Section):
     max_queue_size: Annotated[Whole, Field(ge=1, le=2**31 - 1)] = 100_000
 
 
+def _read_keys(value: object) -> object:
+    # YAML and the variables of the environment make booleans of such words; Triton's option is one.
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return {"true": "on", "false": "off"}.get(value, value) if isinstance(value, str) else value
+
+
+def _check_keys(text: str) -> str:
+    if text not in ("off", "on") and not _KEY_PREFIX.fullmatch(text):
+        raise ValueError("should be off, on, or a prefix of keys such as /camera_")
+    return text
+
+
+class SharedMemoryConfig(Section):
+    """Whether clients may register system shared memory, and how much.
+
+    ``keys`` is ``off``, ``on`` (any object that the server's user may open) or a prefix that the keys of objects
+    must have, such as ``/camera_``. ``max_bytes`` bounds the registered regions, and what requests copy out of them.
+    """
+
+    keys: Annotated[str, BeforeValidator(_read_keys), AfterValidator(_check_keys)] = "off"
+    max_regions: Annotated[Whole, Field(ge=1, le=10_000)] = 256
+    max_bytes: Annotated[Whole, Field(ge=1, le=2**48)] = 1 << 30
+
+
 class LogConfig(Section):
     """What the server writes about itself, to standard error."""
 
@@ -268,6 +294,7 @@ class ServerConfig(Section):
     lifecycle: LifecycleConfig = LifecycleConfig()
     execution: ExecutionConfig = ExecutionConfig()
     limits: LimitsConfig = LimitsConfig()
+    shared_memory: SharedMemoryConfig = SharedMemoryConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ LEVELS = {
     "validation": 1,
     "repository": 1,
     "observability": 1,
+    "exchange": 1,
     "execution": 1,
     "scheduling": 2,
     "lifecycle": 3,

@@ -18,6 +18,7 @@ from aiorch_proto.v2.service import METHODS, PACKAGE_SERVICE_NAME, SERVICE_NAME,
 from aiorch_server.errors import RequestCancelled, UnsupportedRequest
 from aiorch_server.frontends.grpc import convert
 from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
+from aiorch_server.frontends.grpc.regions import SharedMemoryRpcs
 from aiorch_server.frontends.grpc.status import describe_error
 from aiorch_server.frontends.grpc.stream import answer_in_order
 from aiorch_server.types import InferenceResponse
@@ -34,7 +35,7 @@ _Failure = tuple[Any, str]
 _Result = TypeVar("_Result")
 
 
-class InferenceServicer:
+class InferenceServicer(SharedMemoryRpcs):
     """The RPCs over the two planes, one method each; what they raise becomes a status in ``add_inference_service``."""
 
     def __init__(self, dataplane: DataPlane, controlplane: ControlPlane) -> None:
@@ -143,49 +144,6 @@ class InferenceServicer:
         await self._controlplane.unload_model(request.model_name, unload_dependents)
         return pb.RepositoryModelUnloadResponse()
 
-    # --------------------------------------------------------------------------------------------- shared memory
-    # No region can be registered, so "all of them" is an honest answer and everything else is refused.
-
-    async def SystemSharedMemoryStatus(
-        self, request: pb.SystemSharedMemoryStatusRequest, context: Any
-    ) -> pb.SystemSharedMemoryStatusResponse:
-        """No region for an empty name; other names are refused."""
-        _refuse_region(request.name, "system")
-        return pb.SystemSharedMemoryStatusResponse()
-
-    async def SystemSharedMemoryRegister(
-        self, request: pb.SystemSharedMemoryRegisterRequest, context: Any
-    ) -> pb.SystemSharedMemoryRegisterResponse:
-        """Refused."""
-        raise _unsupported_region("system")
-
-    async def SystemSharedMemoryUnregister(
-        self, request: pb.SystemSharedMemoryUnregisterRequest, context: Any
-    ) -> pb.SystemSharedMemoryUnregisterResponse:
-        """Done for an empty name, which means all regions; other names are refused."""
-        _refuse_region(request.name, "system")
-        return pb.SystemSharedMemoryUnregisterResponse()
-
-    async def CudaSharedMemoryStatus(
-        self, request: pb.CudaSharedMemoryStatusRequest, context: Any
-    ) -> pb.CudaSharedMemoryStatusResponse:
-        """No region for an empty name; other names are refused."""
-        _refuse_region(request.name, "CUDA")
-        return pb.CudaSharedMemoryStatusResponse()
-
-    async def CudaSharedMemoryRegister(
-        self, request: pb.CudaSharedMemoryRegisterRequest, context: Any
-    ) -> pb.CudaSharedMemoryRegisterResponse:
-        """Refused."""
-        raise _unsupported_region("CUDA")
-
-    async def CudaSharedMemoryUnregister(
-        self, request: pb.CudaSharedMemoryUnregisterRequest, context: Any
-    ) -> pb.CudaSharedMemoryUnregisterResponse:
-        """Done for an empty name, which means all regions; other names are refused."""
-        _refuse_region(request.name, "CUDA")
-        return pb.CudaSharedMemoryUnregisterResponse()
-
     # ------------------------------------------------------------------------------------------ tracing, logging
 
     async def TraceSetting(self, request: pb.TraceSettingRequest, context: Any) -> pb.TraceSettingResponse:
@@ -243,12 +201,3 @@ def _refuse_repository_name(request: Any) -> None:
             f"'repository_name' specification is not supported, expected it to be empty, got "
             f"'{request.repository_name}'"
         )
-
-
-def _refuse_region(name: str, kind: str) -> None:
-    if name:
-        raise _unsupported_region(kind)
-
-
-def _unsupported_region(kind: str) -> UnsupportedRequest:
-    return UnsupportedRequest(f"{kind} shared memory is not supported by this server, send tensors in the request")

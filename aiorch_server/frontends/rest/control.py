@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -26,9 +25,10 @@ from aiorch_server.errors import (
     UnsupportedRequest,
 )
 from aiorch_server.frontends.rest.body import receive_body
-from aiorch_server.frontends.rest.documents import show_index, show_model, show_server, show_statistics
+from aiorch_server.frontends.rest.documents import show_index, show_model, show_server, show_statistics, write_json
 from aiorch_server.frontends.rest.infer_json import parse_document
 from aiorch_server.frontends.rest.planes import ManagementPlane, RestLimits
+from aiorch_server.frontends.rest.regions import RegionRoutes
 from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
 from aiorch_server.frontends.rest.tensor_json import name_json_type
 from aiorch_server.frontends.unpacking import UnpackBudget
@@ -50,8 +50,6 @@ _UNSUPPORTED_PATHS = {
     "/v2/models/{model}/trace/setting": "the trace extension",
     "/v2/trace/setting": "the trace extension",
     "/v2/logging": "the logging extension",
-    "/v2/systemsharedmemory/{rest:path}": "the system shared memory extension",
-    "/v2/cudasharedmemory/{rest:path}": "the CUDA shared memory extension",
 }
 
 
@@ -94,6 +92,7 @@ class ControlRoutes:
                 (f"{repository}/models/{{model}}/load", f"{repository}/models/{{model}}/unload"),
                 _named_repository,
             ),
+            *RegionRoutes(self._controlplane, self._read_document).list_routes(),
         ):
             routes += [Route(path, _guard(endpoint), methods=[method]) for path in paths]
         for path, what in _UNSUPPORTED_PATHS.items():
@@ -103,7 +102,7 @@ class ControlRoutes:
         return app
 
     async def _server_metadata(self, request: Request) -> Response:
-        return _json(show_server(self._controlplane.server_metadata()))
+        return write_json(show_server(self._controlplane.server_metadata()))
 
     async def _server_live(self, request: Request) -> Response:
         return _readiness(self._controlplane.is_live())
@@ -118,20 +117,20 @@ class ControlRoutes:
             return _readiness(False)
 
     async def _model_metadata(self, request: Request) -> Response:
-        return _json(show_model(self._controlplane.model_metadata(*_target(request))))
+        return write_json(show_model(self._controlplane.model_metadata(*_target(request))))
 
     async def _model_config(self, request: Request) -> Response:
-        return _json(self._controlplane.model_config(*_target(request)).to_dict())
+        return write_json(self._controlplane.model_config(*_target(request)).to_dict())
 
     async def _statistics(self, request: Request) -> Response:
-        return _json(show_statistics(self._controlplane.statistics(*_target(request))))
+        return write_json(show_statistics(self._controlplane.statistics(*_target(request))))
 
     async def _index(self, request: Request) -> Response:
         document = await self._read_document(request)
         ready = document.get("ready", False)
         if type(ready) is not bool:
             raise RequestError(f"ready: must be a boolean, but is {name_json_type(ready)}")
-        return _json(show_index(self._controlplane.repository_index(ready)))
+        return write_json(show_index(self._controlplane.repository_index(ready)))
 
     async def _load(self, request: Request) -> Response:
         config: str | None = None
@@ -154,14 +153,14 @@ class ControlRoutes:
                 "parameters: 'file:...' needs 'config' as well, because such files stand in for the whole model"
             )
         await self._controlplane.load_model(request.path_params["model"], config, files)
-        return _json(None)
+        return write_json(None)
 
     async def _unload(self, request: Request) -> Response:
         dependents = _read_parameters(await self._read_document(request)).get("unload_dependents", False)
         if type(dependents) is not bool:
             raise RequestError(f"parameters.unload_dependents: must be a boolean, but is {name_json_type(dependents)}")
         await self._controlplane.unload_model(request.path_params["model"], dependents)
-        return _json(None)
+        return write_json(None)
 
     async def _read_document(self, request: Request) -> dict[str, Any]:
         async with receive_body(request.receive, request.scope["headers"], self._limits, self._budget) as body:
@@ -222,8 +221,3 @@ def _read_parameters(document: dict[str, Any]) -> dict[str, Any]:
 
 def _readiness(is_ready: bool) -> Response:
     return Response(status_code=HTTPStatus.OK.value if is_ready else HTTPStatus.BAD_REQUEST.value)
-
-
-def _json(document: object) -> Response:
-    body = b"" if document is None else json.dumps(document, separators=(",", ":")).encode("ascii")
-    return Response(body, media_type="application/json")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
+
+from starlette.responses import Response
 
 from aiorch_server.types import (
     Duration,
@@ -16,6 +19,12 @@ from aiorch_server.types import (
 )
 
 Document = dict[str, Any]
+
+
+def write_json(document: object) -> Response:
+    """The response that carries ``document``, without a body for None."""
+    body = b"" if document is None else json.dumps(document, separators=(",", ":")).encode("ascii")
+    return Response(body, media_type="application/json")
 
 
 def show_server(metadata: ServerMetadata) -> Document:

@@ -86,6 +86,8 @@ def parse_infer(
         path = f"outputs[{index}]"
         name = _check_text(_require(_check(item, dict, path), "name", str, path), f"{path}.name")
         options = _parse_parameters(item, f"{path}.parameters")
+        if "shared_memory_region" in options and options.get("binary_data") is True:
+            raise RequestError("Output can't set both 'shared_memory_region' and 'binary_data'")
         is_binary[name] = _pop_flag(options, "binary_data", f"{path}.parameters", is_binary_by_default)
         outputs.append(RequestedOutput(name, options))
     request_id = _check_text(_find(document, "id", str, "") or "", "id")
@@ -110,8 +112,10 @@ def render_infer(response: InferenceResponse, call: InferCall) -> tuple[bytes, i
         entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
         if tensor.parameters:
             entry["parameters"] = dict(tensor.parameters)
-        if _is_binary(tensor, call):
-            data = tensor.data if tensor.data is not None else b""
+        if tensor.data is None:  # it went to shared memory
+            outputs.append(_dump(entry))
+        elif _is_binary(tensor, call):
+            data = tensor.data
             size = data.nbytes if isinstance(data, memoryview) else len(data)
             entry.setdefault("parameters", {})["binary_data_size"] = size
             if size:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from aiorch_server.errors import CapacityError
+from aiorch_server.exchange import SharedRegions
 from aiorch_server.frontends.rest.connection import Patience
 from aiorch_server.types import (
     InferenceRequest,
@@ -36,6 +37,11 @@ class JsonConfig(Protocol):
 
 class ManagementPlane(Protocol):
     """The control plane's side; unknown names raise the errors of ``aiorch_server.errors``."""
+
+    @property
+    def regions(self) -> SharedRegions:
+        """The shared memory that clients have registered."""
+        ...
 
     def server_metadata(self) -> ServerMetadata:
         """Name, version and working extensions of this server."""

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from aiorch_server.errors import RequestError, UnknownModel, UnknownVersion
+from aiorch_server.exchange import SharedRegions
 from aiorch_server.frontends.rest import RestServer
 from aiorch_server.frontends.rest.planes import RestLimits
 from aiorch_server.types import (
@@ -76,6 +77,7 @@ class RecordingControl:
         self.is_server_ready = True
         self.calls: list[tuple[object, ...]] = []
         self.failure: Exception | None = None
+        self.regions = SharedRegions()
 
     def server_metadata(self) -> ServerMetadata:
         return ServerMetadata("aiorchestrator", "0.1.0", ("statistics", "binary_tensor_data"))

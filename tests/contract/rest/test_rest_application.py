@@ -116,7 +116,7 @@ async def served(tmp_path) -> AsyncIterator[Served]:
             "pair",
             {"inputs": [{**ROW, "data": ..., "parameters": {"shared_memory_region": "r"}}, TEXT]},
             501,
-            "input 'INPUT0' is in shared memory",
+            "Client shared memory is disabled.",
         ),
         ("picky", {"inputs": [{"name": "X", "shape": [1, 1], "datatype": "INT32", "data": [13]}]}, 500, "thirteen"),
     ],

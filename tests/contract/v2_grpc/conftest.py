@@ -19,6 +19,7 @@ from aiorch_server._core import Mailbox, Router
 from aiorch_server.config.server import LifecycleConfig
 from aiorch_server.controlplane import ControlPlane
 from aiorch_server.dataplane import DataPlane
+from aiorch_server.exchange import SharedRegions
 from aiorch_server.frontends.grpc import GrpcDoor, create_grpcio_server, is_native_available
 from aiorch_server.frontends.grpc.health import add_health_service
 from aiorch_server.frontends.grpc.reflection import add_reflection_service
@@ -111,6 +112,7 @@ class MemoryControlPlane:
         self.ready = True
         self.loads: list[tuple[str, str | None, Mapping[str, bytes]]] = []
         self.unloads: list[tuple[str, bool]] = []
+        self.regions = SharedRegions()
 
     def server_metadata(self) -> types.ServerMetadata:
         return types.ServerMetadata("aiorchestrator", "0.1.0", ("statistics", "model_repository"))

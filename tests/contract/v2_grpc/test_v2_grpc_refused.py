@@ -192,23 +192,6 @@ async def test_repository_name(site: SimpleNamespace, name: str) -> None:
     assert text == "'repository_name' specification is not supported, expected it to be empty, got 'r'"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "SystemSharedMemoryStatus",
-        "SystemSharedMemoryRegister",
-        "SystemSharedMemoryUnregister",
-        "CudaSharedMemoryStatus",
-        "CudaSharedMemoryRegister",
-        "CudaSharedMemoryUnregister",
-    ],
-)
-async def test_shared_memory_is_refused(site: SimpleNamespace, name: str) -> None:
-    code, text = await refuse(getattr(site.stub, name)(METHODS[name].request(name="region")))
-    assert code is grpc.StatusCode.UNIMPLEMENTED
-    assert "shared memory is not supported by this server" in text
-
-
 @pytest.mark.parametrize("name", ["TraceSetting", "LogSettings"])
 async def test_settings_are_refused(site: SimpleNamespace, name: str) -> None:
     code, text = await refuse(getattr(site.stub, name)(METHODS[name].request()))

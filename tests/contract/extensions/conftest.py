@@ -1,0 +1,73 @@
+"""A whole server with the optional extensions switched on, for clients that others wrote."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running_site import Site
+
+FP32 = """
+    input { name: "INPUT0" data_type: TYPE_FP32 dims: [-1] }
+    output { name: "OUTPUT0" data_type: TYPE_FP32 dims: [-1] }
+"""
+MODELS = {
+    "identity": f'backend: "identity" max_batch_size: 8 {FP32}',
+    # a request waits here until a second one comes, or its caller gives up
+    "gate": f"""backend: "identity" max_batch_size: 2 {FP32}
+        dynamic_batching {{ preferred_batch_size: [2] max_queue_delay_microseconds: 60000000 }}""",
+    "text": """
+        backend: "identity" max_batch_size: 0
+        input { name: "INPUT0" data_type: TYPE_STRING dims: [-1] }
+        output { name: "OUTPUT0" data_type: TYPE_STRING dims: [-1] }""",
+}
+
+
+def write_models(root: Path, models: dict[str, str]) -> Path:
+    for name, config in models.items():
+        (root / name / "1").mkdir(parents=True)
+        (root / name / "config.pbtxt").write_text(config)
+    return root
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("models"), MODELS)
+
+
+@pytest.fixture(scope="session")
+def site(models: Path) -> Iterator[Site]:
+    opened = Site(models, io_threads=1, shared_memory={"keys": "on", "max_bytes": 8 << 20, "max_regions": 16})
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def open_site(models: Path) -> Iterator[Callable[..., Site]]:
+    """Opens servers of the test's own with the given sections."""
+    opened: list[Site] = []
+
+    def make(**sections: Any) -> Site:
+        opened.append(Site(models, io_threads=1, **sections))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+@pytest.fixture
+def new_key() -> Iterator[Callable[[str], str]]:
+    """Keys of shared memory objects that nobody else has; their objects are gone after the test."""
+    made: list[str] = []
+
+    def make(name: str) -> str:
+        made.append(f"aiorch_test_{os.getpid()}_{name}")
+        return f"/{made[-1]}"
+
+    yield make
+    for name in made:
+        Path("/dev/shm", name).unlink(missing_ok=True)
