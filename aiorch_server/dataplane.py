@@ -34,7 +34,7 @@ class DataPlane:
         """
         with self._manager.acquire(request.model_name, request.model_version) as servable:
             try:
-                with Exchange(self._regions, request) as exchange:
+                with Exchange(self._regions, request, servable.signature) as exchange:
                     answer = await self._run(servable, await exchange.bring(), deadline_ns)
                     return await exchange.deliver(_decode(answer, request.id))
             except (RequestError, CapacityError, NotFoundError) as error:

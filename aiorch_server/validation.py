@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aiorch_server._core import walk_elements
-from aiorch_server.errors import RequestError, UnsupportedRequest
+from aiorch_server.errors import RequestError
 from aiorch_server.types import DataType, InferenceRequest, ModelSignature, Tensor, TensorSpec
 
 #: Parameters of requests that mean something; other names are the model's own business.
@@ -34,7 +34,7 @@ class QueueTerms:
 
 
 def check_request(request: InferenceRequest, model: str, signature: ModelSignature) -> QueueTerms:
-    """Raises RequestError or UnsupportedRequest if the model cannot take ``request``; else how to queue it."""
+    """Raises RequestError if the model cannot take ``request``; else how to queue it."""
     terms = _read_parameters(request)
     given = _check_names(request.inputs, model, signature)
     rows: int | None = None
@@ -44,8 +44,6 @@ def check_request(request: InferenceRequest, model: str, signature: ModelSignatu
     for output in request.outputs:
         if output.name not in known:
             raise RequestError(f"unexpected inference output '{output.name}' for model '{model}'")
-        if output.parameters.get("classification"):
-            raise UnsupportedRequest(f"classification of output '{output.name}' is not supported by this server")
     return terms
 
 

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import threading
 import time
+from dataclasses import replace
 
 from aiorch_server._core import ModelSpec
-from aiorch_server.backend import Backend, LoadContext
+from aiorch_server.backend import Backend, DeclaredSignature, LoadContext
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import AiorchError, ModelLoadError
 from aiorch_server.execution.placement import Place, count_cpus, place_instances
@@ -143,7 +144,7 @@ class Loader:
             )
             for index, place in enumerate(places)
         ]
-        signature = backend.inspect(contexts[0])
+        signature = _add_labels(backend.inspect(contexts[0]), model.declared)
         config = _complete_config(model.config, signature, backend, places)
         try:
             spec = ModelSpec(model.name, version, signature)
@@ -175,6 +176,13 @@ class Loader:
             fingerprint=fingerprint,
             load_seconds=seconds,
         )
+
+
+def _add_labels(signature: ModelSignature, declared: DeclaredSignature) -> ModelSignature:
+    """What the artefact says about outputs, with the labels of the configuration's label files."""
+    labels = {spec.name: spec.labels for spec in declared.outputs}
+    outputs = (replace(spec, labels=labels.get(spec.name) or spec.labels) for spec in signature.outputs)
+    return replace(signature, outputs=tuple(outputs))
 
 
 def _complete_config(

@@ -24,12 +24,23 @@ MODELS = {
         input { name: "INPUT0" data_type: TYPE_STRING dims: [-1] }
         output { name: "OUTPUT0" data_type: TYPE_STRING dims: [-1] }""",
 }
+NUMERIC = ("UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BF16")
+MODELS |= {
+    f"scores_{datatype}": f"""
+        backend: "identity" max_batch_size: {8 if datatype == "FP32" else 0}
+        input {{ name: "INPUT0" data_type: TYPE_{datatype} dims: [-1, -1] }}
+        output {{ name: "OUTPUT0" data_type: TYPE_{datatype} dims: [-1, -1] label_filename: "labels.txt" }}"""
+    for datatype in (*NUMERIC, "BOOL", "STRING")
+}
+LABELS = "null\neins\nzwei: blau\ndrei\n"
 
 
 def write_models(root: Path, models: dict[str, str]) -> Path:
     for name, config in models.items():
         (root / name / "1").mkdir(parents=True)
         (root / name / "config.pbtxt").write_text(config)
+        if "label_filename" in config:
+            (root / name / "labels.txt").write_text(LABELS)
     return root
 
 

@@ -108,9 +108,9 @@ async def served(tmp_path) -> AsyncIterator[Served]:
         ("pair", {**GOOD, "parameters": {"priority": -1}}, 400, "parameter 'priority' must be an integer"),
         (
             "pair",
-            {**GOOD, "outputs": [{"name": "OUTPUT0", "parameters": {"classification": 2}}]},
-            501,
-            "classification of output 'OUTPUT0' is not supported",
+            {**GOOD, "outputs": [{"name": "OUTPUT0", "parameters": {"classification": 0}}]},
+            400,
+            "invalid value for 'classification' parameter, expected >= 1, got 0",
         ),
         (
             "pair",
