@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from aiorch_server._core import Mailbox, decode_response, encode_request
-from aiorch_server.errors import CapacityError, DeadlineExpired, NotFoundError, RequestError
+from aiorch_server.errors import CapacityError, DeadlineExpired, InternalError, NotFoundError, RequestError
 from aiorch_server.exchange import Exchange, SharedRegions
 from aiorch_server.types import InferenceRequest, InferenceResponse, Tensor
 from aiorch_server.validation import check_request
@@ -35,14 +35,23 @@ class DataPlane:
         with self._manager.acquire(request.model_name, request.model_version) as servable:
             try:
                 with Exchange(self._regions, request, servable.signature) as exchange:
-                    answer = await self._run(servable, await exchange.bring(), deadline_ns)
-                    return await exchange.deliver(_decode(answer, request.id))
+                    response = await self._answer(servable, await exchange.bring(), deadline_ns)
+                    return await exchange.deliver(response)
             except (RequestError, CapacityError, NotFoundError) as error:
                 if str(error).startswith("[request id: "):  # the queue's own refusals carry it already
                     raise
                 raise type(error)(f"[request id: {request.id or '<id_unknown>'}] {error}") from error.__cause__
 
+    async def _answer(self, servable: Servable, request: InferenceRequest, deadline_ns: int) -> InferenceResponse:
+        if servable.sequencer is not None:
+            terms = check_request(request, servable.name, servable.signature)
+            return await servable.sequencer.infer(request, terms, self._mailbox, deadline_ns=deadline_ns)
+        return _decode(await self._run(servable, request, deadline_ns), request.id)
+
     async def _run(self, servable: Servable, request: InferenceRequest, deadline_ns: int) -> bytes:
+        scheduler = servable.plain_scheduler
+        if scheduler is None:
+            raise InternalError(f"model '{servable.name}' has no queue of its own")
         terms = check_request(request, servable.name, servable.signature)
         message = encode_request(
             request.model_name,
@@ -57,7 +66,7 @@ class DataPlane:
         if deadline_ns and loop.time() * 1e9 >= deadline_ns:
             raise DeadlineExpired("Deadline Exceeded")
         answer = self._mailbox.submit(
-            servable.scheduler,
+            scheduler,
             message,
             priority=terms.priority,
             timeout_us=terms.timeout_us,

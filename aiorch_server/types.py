@@ -143,8 +143,20 @@ class RequestedOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class SequencePlace:
+    """Where a request stands in its sequence; ``correlation_id`` 0 or empty says that it belongs to none."""
+
+    correlation_id: int | str = 0
+    is_start: bool = False
+    is_end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """A request as any door hands it to the data plane. ``outputs`` empty means all outputs."""
+    """A request as any door hands it to the data plane. ``outputs`` empty means all outputs.
+
+    ``sequence`` None: the ``parameters`` say it (sequence_id, sequence_start, sequence_end), see validation.
+    """
 
     model_name: str
     model_version: str
@@ -152,6 +164,7 @@ class InferenceRequest:
     outputs: Sequence[RequestedOutput] = ()
     id: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    sequence: SequencePlace | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiorch_server._core import walk_elements
 from aiorch_server.errors import RequestError
-from aiorch_server.types import DataType, InferenceRequest, ModelSignature, Tensor, TensorSpec
+from aiorch_server.types import DataType, InferenceRequest, ModelSignature, SequencePlace, Tensor, TensorSpec
 
 #: Parameters of requests that mean something; other names are the model's own business.
 _ALLOWED_RESERVED = "triton_enable_empty_final_response"
@@ -25,12 +25,17 @@ _BATCH_NOTE = (
 )
 
 
+#: The longest string that names a sequence, in bytes; Triton's bound.
+_MAX_CORRELATION_BYTES = 128
+
+
 @dataclass(frozen=True, slots=True)
 class QueueTerms:
-    """How a request wants to be queued: priority level (0: the default) and timeout in microseconds (0: none)."""
+    """How a request is to be queued: priority level (0: the default), timeout in microseconds (0: none), sequence."""
 
     priority: int = 0
     timeout_us: int = 0
+    sequence: SequencePlace = field(default_factory=SequencePlace)
 
 
 def check_request(request: InferenceRequest, model: str, signature: ModelSignature) -> QueueTerms:
@@ -54,7 +59,26 @@ def _read_parameters(request: InferenceRequest) -> QueueTerms:
                 f"parameter '{name}' is refused: names that start with '{_RESERVED_PREFIX}' are reserved, only "
                 f"'{_ALLOWED_RESERVED}' is accepted"
             )
-    return QueueTerms(_read_count(request, "priority"), _read_count(request, "timeout"))
+    return QueueTerms(
+        _read_count(request, "priority"), _read_count(request, "timeout"), request.sequence or _read_sequence(request)
+    )
+
+
+def _read_sequence(request: InferenceRequest) -> SequencePlace:
+    correlation_id = request.parameters.get("sequence_id", 0)
+    if isinstance(correlation_id, bool) or not isinstance(correlation_id, int | str):
+        raise RequestError("invalid value type for 'sequence_id' parameter, expected int64_param or string_param.")
+    if isinstance(correlation_id, int):
+        if not -(1 << 63) <= correlation_id < 1 << 64:
+            raise RequestError(f"parameter 'sequence_id' must fit 64 bits, got {correlation_id}")
+        correlation_id %= 1 << 64  # clients send unsigned numbers in a signed parameter
+    elif len(correlation_id.encode("utf-8", "surrogatepass")) > _MAX_CORRELATION_BYTES:
+        raise RequestError(f"string correlation ID cannot be longer than {_MAX_CORRELATION_BYTES} bytes")
+    flags = [request.parameters.get(name, False) for name in ("sequence_start", "sequence_end")]
+    for name, value in zip(("sequence_start", "sequence_end"), flags, strict=True):
+        if not isinstance(value, bool):
+            raise RequestError(f"invalid value type for '{name}' parameter, expected bool_param.")
+    return SequencePlace(correlation_id, bool(flags[0]), bool(flags[1]))
 
 
 def _read_count(request: InferenceRequest, name: str) -> int:

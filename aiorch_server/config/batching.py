@@ -1,4 +1,4 @@
-"""Sections of a model configuration that choose a scheduler: dynamic, sequence, ensemble."""
+"""Sections of a model configuration that choose a scheduler: dynamic and ensemble; `sequence.py` has the third."""
 
 from __future__ import annotations
 
@@ -8,19 +8,7 @@ from collections.abc import Iterator, Mapping
 from pydantic import Field, model_validator
 
 from aiorch_server.config.problems import Problem, raise_problems
-from aiorch_server.config.section import (
-    ConfigDataType,
-    Dim,
-    FileName,
-    Flag,
-    Int32,
-    Int64,
-    Microseconds,
-    Number,
-    Section,
-    UInt32,
-    UInt64,
-)
+from aiorch_server.config.section import Flag, Int32, Int64, Microseconds, Section, UInt32, UInt64
 
 
 class TimeoutAction(enum.StrEnum):
@@ -73,81 +61,6 @@ class DynamicBatching(Section):
         for level in self.priority_queue_policy:
             if not 1 <= level <= levels:
                 yield Problem(("priority_queue_policy", level), f"found level {level}; priority_levels is {levels}")
-
-
-class ControlKind(enum.StrEnum):
-    """What a control tensor of a stateful model tells."""
-
-    CONTROL_SEQUENCE_START = "CONTROL_SEQUENCE_START"
-    CONTROL_SEQUENCE_READY = "CONTROL_SEQUENCE_READY"
-    CONTROL_SEQUENCE_END = "CONTROL_SEQUENCE_END"
-    CONTROL_SEQUENCE_CORRID = "CONTROL_SEQUENCE_CORRID"
-
-
-class SequenceControl(Section):
-    """One signal in a control tensor."""
-
-    kind: ControlKind = ControlKind.CONTROL_SEQUENCE_START
-    int32_false_true: tuple[Int32, ...] = ()
-    fp32_false_true: tuple[Number, ...] = ()
-    bool_false_true: tuple[Flag, ...] = ()
-    data_type: ConfigDataType | None = None
-
-
-class SequenceControlInput(Section):
-    """A control tensor and its signals."""
-
-    name: str = ""
-    control: tuple[SequenceControl, ...] = ()
-
-
-class SequenceInitialState(Section):
-    """What a state tensor holds at the start of a sequence."""
-
-    data_type: ConfigDataType
-    dims: tuple[Dim, ...] = ()
-    zero_data: Flag | None = None
-    data_file: FileName | None = None
-    name: str = ""
-
-
-class SequenceState(Section):
-    """A tensor that is carried from one request of a sequence to the next."""
-
-    input_name: str = ""
-    output_name: str = ""
-    data_type: ConfigDataType
-    dims: tuple[Dim, ...] = ()
-    initial_state: tuple[SequenceInitialState, ...] = ()
-    use_same_buffer_for_input_output: Flag = False
-    use_growable_memory: Flag = False
-
-
-class SequenceDirect(Section):
-    """Each sequence keeps one place in the batch."""
-
-    max_queue_delay_microseconds: Microseconds = 0
-    minimum_slot_utilization: Number = 0.0
-
-
-class SequenceOldest(Section):
-    """Requests of many sequences are batched dynamically, oldest first."""
-
-    max_candidate_sequences: Int32 = 0
-    preferred_batch_size: tuple[Int32, ...] = ()
-    max_queue_delay_microseconds: Microseconds = 0
-    preserve_ordering: Flag = False
-
-
-class SequenceBatching(Section):
-    """Requests of one sequence go to one instance, in order."""
-
-    direct: SequenceDirect | None = None
-    oldest: SequenceOldest | None = None
-    max_sequence_idle_microseconds: Microseconds = 0
-    control_input: tuple[SequenceControlInput, ...] = ()
-    state: tuple[SequenceState, ...] = ()
-    iterative_sequence: Flag = False
 
 
 class EnsembleStep(Section):

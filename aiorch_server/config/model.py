@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from aiorch_server.backend import DeclaredSignature
-from aiorch_server.config.batching import DynamicBatching, EnsembleScheduling, SequenceBatching
+from aiorch_server.config.batching import DynamicBatching, EnsembleScheduling
 from aiorch_server.config.names import check_name
 from aiorch_server.config.placement import (
     InstanceGroup,
@@ -36,6 +36,7 @@ from aiorch_server.config.problems import (
     validate_whole,
 )
 from aiorch_server.config.section import FileName, Int32, Section
+from aiorch_server.config.sequence import SequenceBatching
 from aiorch_server.config.support import find_refused, find_without_effect
 from aiorch_server.config.tensors import BatchInput, BatchOutput, ModelInput, ModelOutput, ModelWarmup
 from aiorch_server.errors import ModelLoadError
@@ -200,6 +201,24 @@ class ModelConfig(Section):
         if len(written) > 1:
             yield Problem((written[1],), f"found beside {written[0]}; only one scheduler can be written")
         yield from self._find_batching_problems()
+        yield from self._find_sequence_problems()
+
+    def _find_sequence_problems(self) -> Iterator[Problem]:
+        sequences = self.sequence_batching
+        if sequences is None:
+            return
+        given = {each.name for each in self.input}
+        own = [(("control_input", i, "name"), each.name) for i, each in enumerate(sequences.control_input)]
+        own += [(("state", i, "input_name"), each.input_name) for i, each in enumerate(sequences.state)]
+        for location, name in own:
+            if name in given:
+                text = f"found '{name}', which is an input too; the server gives it, leave it out of 'input'"
+                yield Problem(("sequence_batching", *location), text)
+        if sequences.oldest is not None and self.max_batch_size is not None:
+            for index, size in enumerate(sequences.oldest.preferred_batch_size):
+                if size > max(self.max_batch_size, 1):
+                    text = f"found {size}; it must be at most max_batch_size, which is {self.max_batch_size}"
+                    yield Problem(("sequence_batching", "oldest", "preferred_batch_size", index), text)
 
     def _find_batching_problems(self) -> Iterator[Problem]:
         largest, batching = self.max_batch_size, self.dynamic_batching

@@ -30,7 +30,7 @@ class Restriction:
 
 
 REFUSED: tuple[Restriction, ...] = (
-    Restriction("sequence_batching", "stateful models are not served by this version; remove it"),
+    Restriction("sequence_batching.iterative_sequence", "a request is run once; write false"),
     Restriction("ensemble_scheduling", "ensembles are not served by this version; call the models one by one"),
     Restriction("batch_input", "generated batch inputs are not supported; give the tensors as inputs"),
     Restriction("batch_output", "batch outputs are not supported; give equal shapes per request"),
@@ -71,6 +71,10 @@ NO_EFFECT: tuple[Restriction, ...] = (
     Restriction("optimization.input_pinned_memory", "a hint for GPUs"),
     Restriction("optimization.output_pinned_memory", "a hint for GPUs"),
     Restriction("optimization.gather_kernel_buffer_threshold", "a hint for GPUs"),
+    Restriction(
+        "sequence_batching.state[].use_same_buffer_for_input_output", "state is given and taken as separate tensors"
+    ),
+    Restriction("sequence_batching.state[].use_growable_memory", "a hint for GPUs"),
     Restriction("optimization.eager_batching", "a free instance always pulls its batch itself"),
 )
 

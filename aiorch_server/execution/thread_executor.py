@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from aiorch_server._core import Batch, Scheduler, serve_compiled
 from aiorch_server.backend import Backend, LoadContext, ModelInstance
 from aiorch_server.errors import AiorchError, Code, ModelExecutionError, ModelLoadError
+from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.heap import trim_heap
 from aiorch_server.execution.warmup import WarmupSample, warm_up
 from aiorch_server.types import ModelSignature
@@ -75,7 +76,7 @@ class FailureLog:
 
 
 class InstanceGroup:
-    """All instances of one model version on one scheduler.
+    """All instances of one model version on one scheduler, or each on its own in a ``SchedulerGroup``.
 
     ``start`` loads them one after another; from then on they serve by themselves. Closing the scheduler ends them once
     its queue is empty; ``ended`` is then resolved with "", or with the reason if the last instance died. When the last
@@ -85,7 +86,7 @@ class InstanceGroup:
     def __init__(
         self,
         label: str,
-        scheduler: Scheduler,
+        scheduler: Scheduler | SchedulerGroup,
         backend: Backend,
         signature: ModelSignature,
         contexts: Sequence[LoadContext],
@@ -131,7 +132,7 @@ class InstanceGroup:
                 error = instance.loaded.result(max(0.0, deadline - time.monotonic()))
             except RuntimeError as refusal:  # the system gives no thread
                 error = refusal
-                self.on_thread_end("")
+                self.on_thread_end(instance.index, "")
             except TimeoutError:
                 error = ModelLoadError(
                     f"instance {instance.index} of '{self.label}' did not finish loading within {timeout_s:g} s"
@@ -144,8 +145,10 @@ class InstanceGroup:
                     f"instance {instance.index} of '{self.label}' failed to load: {describe_error(error)}"
                 ) from error
 
-    def on_thread_end(self, reason: str) -> None:
+    def on_thread_end(self, index: int, reason: str) -> None:
         """Called by each thread as its last act; ``reason`` is "" unless the thread died."""
+        if isinstance(self.scheduler, SchedulerGroup):  # what this instance alone would serve
+            self.scheduler.members[index].abandon(Code.UNAVAILABLE, reason or f"model '{self.label}' is unloaded")
         with self._lock:
             self._alive -= 1
             self._reason = reason or self._reason
@@ -190,10 +193,11 @@ class _InstanceThread(threading.Thread):
                 instance = None
                 trim_heap()
             finally:
-                self._group.on_thread_end(reason)
+                self._group.on_thread_end(self.index, reason)
 
     def _serve(self, instance: ModelInstance) -> None:
-        batch = Batch(self._group.scheduler)
+        scheduler = self._group.scheduler
+        batch = Batch(scheduler.members[self.index] if isinstance(scheduler, SchedulerGroup) else scheduler)
         execute, compiled = instance.execute, instance.compiled
         try:
             while True:

@@ -8,10 +8,11 @@ import threading
 import time
 from dataclasses import replace
 
-from aiorch_server._core import ModelSpec
+from aiorch_server._core import ModelSpec, Scheduler
 from aiorch_server.backend import Backend, DeclaredSignature, LoadContext
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import AiorchError, ModelLoadError
+from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.placement import Place, count_cpus, place_instances
 from aiorch_server.execution.thread_executor import InstanceGroup, describe_error
 from aiorch_server.execution.warmup import make_samples
@@ -19,7 +20,7 @@ from aiorch_server.lifecycle.backends import BackendRegistry
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.lifecycle.threads import run_blocking
 from aiorch_server.repository import BackendNames, RepositoryModel
-from aiorch_server.scheduling import build_scheduler
+from aiorch_server.scheduling import SequenceScheduler, build_scheduler, build_sequence_schedulers, read_plan
 from aiorch_server.types import ModelSignature
 
 logger = logging.getLogger(__name__)
@@ -127,13 +128,15 @@ class Loader:
             default_count=self._default_instances,
             threads=_read_threads(parameters.get("cpu_threads")),
         )
+        plan = read_plan(model.config, model.directory)
+        declared = model.declared if plan is None else plan.declare(model.declared)
         contexts = [
             LoadContext(
                 model_name=model.name,
                 model_version=version,
                 model_directory=model.directory,
                 artefact=artefact.path,
-                declared=model.declared,
+                declared=declared,
                 instance_index=index,
                 threads=place.threads,
                 device=place.device,
@@ -145,12 +148,19 @@ class Loader:
             for index, place in enumerate(places)
         ]
         signature = _add_labels(backend.inspect(contexts[0]), model.declared)
-        config = _complete_config(model.config, signature, backend, places)
+        public = signature if plan is None else plan.separate(signature, model.declared)
+        config = _complete_config(model.config, public, backend, places)
         try:
             spec = ModelSpec(model.name, version, signature)
         except (ValueError, OverflowError) as error:
             raise ModelLoadError(f"'{model.name}' version {version} cannot be served: {error}") from error
-        scheduler = build_scheduler(config, spec, default_queue_size=self._default_queue_size)
+        scheduler: Scheduler | SchedulerGroup
+        sequencer = None
+        if plan is None:
+            scheduler = build_scheduler(config, spec, default_queue_size=self._default_queue_size)
+        else:
+            scheduler = SchedulerGroup(build_sequence_schedulers(plan, spec, len(contexts)))
+            sequencer = SequenceScheduler(plan, public, scheduler.members, queue_size=self._default_queue_size)
         instances = InstanceGroup(
             f"{model.name}:{version}",
             scheduler,
@@ -168,11 +178,12 @@ class Loader:
             model.name,
             version,
             config=config,
-            signature=signature,
+            signature=public,
             platform=config.platform,
             spec=spec,
             scheduler=scheduler,
             instances=instances,
+            sequencer=sequencer,
             fingerprint=fingerprint,
             load_seconds=seconds,
         )

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
-from aiorch_server._core import Router
+from aiorch_server._core import Router, Scheduler
 from aiorch_server.config.server import ControlMode
 from aiorch_server.errors import (
     AiorchError,
@@ -323,8 +323,9 @@ class LifecycleManager:
         self._routes = routes
         self._router.publish(
             {
-                name: (default, {version: servable.scheduler for version, servable in servables.items()})
+                name: (default, schedulers)
                 for name, (default, servables) in routes.items()
+                if len(schedulers := _find_plain(servables)) == len(servables)
             }
         )
 
@@ -378,6 +379,12 @@ class LifecycleManager:
         if version not in model.versions:
             return UnknownVersion(f"{text} version {version} is not found")
         return ModelNotReady(f"{text} version {version} is not at ready state")
+
+
+def _find_plain(servables: Mapping[int, Servable]) -> dict[int, Scheduler]:
+    """The schedulers that the compiled desk may use by itself; a model with others too is left to the data plane."""
+    plain = {version: servable.plain_scheduler for version, servable in servables.items()}
+    return {version: scheduler for version, scheduler in plain.items() if scheduler is not None}
 
 
 def _explain_missing_versions(name: str, missing: Sequence[int]) -> str:

@@ -11,8 +11,10 @@ from types import TracebackType
 from aiorch_server._core import ModelSpec, Scheduler
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import Code, ModelNotReady
+from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.thread_executor import InstanceGroup
 from aiorch_server.lifecycle.threads import wait_until
+from aiorch_server.scheduling import SequenceScheduler
 from aiorch_server.types import ModelSignature, ModelStatistics, PhaseHistogram
 
 
@@ -32,8 +34,9 @@ class Servable:
         signature: ModelSignature,
         platform: str,
         spec: ModelSpec,
-        scheduler: Scheduler,
+        scheduler: Scheduler | SchedulerGroup,
         instances: InstanceGroup,
+        sequencer: SequenceScheduler | None = None,
         fingerprint: str = "",
         load_seconds: float = 0.0,
     ) -> None:
@@ -45,6 +48,7 @@ class Servable:
         self.spec = spec
         self.scheduler = scheduler
         self.instances = instances
+        self.sequencer = sequencer
         self.fingerprint = fingerprint
         self.load_seconds = load_seconds
         self._lock = threading.Lock()
@@ -60,6 +64,11 @@ class Servable:
     def is_open(self) -> bool:
         """Whether new leases are given."""
         return self._is_open
+
+    @property
+    def plain_scheduler(self) -> Scheduler | None:
+        """The queue that takes requests as they are; None where they must be prepared on the control plane first."""
+        return self.scheduler if isinstance(self.scheduler, Scheduler) else None
 
     @property
     def leases(self) -> int:
@@ -97,6 +106,8 @@ class Servable:
         """
         deadline = time.monotonic() + grace_s
         self._shut()
+        if self.sequencer is not None:
+            self.sequencer.close()
         # Leases first: who holds one may still put a request into the queue, which has to be open for it.
         is_idle = await wait_until(self._idle, grace_s)
         self.scheduler.close()

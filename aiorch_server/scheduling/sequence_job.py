@@ -1,0 +1,46 @@
+"""One request on its way through a sequence, and what comes back of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from aiorch_server.scheduling.sequence_table import Member
+from aiorch_server.types import InferenceRequest, InferenceResponse, ModelSignature, SequencePlace, Tensor
+
+#: All outputs of one row, the state's among them, or what went wrong.
+Outcome = list[Tensor] | Exception
+#: Takes the outcome of a member that was handed to an instance; never raises.
+Settle = Callable[[Member, Outcome], None]
+
+
+class Job:
+    """A request, the outputs to ask the model for, and the future of who sent it."""
+
+    __slots__ = ("deadline_ns", "future", "n_bytes", "outputs", "place", "request", "wanted")
+
+    def __init__(
+        self,
+        request: InferenceRequest,
+        place: SequencePlace,
+        outputs: Sequence[str],
+        deadline_ns: int,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.request = request
+        self.place = place
+        self.outputs = outputs
+        self.wanted = frozenset(output.name for output in request.outputs)
+        self.deadline_ns = deadline_ns
+        self.n_bytes = sum(len(tensor.data or b"") for tensor in request.inputs)
+        self.future: asyncio.Future[InferenceResponse] = loop.create_future()
+
+    def make_response(self, outputs: Sequence[Tensor], signature: ModelSignature, version: int) -> InferenceResponse:
+        """The answer: what was asked for, or all that clients see."""
+        shown = self.wanted or {spec.name for spec in signature.outputs}
+        return InferenceResponse(
+            model_name=self.request.model_name,
+            model_version=str(version),
+            outputs=[tensor for tensor in outputs if tensor.name in shown],
+            id=self.request.id,
+        )

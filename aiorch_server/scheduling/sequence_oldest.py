@@ -1,0 +1,89 @@
+"""Strategy "oldest": the next request of each sequence enters the instance's queue, which batches dynamically."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from aiorch_server._core import Mailbox, Scheduler, decode_response, encode_request
+from aiorch_server.errors import CapacityError, InternalError
+from aiorch_server.scheduling.sequence_job import Job, Outcome, Settle
+from aiorch_server.scheduling.sequence_table import Member, SequenceTable
+from aiorch_server.scheduling.sequence_tensors import StepTensors
+from aiorch_server.types import Tensor
+
+
+class OldestFeeder:
+    """Feeds one instance. A request that was handed over is not taken back: its outcome is needed for the state."""
+
+    def __init__(
+        self,
+        instance: int,
+        scheduler: Scheduler,
+        table: SequenceTable,
+        steps: StepTensors,
+        settle: Settle,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._instance = instance
+        self._scheduler = scheduler
+        self._table = table
+        self._steps = steps
+        self._settle = settle
+        self._on_change = on_change
+        oldest = steps.plan.section.oldest
+        self._keeps_order = oldest is not None and oldest.preserve_ordering
+        self._order: deque[tuple[Member, asyncio.Future[bytes]]] = deque()
+
+    def feed(self, mailbox: Mailbox, now_ns: int) -> int:
+        """Hands over all that is ready; CapacityError when the queue is closed."""
+        for member in self._table.ready(self._instance):
+            self._table.take(member)
+            try:
+                answer = self._submit(mailbox, member)
+            except Exception as error:
+                self._settle(member, error)
+                if isinstance(error, CapacityError) and self._scheduler.is_closed:
+                    raise
+                continue
+            if self._keeps_order:
+                self._order.append((member, answer))
+            answer.add_done_callback(partial(self._on_answer, member))
+        return 0
+
+    def _submit(self, mailbox: Mailbox, member: Member) -> asyncio.Future[bytes]:
+        job, sequence = member.payload, member.sequence
+        assert isinstance(job, Job) and sequence is not None
+        tensors = [*job.request.inputs, *self._steps.add_own(job.place, self._steps.recall(member))]
+        message = encode_request(
+            job.request.model_name,
+            job.request.model_version,
+            job.request.id if job.request.id.isascii() else "",
+            [(tensor.name, tensor.datatype, tensor.shape, tensor.data or b"") for tensor in tensors],
+            job.outputs,
+        )
+        return mailbox.submit(self._scheduler, message, deadline_ns=job.deadline_ns)
+
+    def _on_answer(self, member: Member, answer: asyncio.Future[bytes]) -> None:
+        if not self._keeps_order:
+            self._settle(member, read_outcome(answer))
+        while self._order and self._order[0][1].done():
+            first, its_answer = self._order.popleft()
+            self._settle(first, read_outcome(its_answer))
+        self._on_change()
+
+
+def read_outcome(answer: asyncio.Future[bytes]) -> Outcome:
+    """The outputs in an answer, or why there are none."""
+    if answer.cancelled():
+        return InternalError("the request was cancelled inside the server")
+    error = answer.exception()
+    if error is not None:
+        return error if isinstance(error, Exception) else InternalError(type(error).__name__)
+    try:
+        _, _, _, outputs = decode_response(answer.result())
+    except Exception as broken:
+        return InternalError(f"the answer was lost: {type(broken).__name__}")
+    return [Tensor(name, datatype, shape, data) for name, datatype, shape, data in outputs]
