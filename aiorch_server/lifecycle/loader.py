@@ -154,13 +154,20 @@ class Loader:
             spec = ModelSpec(model.name, version, signature)
         except (ValueError, OverflowError) as error:
             raise ModelLoadError(f"'{model.name}' version {version} cannot be served: {error}") from error
+        isolates = parameters.get("isolate_failures", "true").strip().lower() != "false"
         scheduler: Scheduler | SchedulerGroup
         sequencer = None
         if plan is None:
             scheduler = build_scheduler(config, spec, default_queue_size=self._default_queue_size)
         else:
             scheduler = SchedulerGroup(build_sequence_schedulers(plan, spec, len(contexts)))
-            sequencer = SequenceScheduler(plan, public, scheduler.members, queue_size=self._default_queue_size)
+            sequencer = SequenceScheduler(
+                plan,
+                public,
+                scheduler.members,
+                queue_size=self._default_queue_size,
+                isolate_failures=isolates,
+            )
         instances = InstanceGroup(
             f"{model.name}:{version}",
             scheduler,
@@ -168,7 +175,7 @@ class Loader:
             signature,
             contexts,
             make_samples(config, signature, model.directory),
-            isolate_failures=parameters.get("isolate_failures", "true").strip().lower() != "false",
+            isolate_failures=isolates,
         )
         source.retain()
         instances.ended.add_done_callback(lambda _: source.release())

@@ -131,6 +131,8 @@ class Servable:
     def statistics(self) -> ModelStatistics:
         """Counts since load, from the scheduler's counters."""
         counters = self.scheduler.counters()
+        if self.sequencer is not None:
+            counters = self.sequencer.count(counters)
         return ModelStatistics(
             name=self.name,
             version=str(self.version),

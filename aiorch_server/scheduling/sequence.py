@@ -8,6 +8,7 @@ Everything here is for the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -23,12 +24,13 @@ from aiorch_server.errors import (
     RequestCancelled,
     RequestError,
 )
-from aiorch_server.scheduling.sequence_job import Job, Outcome
+from aiorch_server.scheduling.sequence_direct import DirectFeeder
+from aiorch_server.scheduling.sequence_job import Job, Outcome, job_of
 from aiorch_server.scheduling.sequence_oldest import OldestFeeder
 from aiorch_server.scheduling.sequence_plan import SequencePlan
 from aiorch_server.scheduling.sequence_table import Member, NotStarted, SequenceTable
 from aiorch_server.scheduling.sequence_tensors import StepTensors
-from aiorch_server.types import InferenceRequest, InferenceResponse, ModelSignature
+from aiorch_server.types import Duration, InferenceRequest, InferenceResponse, ModelSignature, SchedulerCounters
 from aiorch_server.validation import QueueTerms
 
 #: Bounds of one model version: sequences that wait for a place, requests that wait in one sequence and in all.
@@ -53,7 +55,13 @@ class SequenceScheduler:
     """All sequences of one loaded model version; ``schedulers`` has one for each instance."""
 
     def __init__(
-        self, plan: SequencePlan, signature: ModelSignature, schedulers: Sequence[Scheduler], *, queue_size: int = 0
+        self,
+        plan: SequencePlan,
+        signature: ModelSignature,
+        schedulers: Sequence[Scheduler],
+        *,
+        queue_size: int = 0,
+        isolate_failures: bool = True,
     ) -> None:
         self.plan = plan
         self._signature = signature
@@ -68,9 +76,15 @@ class SequenceScheduler:
             max_requests=queue_size or MAX_REQUESTS,
             max_bytes=MAX_BYTES,
         )
-        self._feeders: list[Feeder] = [
-            OldestFeeder(index, scheduler, self._table, self._steps, self._settle, self._pump)
-            for index, scheduler in enumerate(schedulers)
+        shared = self._table, self._steps, self._settle, self._pump
+        self._direct: list[DirectFeeder] = []
+        if plan.is_direct:
+            self._direct = [
+                DirectFeeder(index, scheduler, *shared, isolate_failures=isolate_failures)
+                for index, scheduler in enumerate(schedulers)
+            ]
+        self._feeders: Sequence[Feeder] = self._direct or [
+            OldestFeeder(index, scheduler, *shared) for index, scheduler in enumerate(schedulers)
         ]
         self._mailbox: Mailbox | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -128,6 +142,25 @@ class SequenceScheduler:
                 job.future.cancel()
                 self._withdraw(member)
 
+    def count(self, counters: SchedulerCounters) -> SchedulerCounters:
+        """``counters`` of the compiled schedulers as clients count: a composed batch is as many requests as were ready.
+
+        Times are those of the batch for each of its members; ``phases`` stay those of the batches.
+        """
+        if not self._direct:
+            return counters
+        answered, failed = (sum(getattr(each, name) for each in self._direct) for name in ("answered", "failed"))
+        return dataclasses.replace(
+            counters,
+            rows=answered,
+            success=_spread(counters.success, answered),
+            fail=_spread(counters.fail, failed),
+            queue=_spread(counters.queue, answered),
+            compute_input=_spread(counters.compute_input, answered),
+            compute_infer=_spread(counters.compute_infer, answered),
+            compute_output=_spread(counters.compute_output, answered),
+        )
+
     def close(self) -> None:
         """No request will come any more: what waits still runs, sequences that wait for requests end now."""
         self._table.close(time.monotonic_ns())
@@ -182,7 +215,7 @@ class SequenceScheduler:
 
     def _settle(self, member: Member, outcome: Outcome) -> None:
         """A request is back: the state is taken from it, its sender answered, its sequence goes on."""
-        job, sequence, now_ns = _job_of(member), member.sequence, time.monotonic_ns()
+        job, sequence, now_ns = job_of(member), member.sequence, time.monotonic_ns()
         assert sequence is not None
         response: InferenceResponse | None = None
         if not isinstance(outcome, Exception):
@@ -209,7 +242,7 @@ class SequenceScheduler:
 
     def _give_up(self, member: Member) -> None:
         """The request's own timeout: it holds until the request is handed to an instance."""
-        job = _job_of(member)
+        job = job_of(member)
         if member.sequence is not None and member.sequence.running is not member and not job.future.done():
             job.future.set_exception(QueueTimeout("Request timeout expired"))
             self._withdraw(member)
@@ -235,18 +268,19 @@ class SequenceScheduler:
     @staticmethod
     def _fail(members: Iterable[Member], describe: Callable[[int | str], AiorchError]) -> None:
         for member in members:
-            job = _job_of(member)
+            job = job_of(member)
             if not job.future.done():
                 job.future.set_exception(describe(job.place.correlation_id))
+
+
+def _spread(duration: Duration, count: int) -> Duration:
+    """As many as ``count``, each as long as those in ``duration`` on average."""
+    return Duration(count, duration.ns * count // duration.count if duration.count else 0)
 
 
 def build_sequence_schedulers(plan: SequencePlan, spec: ModelSpec, instances: int) -> list[Scheduler]:
     """One compiled scheduler for each instance; ModelLoadError where the plan contradicts the model."""
     oldest = plan.section.oldest
-    if oldest is None:
-        raise ModelLoadError(
-            f"sequence_batching of model '{plan.model}': strategy direct is not supported; write oldest"
-        )
     try:
         return [
             Scheduler(
@@ -258,8 +292,3 @@ def build_sequence_schedulers(plan: SequencePlan, spec: ModelSpec, instances: in
         ]
     except ValueError as error:
         raise ModelLoadError(f"sequence_batching of model '{plan.model}': {error}") from error
-
-
-def _job_of(member: Member) -> Job:
-    assert isinstance(member.payload, Job)
-    return member.payload

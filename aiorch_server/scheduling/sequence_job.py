@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from aiorch_server._core import decode_response
+from aiorch_server.errors import InternalError
 from aiorch_server.scheduling.sequence_table import Member
 from aiorch_server.types import InferenceRequest, InferenceResponse, ModelSignature, SequencePlace, Tensor
 
@@ -32,8 +34,12 @@ class Job:
         self.outputs = outputs
         self.wanted = frozenset(output.name for output in request.outputs)
         self.deadline_ns = deadline_ns
-        self.n_bytes = sum(len(tensor.data or b"") for tensor in request.inputs)
+        self.n_bytes = sum(memoryview(tensor.data or b"").nbytes for tensor in request.inputs)
         self.future: asyncio.Future[InferenceResponse] = loop.create_future()
+
+    def find_input(self, name: str) -> bytes | memoryview:
+        """The bytes of an input that is there."""
+        return next(tensor.data or b"" for tensor in self.request.inputs if tensor.name == name)
 
     def make_response(self, outputs: Sequence[Tensor], signature: ModelSignature, version: int) -> InferenceResponse:
         """The answer: what was asked for, or all that clients see."""
@@ -44,3 +50,23 @@ class Job:
             outputs=[tensor for tensor in outputs if tensor.name in shown],
             id=self.request.id,
         )
+
+
+def job_of(member: Member) -> Job:
+    """What ``member`` carries."""
+    assert isinstance(member.payload, Job)
+    return member.payload
+
+
+def read_outcome(answer: asyncio.Future[bytes]) -> Outcome:
+    """The outputs in an answer, or why there are none."""
+    if answer.cancelled():
+        return InternalError("the request was cancelled inside the server")
+    error = answer.exception()
+    if error is not None:
+        return error if isinstance(error, Exception) else InternalError(type(error).__name__)
+    try:
+        _, _, _, outputs = decode_response(answer.result())
+    except Exception as broken:
+        return InternalError(f"the answer was lost: {type(broken).__name__}")
+    return [Tensor(name, datatype, shape, data) for name, datatype, shape, data in outputs]

@@ -7,12 +7,11 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from aiorch_server._core import Mailbox, Scheduler, decode_response, encode_request
-from aiorch_server.errors import CapacityError, InternalError
-from aiorch_server.scheduling.sequence_job import Job, Outcome, Settle
+from aiorch_server._core import Mailbox, Scheduler, encode_request
+from aiorch_server.errors import CapacityError
+from aiorch_server.scheduling.sequence_job import Settle, job_of, read_outcome
 from aiorch_server.scheduling.sequence_table import Member, SequenceTable
 from aiorch_server.scheduling.sequence_tensors import StepTensors
-from aiorch_server.types import Tensor
 
 
 class OldestFeeder:
@@ -54,8 +53,7 @@ class OldestFeeder:
         return 0
 
     def _submit(self, mailbox: Mailbox, member: Member) -> asyncio.Future[bytes]:
-        job, sequence = member.payload, member.sequence
-        assert isinstance(job, Job) and sequence is not None
+        job = job_of(member)
         tensors = [*job.request.inputs, *self._steps.add_own(job.place, self._steps.recall(member))]
         message = encode_request(
             job.request.model_name,
@@ -73,17 +71,3 @@ class OldestFeeder:
             first, its_answer = self._order.popleft()
             self._settle(first, read_outcome(its_answer))
         self._on_change()
-
-
-def read_outcome(answer: asyncio.Future[bytes]) -> Outcome:
-    """The outputs in an answer, or why there are none."""
-    if answer.cancelled():
-        return InternalError("the request was cancelled inside the server")
-    error = answer.exception()
-    if error is not None:
-        return error if isinstance(error, Exception) else InternalError(type(error).__name__)
-    try:
-        _, _, _, outputs = decode_response(answer.result())
-    except Exception as broken:
-        return InternalError(f"the answer was lost: {type(broken).__name__}")
-    return [Tensor(name, datatype, shape, data) for name, datatype, shape, data in outputs]

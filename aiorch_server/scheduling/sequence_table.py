@@ -192,6 +192,10 @@ class SequenceTable:
 
     # ----------------------------------------------------------------------------------------------- what may run
 
+    def touch(self, instance: int) -> None:
+        """Something at ``instance`` changed that the table does not know of."""
+        self._due.add(instance)
+
     def instances_due(self) -> list[int]:
         """Instances for which something has changed since the last call."""
         due, self._due = self._due, set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,7 +15,7 @@ from aiorch_server.types import ModelSignature, SequencePlace, Tensor
 #: Bytes of one tensor's row and the row's shape.
 Row = tuple[tuple[int, ...], bytes | memoryview]
 #: A sequence's state: one row for each state tensor, by the name of the input.
-Memory = Mapping[str, Row]
+Memory = dict[str, Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class StepTensors:
     def add_own(self, place: SequencePlace, memory: Memory) -> list[Tensor]:
         """Control and state tensors of one row."""
         tensors = [
-            Tensor(each.spec.name, each.spec.datatype.value, self._whole((1,)), encode_control(each, place, True))
+            Tensor(each.spec.name, each.spec.datatype.value, self._whole((1,)), encode_control(each, place))
             for each in self.plan.controls
         ]
         for state in self.plan.states:
@@ -74,13 +74,18 @@ class StepTensors:
         return (1, *shape) if self.signature.max_batch_size else shape
 
 
-def encode_control(control: Control, place: SequencePlace, is_ready: bool) -> bytes:
-    """The bytes of a control tensor's one element; ValueError for an id that it cannot hold."""
+def encode_absent(control: Control) -> bytes:
+    """The bytes of a control tensor's element in a row that has no request."""
+    return bytes(control.spec.datatype.itemsize or 4) if control.values is None else control.values[False]
+
+
+def encode_control(control: Control, place: SequencePlace) -> bytes:
+    """The bytes of a control tensor's element in a row that has one; ValueError for an id that it cannot hold."""
     if control.values is None:
         return encode_correlation(place.correlation_id, control.spec.datatype)
     value = {
         ControlKind.CONTROL_SEQUENCE_START: place.is_start,
         ControlKind.CONTROL_SEQUENCE_END: place.is_end,
-        ControlKind.CONTROL_SEQUENCE_READY: is_ready,
+        ControlKind.CONTROL_SEQUENCE_READY: True,
     }[control.kind]
     return control.values[value]

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from running_site import TIMEOUT_S, Site
 
 #: `value` that make the model fail, and wait until the file of parameter `gate` is there.
 FAIL, WAIT = -1000, -2000
@@ -19,18 +25,22 @@ class Model:
 
     def execute(self, inputs):
         value, before = inputs["value"], inputs["sum_in"]
-        rows = len(value)
+        rows = len(value) if value.ndim == 2 else 1
         ready = inputs["ready"].astype(bool).reshape(rows, 1)
         if (value == {FAIL}).any():
             raise ValueError("asked to fail")
         until = time.monotonic() + 20
         while (value == {WAIT}).any() and not self.gate.exists() and time.monotonic() < until:
             time.sleep(0.001)
-        after = np.where(ready, before + value, before)
-        columns = [inputs["start"], inputs["end"], inputs["ready"], inputs["corrid"],
+        after = np.where(ready, before.reshape(rows, 1) + value.reshape(rows, 1), before.reshape(rows, 1))
+        corrid = inputs["corrid"]
+        if corrid.dtype == object:
+            corrid = np.array([len(text) for text in corrid.reshape(-1)])
+        columns = [inputs["start"], inputs["end"], inputs["ready"], corrid,
                    np.full((rows, 1), rows), np.arange(rows).reshape(rows, 1), np.full((rows, 1), self.instance)]
         signals = np.concatenate([column.reshape(rows, 1).astype(np.int64) for column in columns], axis=1)
-        return {{"total": after, "signals": signals, "sum_out": after}}
+        after, shape = after.reshape(value.shape), (rows, 7) if value.ndim == 2 else (7,)
+        return {{"total": after, "signals": signals.reshape(shape), "sum_out": after}}
 """
 
 #: What `signals` holds, by column.
@@ -79,7 +89,52 @@ def gate_of(repository: Path, name: str) -> Path:
     return repository.parent / f"{name}.gate"
 
 
-def write_models(repository: Path) -> None:
-    """The repository of the contract tests."""
+def write_models(repository: Path) -> Path:
+    """The repository of the contract tests: both strategies, correlation ids of each type, two instances."""
     repository.mkdir(exist_ok=True)
+    direct = "direct { max_queue_delay_microseconds: 0 }"
     write_tally(repository, "oldest")
+    write_tally(repository, "direct", strategy=direct)
+    write_tally(repository, "oldest_two", instances="2", strategy="oldest { max_candidate_sequences: 3 }")
+    write_tally(repository, "direct_two", instances="2", rows="3", strategy=direct)
+    write_tally(repository, "direct_text", corrid="TYPE_STRING", strategy=direct)
+    write_tally(repository, "oldest_text", corrid="TYPE_STRING")
+    write_tally(repository, "oldest_int32", corrid="TYPE_INT32")
+    write_tally(repository, "oldest_alone", rows="0")
+    write_tally(repository, "direct_alone", rows="0", strategy=direct)
+    return repository
+
+
+class StatefulSite(Site):
+    """A server over a repository of such models, on a thread of this process."""
+
+    def __init__(self, repository: Path, **sections: Any) -> None:
+        self.repository = repository
+        backends = {"backends": ["aiorch_backends.python:PythonBackend"]}
+        super().__init__(repository, io_threads=1, execution=backends, **sections)
+
+    def servable(self, model: str) -> Any:
+        (found,) = (each for each in self.application.manager.servables() if each.name == model)
+        return found
+
+    def count(self, model: str) -> dict[str, int]:
+        """How many sequences there are, and how many of their requests wait."""
+        table = self.servable(model).sequencer._table
+        return {"live": table.live, "backlog": table.backlog, "waiting": table.waiting_requests}
+
+    def wait_count(self, model: str, **wanted: int) -> None:
+        """Until the counts are these; polls with a deadline."""
+        end = time.monotonic() + TIMEOUT_S
+        while {name: value for name, value in self.count(model).items() if name in wanted} != wanted:
+            assert time.monotonic() < end, f"{self.count(model)} never became {wanted}"
+            time.sleep(0.002)
+
+    @contextmanager
+    def held(self, model: str) -> Iterator[Callable[[], None]]:
+        """Requests with the value WAIT stay in the model until the block ends, or what it gives is called."""
+        gate = gate_of(self.repository, model)
+        gate.unlink(missing_ok=True)
+        try:
+            yield gate.touch
+        finally:
+            gate.touch()

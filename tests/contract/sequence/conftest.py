@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from sequence_models import write_models
-from served import Served, serve
+from sequence_models import StatefulSite, write_models
 
 
 @pytest.fixture(scope="package")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    repository = tmp_path_factory.mktemp("stateful")
-    write_models(repository)
-    with serve(repository) as running:
-        states = {model["name"]: (model["state"], model["reason"]) for model in running.ready["models"]}
-        assert set(states.values()) == {("READY", "")}, states
-        yield running
-        assert running.end() == 0
-        assert "Traceback" not in running.log.read_text()
+def stateful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StatefulSite]:
+    repository = write_models(tmp_path_factory.mktemp("stateful") / "models")
+    site = StatefulSite(repository)
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def own_repository(tmp_path: Path) -> Path:
+    """For a server of the test's own."""
+    repository = tmp_path / "models"
+    repository.mkdir()
+    return repository

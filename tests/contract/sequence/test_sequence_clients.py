@@ -1,46 +1,171 @@
-"""Sequences through unmodified Triton clients."""
+"""Sequences through unmodified Triton clients, with both strategies."""
 
 from __future__ import annotations
 
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
-from sequence_models import SIGNALS
-from served import Served
-from tritonclient.utils import InferenceServerException
+import tritonclient.grpc.aio as triton_grpc_aio
+import tritonclient.http as triton_http
+import tritonclient.http.aio as triton_http_aio
+from running_site import TIMEOUT_S
+from sequence_models import SIGNALS, WAIT, StatefulSite
+
+MODELS = ["oldest", "direct", "oldest_alone", "direct_alone"]
+Step = tuple[int, dict[str, Any]]
+#: What each client sends, and the sums that come back.
+STEPS: list[Step] = [(1, {"sequence_start": True}), (20, {}), (300, {"sequence_end": True})]
+TOTALS = [1, 21, 321]
 
 
-def fill(module: Any, value: int) -> list[Any]:
-    tensor = module.InferInput("value", [1, 1], "INT64")
-    tensor.set_data_from_numpy(np.array([[value]], np.int64))
+def fill(module: Any, value: int, model: str = "") -> list[Any]:
+    shape = [1] if model.endswith("alone") else [1, 1]
+    tensor = module.InferInput("value", shape, "INT64")
+    tensor.set_data_from_numpy(np.array([value], np.int64).reshape(shape))
     return [tensor]
 
 
+def total_of(result: Any) -> int:
+    return int(result.as_numpy("total").item())
+
+
 def signals_of(result: Any) -> dict[str, int]:
-    return dict(zip(SIGNALS, result.as_numpy("signals")[0].tolist(), strict=True))
+    return dict(zip(SIGNALS, result.as_numpy("signals").reshape(-1).tolist(), strict=True))
 
 
-def test_a_sum_over_three_requests(served: Served) -> None:
-    with triton_grpc.InferenceServerClient(served.grpc) as client:
-        totals, seen = [], []
-        for value, flags in ((1, {"sequence_start": True}), (2, {}), (3, {"sequence_end": True})):
-            result = client.infer("oldest", fill(triton_grpc, value), sequence_id=42, **flags)
-            totals.append(result.as_numpy("total").item())
-            seen.append(signals_of(result))
-            assert {output.name for output in result.get_response().outputs} == {"total", "signals"}
-    assert totals == [1, 3, 6]
+@contextmanager
+def open_stream(target: str) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    """A streaming client, and how to get its next answer."""
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+
+    def read() -> Any:
+        result, error = answers.get(timeout=TIMEOUT_S)
+        if error is not None:
+            raise error
+        return result
+
+    with triton_grpc.InferenceServerClient(target) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        yield client, read
+        client.stop_stream()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_grpc(stateful: StatefulSite, model: str) -> None:
+    with triton_grpc.InferenceServerClient(stateful.target) as client:
+        results = [client.infer(model, fill(triton_grpc, value, model), sequence_id=42, **flags)
+                   for value, flags in STEPS]  # fmt: skip
+    assert list(map(total_of, results)) == TOTALS
+    seen = [signals_of(each) for each in results]
     assert [(each["start"], each["end"], each["ready"], each["corrid"]) for each in seen] == [
         (1, 0, 1, 42), (0, 0, 1, 42), (0, 1, 1, 42),
     ]  # fmt: skip
+    response = results[0].get_response()
+    assert {output.name for output in response.outputs} == {"total", "signals"}
+    assert (response.model_name, response.model_version) == (model, "1")
+    assert stateful.count(model) == {"live": 0, "backlog": 0, "waiting": 0}
 
 
-def test_without_start(served: Served) -> None:
-    with triton_grpc.InferenceServerClient(served.grpc) as client, pytest.raises(InferenceServerException) as caught:
-        client.infer("oldest", fill(triton_grpc, 1), sequence_id=7)
-    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
-    assert caught.value.message() == (
-        "[request id: <id_unknown>] inference request for sequence 7 to model 'oldest' must specify the START flag on "
-        "the first request of the sequence"
-    )
+@pytest.mark.parametrize("model", MODELS)
+def test_grpc_stream(stateful: StatefulSite, model: str) -> None:
+    with open_stream(stateful.target) as (client, read):
+        for value, flags in STEPS:
+            client.async_stream_infer(model, fill(triton_grpc, value, model), sequence_id=43, **flags)
+        assert [total_of(read()) for _ in STEPS] == TOTALS
+
+
+@pytest.mark.parametrize("model", MODELS)
+async def test_grpc_aio(stateful: StatefulSite, model: str) -> None:
+    async def send() -> AsyncIterator[dict[str, Any]]:
+        for value, flags in STEPS:
+            inputs = fill(triton_grpc_aio, value, model)
+            yield {"model_name": model, "inputs": inputs, "sequence_id": 45, **flags}
+
+    async with triton_grpc_aio.InferenceServerClient(stateful.target) as client:
+        totals = []
+        for value, flags in STEPS:
+            inputs = fill(triton_grpc_aio, value, model)
+            totals.append(total_of(await client.infer(model, inputs, sequence_id=44, **flags)))
+        assert totals == TOTALS
+        streamed = [(total_of(result), error) async for result, error in client.stream_infer(send())]
+        assert streamed == [(total, None) for total in TOTALS]
+
+
+@pytest.mark.parametrize("is_binary", [True, False], ids=["binary", "json"])
+@pytest.mark.parametrize("model", MODELS)
+def test_http(stateful: StatefulSite, model: str, is_binary: bool) -> None:
+    with triton_http.InferenceServerClient(stateful.http) as client:
+        totals = []
+        for value, flags in STEPS:
+            (tensor,) = fill(triton_http, value, model)
+            tensor.set_data_from_numpy(np.array([value], np.int64).reshape(tensor.shape()), binary_data=is_binary)
+            totals.append(total_of(client.infer(model, [tensor], sequence_id=46, **flags)))
+    assert totals == TOTALS
+
+
+@pytest.mark.parametrize("model", MODELS)
+async def test_http_aio(stateful: StatefulSite, model: str) -> None:
+    async with triton_http_aio.InferenceServerClient(stateful.http) as client:
+        totals = []
+        for value, flags in STEPS:
+            inputs = fill(triton_http_aio, value, model)
+            totals.append(total_of(await client.infer(model, inputs, sequence_id=47, **flags)))
+    assert totals == TOTALS
+
+
+@pytest.mark.parametrize("model", ["oldest_text", "direct_text"])
+@pytest.mark.parametrize("id", ["é", "a" * 128, 123456789, 2**64 - 1])
+def test_ids_of_text_models(stateful: StatefulSite, model: str, id: int | str) -> None:
+    with triton_http.InferenceServerClient(stateful.http) as client:
+        inputs = fill(triton_http, 1)
+        result = client.infer(model, inputs, sequence_id=id, sequence_start=True, sequence_end=True)
+    assert signals_of(result)["corrid"] == len(str(id).encode())
+
+
+@pytest.mark.parametrize("model", ["oldest_two", "direct_two"])
+async def test_many_sequences_at_once(stateful: StatefulSite, model: str) -> None:
+    """More than there are places, a stream each: all come through in order, at one instance, batched with others."""
+    n_steps, n_held = 8, 6
+    seen: dict[int, list[dict[str, int]]] = {}
+
+    async def follow(client: Any, id: int) -> None:
+        async def send() -> AsyncIterator[dict[str, Any]]:
+            for step in range(n_steps):
+                value = WAIT if step == 0 and id <= n_held else id * 1000 + step
+                yield {
+                    "model_name": model, "inputs": fill(triton_grpc_aio, value), "sequence_id": id,
+                    "sequence_start": step == 0, "sequence_end": step == n_steps - 1,
+                }  # fmt: skip
+
+        answers = [each async for each in client.stream_infer(send())]
+        assert [error for _, error in answers] == [None] * n_steps
+        first = WAIT if id <= n_held else id * 1000
+        sums = [first + sum(id * 1000 + each for each in range(1, step + 1)) for step in range(n_steps)]
+        assert [total_of(result) for result, _ in answers] == sums
+        seen[id] = [signals_of(result) for result, _ in answers]
+
+    async with triton_grpc_aio.InferenceServerClient(stateful.target) as client:
+        with stateful.held(model) as release:
+            held = [asyncio.create_task(follow(client, id)) for id in range(1, n_held + 1)]
+            await asyncio.to_thread(stateful.wait_count, model, live=n_held, backlog=0)
+            others = [asyncio.create_task(follow(client, id)) for id in range(n_held + 1, 21)]
+            await asyncio.to_thread(stateful.wait_count, model, live=n_held, backlog=14)
+            release()
+            await asyncio.gather(*held, *others)
+    for id, steps in seen.items():
+        assert {each["corrid"] for each in steps} == {id}
+        assert [each["start"] for each in steps] == [1] + [0] * (n_steps - 1)
+        assert [each["end"] for each in steps] == [0] * (n_steps - 1) + [1]
+        assert len({each["instance"] for each in steps}) == 1
+        if model.startswith("direct"):  # one row of the batch for its whole life
+            assert len({each["row"] for each in steps}) == 1
+    everything = [each for steps in seen.values() for each in steps]
+    assert {each["instance"] for each in everything} == {0, 1}
+    assert max(each["rows"] for each in everything) == 3
+    assert stateful.count(model) == {"live": 0, "backlog": 0, "waiting": 0}
