@@ -55,7 +55,7 @@ from aiorch_server._core.scheduler cimport (
     take_batch,
 )
 from aiorch_server._core.spec cimport SpecState, TensorLayout
-from aiorch_server._core.wire cimport MAX_DIMS, MAX_TENSORS, Slice, response_size, write_response
+from aiorch_server._core.wire cimport MAX_DIMS, MAX_TENSORS, Slice, find_output, response_size, write_response
 
 import numpy as np
 
@@ -377,6 +377,7 @@ cdef class Batch:
         cdef LentList *lent = NULL
         cdef Lent *piece
         cdef uint8_t *out
+        cdef size_t align_at = 0
         cdef int n_lent = 0
         if size > MAX_ANSWER_BYTES:
             return -1
@@ -389,7 +390,10 @@ cdef class Batch:
             for k in range(n):
                 if views[k].is_lent:
                     lent.size += views[k].data.size
-        out = new_buffer(5 + size - (lent.size if lent != NULL else 0), 0)
+        elif size >= BIG_BYTES and request.sink != NULL and not request.sink.takes_loans:
+            # it stays in this process and may be the next model's input
+            align_at = 5 + find_output(&self._state.spec.response_head, &request.id, views, n)
+        out = new_buffer(5 + size - (lent.size if lent != NULL else 0), align_at)
         if out == NULL:
             drop_lent_list(lent)
             return -1

@@ -1,4 +1,7 @@
 import asyncio
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
 
 from aiorch_server._core.scheduler import Scheduler
 
@@ -8,10 +11,11 @@ class Mailbox:
         self,
         scheduler: Scheduler,
         message: bytes,
+        contents: Sequence[Buffer] | None = None,
         *,
         priority: int = 0,
         timeout_us: int = 0,
         deadline_ns: int = 0,
-    ) -> asyncio.Future[bytes]: ...
+    ) -> asyncio.Future[memoryview]: ...
     def collect(self) -> None: ...
     def close(self) -> None: ...

@@ -1,17 +1,20 @@
 """The control plane's way into the queues: submit a canonical message, await the answer on an event loop."""
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint8_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy
 
-from aiorch_server._core.buffers cimport drop_buffer, new_buffer
+from aiorch_server._core.buffers cimport HeldBuffer, drop_buffer, hold_buffer, hold_for_python, new_buffer
+from aiorch_server._core.loans cimport Loan, drop_loan, new_loan, return_loans
 from aiorch_server._core.request cimport (
     CompletionSink,
     Request,
     abandon_sink,
     drain_sink,
     free_request,
+    hold_memory,
     new_request,
     new_sink,
     now_ns,
@@ -30,7 +33,7 @@ from aiorch_server._core.scheduler cimport (
     wake,
 )
 from aiorch_server._core.spec cimport bind_request
-from aiorch_server._core.wire cimport SCAN_OK, InferScan, find_tensor, scan_request
+from aiorch_server._core.wire cimport SCAN_OK, InferScan, Slice, find_tensor, scan_request
 
 from aiorch_server.errors import InternalError, QueueFull, RequestError, ServerStopping, error_from_code
 
@@ -49,6 +52,7 @@ cdef class Ticket:
         """A waiter that gave up takes its request back; one that runs already is dropped when it comes."""
         if self.request != NULL and future.cancelled() and cancel_request(self.request):
             free_request(self.request)
+            return_loans()
             self.request = NULL
             self.mailbox.outstanding.discard(self)
             Py_DECREF(self)     # the reference that request.owner held
@@ -93,11 +97,13 @@ cdef class Mailbox:
         self.outstanding.clear()
         abandon_sink(self.sink)
 
-    def submit(self, Scheduler scheduler not None, bytes message not None, *, uint64_t priority=0,
+    def submit(self, Scheduler scheduler not None, bytes message not None, contents=None, *, uint64_t priority=0,
                int64_t timeout_us=0, int64_t deadline_ns=0):
-        """Queues a serialized ModelInferRequest and gives a future of the serialized ModelInferResponse.
+        """Queues a serialized ModelInferRequest and gives a future of the serialized ModelInferResponse, a memoryview.
 
-        ``deadline_ns`` is absolute on the monotonic clock, 0 for none. The message must be plain and fit the model
+        ``contents``, if given, are buffers with the bytes of the inputs, which the message then leaves empty. They are
+        not copied but held until the request is settled, however long its caller waits; only BYTES that somebody else
+        could write into meanwhile are. ``deadline_ns`` is absolute on the monotonic clock, 0 for none. The message must be plain and fit the model
         (InternalError otherwise: the data plane checks before). Raises QueueFull, ServerStopping or RequestError when
         the scheduler refuses. Cancelling the future takes the request out of the queue.
         """
@@ -124,6 +130,12 @@ cdef class Mailbox:
             raise MemoryError
         request.received_ns = now
         request.deadline_ns = deadline_ns
+        if contents is not None:
+            try:
+                hold_contents(request, &scan, contents)
+            except BaseException:
+                free_request(request)
+                raise
         if not bind_request(scheduler.spec.state, &scan, request):
             free_request(request)
             raise InternalError(f"the data plane queued a message that does not fit model '{scheduler.spec.name}'")
@@ -174,6 +186,52 @@ cdef class Mailbox:
                 Py_DECREF(ticket)
                 free_request(request)
                 request = following
+        return_loans()  # contents whose owner may be waiting to have them back
+
+
+cdef object hold_contents(Request *request, InferScan *scan, contents):
+    """Lets the inputs lie where ``contents`` are; what is held already goes with the request."""
+    if len(contents) != scan.n_inputs:
+        raise InternalError(f"{len(contents)} contents for {scan.n_inputs} inputs")
+    for i, content in enumerate(contents):
+        hold_content(request, &scan.inputs[<int> i].data, is_bytes(&scan.inputs[<int> i].datatype), content)
+
+
+cdef bint is_bytes(const Slice *datatype) noexcept:
+    return datatype.size == 5 and memcmp(datatype.data, b"BYTES", 5) == 0
+
+
+cdef object hold_content(Request *request, Slice *slice, bint has_elements, content):
+    cdef Py_buffer buffer
+    cdef uint8_t *counted = NULL
+    cdef Loan *loan = NULL
+    view = memoryview(content)      # a view of our own: who gave it may release theirs
+    owner = view.obj
+    PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE)
+    slice.data, slice.size = <const uint8_t *> buffer.buf, <size_t> buffer.len
+    PyBuffer_Release(&buffer)
+    if slice.size == 0:
+        slice.data = NULL
+        return
+    # a model may write into what lies in a counted buffer: what others read too is given as a read-only view
+    if type(owner) is HeldBuffer and (has_elements or not view.readonly):
+        counted = (<HeldBuffer> owner).buffer
+        hold_buffer(counted)
+    elif has_elements and type(owner) is not bytes:
+        # lengths are checked once and then relied on: a client may change its shared memory in between
+        counted = new_buffer(slice.size, 0)
+        if counted == NULL:
+            raise MemoryError
+        memcpy(counted, slice.data, slice.size)
+        slice.data = counted
+    else:
+        loan = new_loan(view, 0)
+    if not hold_memory(request, slice.data, slice.size, counted, loan):
+        drop_buffer(counted)
+        if loan != NULL:
+            drop_loan(loan)
+        raise MemoryError
+    request.message_size += slice.size      # counts for the queue's bound
 
 
 cdef object resolve(future, Request *request):
@@ -184,5 +242,5 @@ cdef object resolve(future, Request *request):
         future.set_exception(error_from_code(request.status, text))
     else:
         # without the 5 bytes of the gRPC frame header
-        future.set_result(PyBytes_FromStringAndSize(
-            <const char *> request.response + 5, <Py_ssize_t> request.response_size - 5))
+        future.set_result(memoryview(hold_for_python(
+            request.response, request.response + 5, request.response_size - 5)))

@@ -65,6 +65,8 @@ cdef struct OutputView:
 
 # Size of a ModelInferResponse with what is lent; `head` holds the encoded model_name and model_version fields.
 cdef size_t response_size(const Slice *head, const Slice *id, const OutputView *outputs, int n) noexcept nogil
+# Where in a response of which nothing is lent the bytes of its largest output begin.
+cdef size_t find_output(const Slice *head, const Slice *id, const OutputView *outputs, int n) noexcept nogil
 # Writes exactly response_size(...) bytes at `out`, less those that are lent; sets each gap_at.
 cdef void write_response(uint8_t *out, const Slice *head, const Slice *id, OutputView *outputs,
                          int n) noexcept nogil

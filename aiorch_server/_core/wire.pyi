@@ -23,5 +23,5 @@ def encode_request(
     outputs: Sequence[str] = ...,
 ) -> bytes: ...
 def decode_response(
-    message: bytes,
+    message: Buffer,
 ) -> tuple[str, str, str, list[tuple[str, str, tuple[int, ...], memoryview]]]: ...

@@ -1,5 +1,6 @@
 """Reads ModelInferRequest and writes ModelInferResponse straight from and into memory."""
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.string cimport memcmp, memcpy
 
@@ -279,6 +280,17 @@ cdef size_t response_size(const Slice *head, const Slice *id, const OutputView *
     return size
 
 
+cdef size_t find_output(const Slice *head, const Slice *id, const OutputView *outputs, int n) noexcept nogil:
+    cdef size_t at = response_size(head, id, outputs, n)
+    cdef int largest = 0
+    for i in range(1, n):
+        if outputs[i].data.size > outputs[largest].data.size:
+            largest = i
+    for i in range(largest + 1, n):     # the contents come last, in the order of the outputs
+        at -= field_size(outputs[i].data.size)
+    return at - outputs[largest].data.size if n else 0
+
+
 cdef void write_response(uint8_t *out, const Slice *head, const Slice *id, OutputView *outputs,
                          int n) noexcept nogil:
     cdef const OutputView *output
@@ -411,14 +423,18 @@ def encode_request(str name, str version, str id, inputs, outputs=()):
     return b"".join(parts)
 
 
-def decode_response(bytes message not None):
+def decode_response(message not None):
     """``(name, version, id, outputs)`` of a ModelInferResponse; outputs are ``(name, datatype, shape, memoryview)``.
 
     The views keep ``message`` alive. ValueError if the bytes are not such a response with one raw content per output.
     """
-    cdef const uint8_t *start = <const uint8_t *> PyBytes_AS_STRING(message)
+    cdef Py_buffer buffer
+    whole = memoryview(message)
+    PyObject_GetBuffer(whole, &buffer, PyBUF_SIMPLE)
+    cdef const uint8_t *start = <const uint8_t *> buffer.buf
     cdef const uint8_t *at = start
-    cdef const uint8_t *end = at + PyBytes_GET_SIZE(message)
+    cdef const uint8_t *end = at + buffer.len
+    PyBuffer_Release(&buffer)   # `whole` holds the memory
     cdef uint32_t number = 0, kind = 0
     cdef uint64_t value = 0
     cdef Slice field
@@ -429,7 +445,6 @@ def decode_response(bytes message not None):
     name = version = id = ""
     heads = []
     raw = []
-    whole = memoryview(message)
     while at < end:
         at = read_field(at, end, &number, &kind, &value, &field)
         if at == NULL:

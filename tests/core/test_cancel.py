@@ -22,7 +22,7 @@ def check(results: list[object], lost: set[int], kind: type[BaseException]) -> N
         if index in lost:
             assert isinstance(result, kind), f"member {index} got {result!r}"
         else:
-            assert isinstance(result, bytes), f"member {index} got {result!r}"
+            assert isinstance(result, memoryview), f"member {index} got {result!r}"
             assert values_of(result) == [2.0 * index]
 
 

@@ -135,7 +135,7 @@ async def test_many_members_make_one_batch(mailbox: Mailbox, serve: Serve) -> No
         await asyncio.sleep(0)
     held.set()
     answers = await asyncio.wait_for(asyncio.gather(first, *others, return_exceptions=True), TIMEOUT_S)
-    assert [values_of(a) for a in answers if isinstance(a, bytes)] == [[float(i)] for i in range(8) if i != 3]
+    assert [values_of(a) for a in answers if isinstance(a, memoryview)] == [[float(i)] for i in range(8) if i != 3]
     assert isinstance(answers[3], asyncio.CancelledError)
     assert rows == [1, 6]
 

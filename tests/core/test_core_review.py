@@ -29,7 +29,7 @@ async def test_a_status_that_grpc_does_not_know_harms_nobody_else(mailbox: Mailb
     results = await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), 10)
     assert isinstance(results[0], AiorchError)
     assert (results[0].code, str(results[0])) == (Code.INTERNAL, "not a gRPC code")
-    assert [values_of(result) for result in results[1:] if isinstance(result, bytes)] == [[2.0], [4.0]]
+    assert [values_of(result) for result in results[1:] if isinstance(result, memoryview)] == [[2.0], [4.0]]
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class Rig:
 def read(result: bytes | BaseException) -> int | tuple[int, str]:
     if isinstance(result, AiorchError):
         return int(result.code), str(result)
-    assert isinstance(result, bytes)
+    assert isinstance(result, memoryview)
     return int(np.frombuffer(decode_response(result)[3][0][3], np.int32)[0])
 
 
