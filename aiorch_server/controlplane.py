@@ -114,10 +114,10 @@ class ControlPlane:
     async def unload_model(self, name: str, unload_dependents: bool = False) -> None:
         """Unloads all versions and returns when they are drained. Raises as LifecycleManager.unload.
 
-        ``unload_dependents`` changes nothing: no model depends on another in this version.
+        ``unload_dependents``: also the models of an ensemble's steps that were loaded only for it.
         """
         self._check_running("Server not ready")
-        await self._manager.unload(name)
+        await self._manager.unload(name, unload_dependents)
 
     def _check_running(self, text: str) -> None:
         if self._manager.is_stopping:

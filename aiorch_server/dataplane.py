@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from aiorch_server._core import Mailbox, decode_response, encode_request
 from aiorch_server.errors import CapacityError, DeadlineExpired, InternalError, NotFoundError, RequestError
 from aiorch_server.exchange import Exchange, SharedRegions
 from aiorch_server.types import InferenceRequest, InferenceResponse, Tensor
-from aiorch_server.validation import check_request
+from aiorch_server.validation import QueueTerms, check_request
 
 if TYPE_CHECKING:
     from aiorch_server.lifecycle.manager import LifecycleManager
-    from aiorch_server.lifecycle.servable import Servable
+    from aiorch_server.lifecycle.servable import Servable, ServableHandle
+    from aiorch_server.scheduling.ensemble_graph import ModelKey
+
+#: From here on tensors stay where they are; below, putting them into the message costs less than holding them.
+_CONTENTS_FROM_BYTES = 16384
 
 
 class DataPlane:
@@ -32,33 +38,52 @@ class DataPlane:
         takes the request out of the queue. The response's tensors keep its memory alive; outputs that went to shared
         memory have no data.
         """
-        with self._manager.acquire(request.model_name, request.model_version) as servable:
-            try:
-                with Exchange(self._regions, request, servable.signature) as exchange:
-                    response = await self._answer(servable, await exchange.bring(), deadline_ns)
-                    return await exchange.deliver(response)
-            except (RequestError, CapacityError, NotFoundError) as error:
-                if str(error).startswith("[request id: "):  # the queue's own refusals carry it already
-                    raise
-                raise type(error)(f"[request id: {request.id or '<id_unknown>'}] {error}") from error.__cause__
+        with (
+            self._manager.acquire(request.model_name, request.model_version) as servable,
+            _name_request(request),
+            Exchange(self._regions, request, servable.signature) as exchange,
+        ):
+            response = await self.infer_on(servable, await exchange.bring(), deadline_ns=deadline_ns)
+            return await exchange.deliver(response)
 
-    async def _answer(self, servable: Servable, request: InferenceRequest, deadline_ns: int) -> InferenceResponse:
-        if servable.sequencer is not None:
+    def acquire(self, name: str, version: str) -> ServableHandle:
+        """A lease on a version that is ready; see LifecycleManager.acquire."""
+        return self._manager.acquire(name, version)
+
+    async def infer_on(
+        self,
+        servable: Servable,
+        request: InferenceRequest,
+        *,
+        deadline_ns: int = 0,
+        leases: Mapping[ModelKey, Servable] | None = None,
+    ) -> InferenceResponse:
+        """Runs one request on a servable that the caller holds a lease on; ``leases``: and what its steps need."""
+        with _name_request(request):
             terms = check_request(request, servable.name, servable.signature)
-            return await servable.sequencer.infer(request, terms, self._mailbox, deadline_ns=deadline_ns)
-        return _decode(await self._run(servable, request, deadline_ns), request.id)
+            if servable.ensemble is not None:
+                return await servable.ensemble.run(request, self, deadline_ns=deadline_ns, leases=leases)
+            if servable.sequencer is not None:
+                return await servable.sequencer.infer(request, terms, self._mailbox, deadline_ns=deadline_ns)
+            return _decode(await self._run(servable, request, terms, deadline_ns), request.id)
 
-    async def _run(self, servable: Servable, request: InferenceRequest, deadline_ns: int) -> bytes:
+    async def _run(
+        self, servable: Servable, request: InferenceRequest, terms: QueueTerms, deadline_ns: int
+    ) -> memoryview:
         scheduler = servable.plain_scheduler
         if scheduler is None:
             raise InternalError(f"model '{servable.name}' has no queue of its own")
-        terms = check_request(request, servable.name, servable.signature)
+        contents = [tensor.data or b"" for tensor in request.inputs]
+        is_big = sum(map(_count_bytes, contents)) >= _CONTENTS_FROM_BYTES
         message = encode_request(
             request.model_name,
             request.model_version,
             # the compiled path takes ASCII ids only; the answer's id is set from the request anyway
             request.id if request.id.isascii() else "",
-            [(tensor.name, tensor.datatype, tensor.shape, tensor.data or b"") for tensor in request.inputs],
+            [
+                (tensor.name, tensor.datatype, tensor.shape, b"" if is_big else data)
+                for tensor, data in zip(request.inputs, contents, strict=True)
+            ],
             list(dict.fromkeys(output.name for output in request.outputs)),
         )
         loop = asyncio.get_running_loop()
@@ -68,6 +93,7 @@ class DataPlane:
         answer = self._mailbox.submit(
             scheduler,
             message,
+            contents if is_big else None,
             priority=terms.priority,
             timeout_us=terms.timeout_us,
             deadline_ns=deadline_ns,
@@ -79,7 +105,18 @@ class DataPlane:
             raise DeadlineExpired("Deadline Exceeded") from None
 
 
-def _decode(answer: bytes, request_id: str) -> InferenceResponse:
+@contextmanager
+def _name_request(request: InferenceRequest) -> Iterator[None]:
+    """A refusal begins with the request's id; those of the queue and of an ensemble's steps carry it already."""
+    try:
+        yield
+    except (RequestError, CapacityError, NotFoundError) as error:
+        if str(error).startswith(("[request id: ", "in ensemble '")):
+            raise
+        raise type(error)(f"[request id: {request.id or '<id_unknown>'}] {error}") from error.__cause__
+
+
+def _decode(answer: memoryview, request_id: str) -> InferenceResponse:
     name, version, _, outputs = decode_response(answer)
     return InferenceResponse(
         model_name=name,
@@ -87,3 +124,7 @@ def _decode(answer: bytes, request_id: str) -> InferenceResponse:
         outputs=[Tensor(name, datatype, shape, data) for name, datatype, shape, data in outputs],
         id=request_id,
     )
+
+
+def _count_bytes(data: bytes | memoryview) -> int:
+    return data.nbytes if isinstance(data, memoryview) else len(data)

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from aiorch_server.backend import DeclaredSignature
 from aiorch_server.config.batching import DynamicBatching, EnsembleScheduling
+from aiorch_server.config.ensemble import find_ensemble_problems
 from aiorch_server.config.names import check_name
 from aiorch_server.config.placement import (
     InstanceGroup,
@@ -200,6 +201,7 @@ class ModelConfig(Section):
         written = [name for name in schedulers if getattr(self, name) is not None]
         if len(written) > 1:
             yield Problem((written[1],), f"found beside {written[0]}; only one scheduler can be written")
+        yield from find_ensemble_problems(self)
         yield from self._find_batching_problems()
         yield from self._find_sequence_problems()
 

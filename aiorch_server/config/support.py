@@ -31,7 +31,6 @@ class Restriction:
 
 REFUSED: tuple[Restriction, ...] = (
     Restriction("sequence_batching.iterative_sequence", "a request is run once; write false"),
-    Restriction("ensemble_scheduling", "ensembles are not served by this version; call the models one by one"),
     Restriction("batch_input", "generated batch inputs are not supported; give the tensors as inputs"),
     Restriction("batch_output", "batch outputs are not supported; give equal shapes per request"),
     Restriction("response_cache.enable", "the response cache is not part of this version; write false or remove it"),

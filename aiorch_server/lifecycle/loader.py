@@ -74,7 +74,7 @@ class Loader:
         self._default_max_batch_size = default_max_batch_size
         self._default_instances = default_instances
         self._allow_code = allow_code
-        self._default_queue_size = default_queue_size
+        self.default_queue_size = default_queue_size
         self._startup_timeout_s = startup_timeout_s
         self._slots = asyncio.Semaphore(concurrency)
 
@@ -158,14 +158,14 @@ class Loader:
         scheduler: Scheduler | SchedulerGroup
         sequencer = None
         if plan is None:
-            scheduler = build_scheduler(config, spec, default_queue_size=self._default_queue_size)
+            scheduler = build_scheduler(config, spec, default_queue_size=self.default_queue_size)
         else:
             scheduler = SchedulerGroup(build_sequence_schedulers(plan, spec, len(contexts)))
             sequencer = SequenceScheduler(
                 plan,
                 public,
                 scheduler.members,
-                queue_size=self._default_queue_size,
+                queue_size=self.default_queue_size,
                 isolate_failures=isolates,
             )
         instances = InstanceGroup(

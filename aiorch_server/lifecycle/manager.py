@@ -20,6 +20,7 @@ from aiorch_server.errors import (
     UnknownModel,
     UnknownVersion,
 )
+from aiorch_server.lifecycle.dependencies import Dependencies, list_requirements
 from aiorch_server.lifecycle.loader import Loader, Source
 from aiorch_server.lifecycle.model import STOPPING_TEXT, ManagedModel, Observer
 from aiorch_server.lifecycle.servable import Servable, ServableHandle
@@ -75,6 +76,7 @@ class LifecycleManager:
         self._drain_timeout_s = drain_timeout_s
         self._observe = observe or (lambda entry: None)
         self._models: dict[str, ManagedModel] = {}
+        self._dependencies = Dependencies(self._models)
         self._routes: dict[str, tuple[int, dict[int, Servable]]] = {}
         self._snapshots: Mapping[str, ModelSnapshot] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -167,7 +169,7 @@ class LifecycleManager:
             logger.warning("%s", error)
         names = list(self._snapshots) if needs_all else list(dict.fromkeys(self._load_models))
         for name in names:
-            self._model(name).is_wanted = True
+            self._model(name).is_wanted = self._model(name).is_asked = True
         if names:
             await asyncio.gather(*(self._run(self._attempt(name)) for name in names))
         self._is_started = True
@@ -184,15 +186,24 @@ class LifecycleManager:
         """
         self._check_explicit()
         await self._run(self._load(name, config_override, files or {}, is_asked=True))
+        if name in self._models:
+            self._models[name].is_asked = True
 
-    async def unload(self, name: str) -> None:
-        """Takes a model away and returns when it is drained; UnknownModel if it is neither loaded nor stored."""
+    async def unload(self, name: str, unload_dependents: bool = False) -> None:
+        """Takes a model away and returns when it is drained; UnknownModel if it is neither loaded nor stored.
+
+        ``unload_dependents``: also the models that were only loaded because this one needs them.
+        """
         self._check_explicit()
         if name not in self._models:
             if await run_blocking(f"look at {name}", lambda: self._repository.look(name)) is None:
                 raise UnknownModel(f"failed to unload '{name}', it is neither loaded nor in the model repository")
             return
+        unneeded = self._dependencies.list_unneeded(name) if unload_dependents else []
         await self._run(self._unload(self._models[name]))
+        for each in unneeded:
+            if each in self._models:
+                await self.unload(each, unload_dependents=True)
 
     async def poll(self) -> None:
         """Looks at the repository once and follows what was added, changed or removed since the last look.
@@ -239,10 +250,10 @@ class LifecycleManager:
     async def _scan(self) -> None:
         self._snapshots = await run_blocking("scan repository", self._repository.scan)
 
-    async def _attempt(self, name: str) -> None:
+    async def _attempt(self, name: str, *, is_asked: bool = False) -> None:
         """Loads what the repository holds; a failure is recorded and logged, never raised."""
         try:
-            await self._load(name, None, {}, is_asked=False)
+            await self._load(name, None, {}, is_asked=is_asked)
         except AiorchError as error:
             logger.error("%s", error)
         except Exception as error:
@@ -264,11 +275,16 @@ class LifecycleManager:
                     model.fail(str(error))
                 raise
             source = Source(opened)
+            failures: dict[str, str] = {}
 
             async def load(version: int, fingerprint: str) -> Servable:
-                return await self._loader.load(source, version, fingerprint)
+                if opened.config.ensemble_scheduling is None:
+                    return await self._loader.load(source, version, fingerprint)
+                return self._dependencies.build(opened, version, fingerprint, self._loader.default_queue_size, failures)
 
             try:
+                model.requires = list_requirements(opened.config)
+                failures.update(await self._load_required(model))
                 await model.reconcile(aspired, load, is_asked=is_asked, force=config_json is not None)
             finally:
                 await run_blocking(f"release {name}", source.release)
@@ -276,6 +292,24 @@ class LifecycleManager:
                 text = _explain_missing_versions(name, missing)
                 model.fail(text)
                 raise ModelLoadError(text)
+
+    async def _load_required(self, model: ManagedModel) -> dict[str, str]:
+        """Loads what an ensemble needs and does not serve yet; gives the reasons of what did not load."""
+        names = [name for name in dict.fromkeys(key[0] for key in model.requires) if name != model.name]
+        failures: dict[str, str] = {}
+
+        async def require(name: str) -> None:
+            try:
+                if name not in self._models or not self._models[name].ready():
+                    with self._dependencies.waiting(model.name, name):
+                        await self._load(name, None, {}, is_asked=True)
+            except AiorchError as error:
+                failures[name] = str(error)
+
+        await asyncio.gather(*map(require, names))
+        # An override that failed is not tried again by itself: it is not what the repository holds.
+        model.is_waiting = bool(failures) and model.seen is not None
+        return failures
 
     async def _open(
         self, model: ManagedModel, config_json: str | bytes | None, files: Mapping[str, bytes], *, is_asked: bool
@@ -317,6 +351,7 @@ class LifecycleManager:
     def _publish(self) -> None:
         routes: dict[str, tuple[int, dict[int, Servable]]] = {}
         if not self._has_closed:
+            self._dependencies.follow()
             for name, model in self._models.items():
                 if ready := model.ready():
                     routes[name] = (max(ready), ready)
@@ -325,9 +360,15 @@ class LifecycleManager:
             {
                 name: (default, schedulers)
                 for name, (default, servables) in routes.items()
+                # the compiled desk leaves to Python what it does not know
                 if len(schedulers := _find_plain(servables)) == len(servables)
             }
         )
+        if not self._is_stopping:
+            for name in self._dependencies.list_hopeful():
+                task = asyncio.ensure_future(self._attempt(name, is_asked=True))
+                self._tasks.add(task)
+                task.add_done_callback(self._forget)
 
     async def _run(self, work: Coroutine[Any, Any, None]) -> None:
         """Awaits ``work`` in a task of the manager's own; cancelling the caller leaves the work running."""

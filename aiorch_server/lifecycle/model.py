@@ -47,6 +47,8 @@ class VersionRecord:
     servable: Servable | None = None
     #: The fingerprint that failed to load: not tried again until it changes or somebody asks.
     failed: str = ""
+    #: An ensemble that is kept, but does not serve while a model of its steps does not.
+    is_withheld: bool = False
 
 
 class ManagedModel:
@@ -59,6 +61,12 @@ class ManagedModel:
         self.reason = ""
         #: Whether it is meant to serve: an unload takes this back.
         self.is_wanted = False
+        #: Whether somebody asked for this model itself, and not only for an ensemble that needs it.
+        self.is_asked = False
+        #: The models that an ensemble needs, as (name, version or "").
+        self.requires: frozenset[tuple[str, str]] = frozenset()
+        #: Whether it did not load because one of those did not serve.
+        self.is_waiting = False
         self._publish = publish
         self._observe = observe
         self._drain_timeout_s = drain_timeout_s
@@ -178,7 +186,7 @@ class ManagedModel:
     async def unload(self, reason: str = UNLOADED) -> None:
         """Takes all versions away and returns when they are drained, or the time is over; within ``changing``."""
         is_serving = bool(self.ready())
-        self.is_wanted = False
+        self.is_wanted = self.is_asked = self.is_waiting = False
         self.reason = ""
         await self._take_down(list(self.versions.values()), reason)
         if not is_serving:
@@ -192,6 +200,23 @@ class ManagedModel:
         self.is_wanted = True
         for entry in self.index():
             self._tell(entry)
+
+    def follow_steps(self, record: VersionRecord, problem: str) -> bool:
+        """Withholds an ensemble because of ``problem``, or brings it back if there is none; whether that changed it.
+
+        The caller publishes. Its requests under way are finished: they hold leases on what they need.
+        """
+        if problem and record.state is ModelState.READY:
+            record.is_withheld = True
+            self._step(record, ModelState.UNLOADING)
+            self._step(record, ModelState.UNAVAILABLE, problem)
+        elif not problem and record.is_withheld and record.state is ModelState.UNAVAILABLE:
+            record.is_withheld = False
+            self._step(record, ModelState.LOADING)
+            self._step(record, ModelState.READY)
+        else:
+            return False
+        return True
 
     async def stop(self, grace_s: float) -> None:
         """Drains everything that lives within ``grace_s``, then fails what is left; never raises but when cancelled."""
@@ -232,7 +257,7 @@ class ManagedModel:
             self._note_failure(record, f"unexpected {type(error).__name__} while loading")
             raise InternalError(record.reason) from error
         former = record.servable
-        record.servable, record.failed = servable, ""
+        record.servable, record.failed, record.is_withheld = servable, "", False
         if record.state is ModelState.UNAVAILABLE:  # the former one died while this one was loading
             self._step(record, ModelState.LOADING)
         if record.state is ModelState.LOADING:
@@ -259,6 +284,9 @@ class ManagedModel:
                 leaving.append((record, record.servable))
                 self._step(record, ModelState.UNLOADING)
             else:
+                if record.is_withheld and record.servable is not None:
+                    self._start_drain(record.servable)
+                    record.servable, record.is_withheld = None, False
                 record.reason = reason
         if not leaving:
             return

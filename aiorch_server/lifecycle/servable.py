@@ -15,14 +15,15 @@ from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.thread_executor import InstanceGroup
 from aiorch_server.lifecycle.threads import wait_until
 from aiorch_server.scheduling import SequenceScheduler
+from aiorch_server.scheduling.ensemble import EnsembleScheduler
 from aiorch_server.types import ModelSignature, ModelStatistics, PhaseHistogram
 
 
 class Servable:
     """One version of a model that is loaded: its scheduler and the instances that pull from it.
 
-    Owned by the LifecycleManager. Others hold it through a ``ServableHandle`` and give it back soon; may be leased from
-    any thread.
+    An ensemble has neither: ``ensemble`` runs it, and stands for both. Owned by the LifecycleManager. Others hold it
+    through a ``ServableHandle`` and give it back soon; may be leased from any thread.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Servable:
         sequencer: SequenceScheduler | None = None,
         fingerprint: str = "",
         load_seconds: float = 0.0,
+        ensemble: EnsembleScheduler | None = None,
     ) -> None:
         self.name = name
         self.version = version
@@ -49,6 +51,7 @@ class Servable:
         self.scheduler = scheduler
         self.instances = instances
         self.sequencer = sequencer
+        self.ensemble = ensemble
         self.fingerprint = fingerprint
         self.load_seconds = load_seconds
         self._lock = threading.Lock()
@@ -68,7 +71,7 @@ class Servable:
     @property
     def plain_scheduler(self) -> Scheduler | None:
         """The queue that takes requests as they are; None where they must be prepared on the control plane first."""
-        return self.scheduler if isinstance(self.scheduler, Scheduler) else None
+        return self.scheduler if self.ensemble is None and isinstance(self.scheduler, Scheduler) else None
 
     @property
     def leases(self) -> int:

@@ -99,7 +99,7 @@ class DirectFeeder:
         inputs = sorted((tensor.name, tensor.shape) for tensor in job_of(member).request.inputs)
         return inputs, [row[0] for row in memory.values()]
 
-    def _submit(self, mailbox: Mailbox, members: Sequence[Member]) -> asyncio.Future[bytes]:
+    def _submit(self, mailbox: Mailbox, members: Sequence[Member]) -> asyncio.Future[memoryview]:
         first = job_of(members[0]).request
         outputs = dict.fromkeys(name for member in members for name in job_of(member).outputs)
         inputs = self._compose(members)
@@ -137,7 +137,7 @@ class DirectFeeder:
             composed.append((name, datatype.value, (len(rows), *shape), b"".join(parts)))
         return composed
 
-    def _on_answer(self, members: Sequence[Member], answer: asyncio.Future[bytes]) -> None:
+    def _on_answer(self, members: Sequence[Member], answer: asyncio.Future[memoryview]) -> None:
         self._is_running = False
         outcome = read_outcome(answer)
         if not isinstance(outcome, Exception):

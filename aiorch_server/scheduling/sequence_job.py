@@ -58,7 +58,7 @@ def job_of(member: Member) -> Job:
     return member.payload
 
 
-def read_outcome(answer: asyncio.Future[bytes]) -> Outcome:
+def read_outcome(answer: asyncio.Future[memoryview]) -> Outcome:
     """The outputs in an answer, or why there are none."""
     if answer.cancelled():
         return InternalError("the request was cancelled inside the server")

@@ -34,7 +34,7 @@ class OldestFeeder:
         self._on_change = on_change
         oldest = steps.plan.section.oldest
         self._keeps_order = oldest is not None and oldest.preserve_ordering
-        self._order: deque[tuple[Member, asyncio.Future[bytes]]] = deque()
+        self._order: deque[tuple[Member, asyncio.Future[memoryview]]] = deque()
 
     def feed(self, mailbox: Mailbox, now_ns: int) -> int:
         """Hands over all that is ready; CapacityError when the queue is closed."""
@@ -52,7 +52,7 @@ class OldestFeeder:
             answer.add_done_callback(partial(self._on_answer, member))
         return 0
 
-    def _submit(self, mailbox: Mailbox, member: Member) -> asyncio.Future[bytes]:
+    def _submit(self, mailbox: Mailbox, member: Member) -> asyncio.Future[memoryview]:
         job = job_of(member)
         tensors = [*job.request.inputs, *self._steps.add_own(job.place, self._steps.recall(member))]
         message = encode_request(
@@ -64,7 +64,7 @@ class OldestFeeder:
         )
         return mailbox.submit(self._scheduler, message, deadline_ns=job.deadline_ns)
 
-    def _on_answer(self, member: Member, answer: asyncio.Future[bytes]) -> None:
+    def _on_answer(self, member: Member, answer: asyncio.Future[memoryview]) -> None:
         if not self._keeps_order:
             self._settle(member, read_outcome(answer))
         while self._order and self._order[0][1].done():

@@ -117,7 +117,6 @@ def test_rules_between_sections_run_beside_a_wrong_section() -> None:
 # What asks for each refused feature; a line that leaves the table must leave here too.
 ASKING: dict[str, dict[str, Any]] = {
     "sequence_batching.iterative_sequence": {"sequence_batching": {"iterative_sequence": True}},
-    "ensemble_scheduling": {"ensemble_scheduling": {"step": [{"model_name": "a", "input_map": {"x": "y"}}]}},
     "batch_input": {"batch_input": [{"data_type": "TYPE_FP32"}]},
     "batch_output": {"batch_output": [{"target_name": ["y"]}]},
     "response_cache.enable": {"response_cache": {"enable": True}},

@@ -1,0 +1,178 @@
+"""Ensembles in the lifecycle: one serves while the models of its steps do, and fits them as they are now."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+from aiorch_server._core import ModelSpec, Scheduler
+from aiorch_server.config.ensemble import PLATFORM
+from aiorch_server.config.model import ModelConfig
+from aiorch_server.config.placement import LatestVersions, VersionPolicy
+from aiorch_server.errors import ModelLoadError
+from aiorch_server.execution.thread_executor import InstanceGroup
+from aiorch_server.lifecycle.model import ManagedModel
+from aiorch_server.lifecycle.servable import Servable
+from aiorch_server.repository import RepositoryModel
+from aiorch_server.scheduling.ensemble import EnsembleScheduler
+from aiorch_server.scheduling.ensemble_graph import EnsembleGraph, ModelKey
+from aiorch_server.types import ModelSignature
+
+
+class Dependencies:
+    """Which ensemble needs which models, over the manager's own table of models; for the event loop's thread."""
+
+    def __init__(self, models: Mapping[str, ManagedModel]) -> None:
+        self._models = models
+        #: Whose load waits for whose: a ring would wait for ever.
+        self._waits: dict[str, set[str]] = {}
+
+    @contextlib.contextmanager
+    def waiting(self, name: str, wanted: str) -> Iterator[None]:
+        """While ``name`` waits for the load of ``wanted``; ModelLoadError if that waits for ``name``, however far."""
+        path = self._find_path(wanted, name)
+        if path:
+            raise ModelLoadError(f"circular dependency between ensembles: {' -> '.join((name, *path))}")
+        waits = self._waits.setdefault(name, set())
+        waits.add(wanted)
+        try:
+            yield
+        finally:
+            waits.discard(wanted)
+            if not waits:
+                self._waits.pop(name, None)
+
+    def _find_path(self, start: str, end: str) -> list[str]:
+        paths = [[start]]
+        seen = {start}
+        while paths:
+            path = paths.pop()
+            if path[-1] == end:
+                return path
+            for following in self._waits.get(path[-1], ()):
+                if following not in seen:
+                    seen.add(following)
+                    paths.append([*path, following])
+        return []
+
+    def build(
+        self, opened: RepositoryModel, version: int, fingerprint: str, max_requests: int, failures: Mapping[str, str]
+    ) -> Servable:
+        """An ensemble that serves as soon as it is published; ModelLoadError with everything that does not fit.
+
+        ``failures`` tells why models of steps did not load.
+        """
+        declared = opened.declared
+        signature = ModelSignature(declared.inputs, declared.outputs, declared.max_batch_size or 0)
+        graph = EnsembleGraph(opened.config)
+        problems = [*self._find_unmet(opened.name, graph, failures), *self._find_unfit(opened.name, graph, signature)]
+        if problems:
+            raise ModelLoadError("; ".join(problems))
+        config = _complete_config(opened.config, signature)
+        try:
+            spec = ModelSpec(opened.name, version, signature)
+        except (ValueError, OverflowError) as error:
+            raise ModelLoadError(f"'{opened.name}' version {version} cannot be served: {error}") from error
+        ensemble = EnsembleScheduler(opened.name, version, config, signature, max_requests)
+        return Servable(
+            opened.name,
+            version,
+            config=config,
+            signature=signature,
+            platform=PLATFORM,
+            spec=spec,
+            # It has as much of a scheduler and of its instances as a servable asks of them.
+            scheduler=cast(Scheduler, ensemble),
+            instances=cast(InstanceGroup, ensemble),
+            fingerprint=fingerprint,
+            ensemble=ensemble,
+        )
+
+    def follow(self) -> None:
+        """Takes out of service what lost a model that it needs, or does not fit it any more, and brings it back.
+
+        Called before each publication, so that an ensemble and its steps come and go in one table.
+        """
+        is_settled = False
+        while not is_settled:  # an ensemble may be a step of another
+            is_settled = True
+            for model in self._models.values():
+                for record in model.versions.values():
+                    servable = record.servable
+                    if servable is None or servable.ensemble is None:
+                        continue
+                    graph = servable.ensemble.graph
+                    problems = [
+                        *self._find_unmet(model.name, graph, {}),
+                        *self._find_unfit(model.name, graph, servable.signature),
+                    ]
+                    if model.follow_steps(record, "; ".join(problems)):
+                        is_settled = False
+
+    def list_hopeful(self) -> list[str]:
+        """Ensembles that did not load because a model was missing which serves now; each is named once."""
+        hopeful = []
+        for model in self._models.values():
+            if model.is_waiting and model.is_wanted and all(self._is_met(key) for key in model.requires):
+                model.is_waiting = False
+                hopeful.append(model.name)
+        return hopeful
+
+    def list_unneeded(self, name: str) -> list[str]:
+        """Models that were loaded for ``name`` only: nobody asked for them, and nobody else needs them."""
+        needed = {
+            key[0]
+            for model in self._models.values()
+            if model.name != name and model.is_wanted
+            for key in model.requires
+        }
+        names = dict.fromkeys(key[0] for key in self._models[name].requires)
+        return [
+            each for each in names if each in self._models and each not in needed and not self._models[each].is_asked
+        ]
+
+    def _is_met(self, key: ModelKey) -> bool:
+        return self._find(key) is not None
+
+    def _find(self, key: ModelKey) -> Servable | None:
+        name, version = key
+        ready = self._models[name].ready() if name in self._models else {}
+        return ready.get(int(version) if version else max(ready, default=0))
+
+    def _find_unmet(self, name: str, graph: EnsembleGraph, failures: Mapping[str, str]) -> Iterator[str]:
+        for key in graph.models:
+            if self._is_met(key):
+                continue
+            step, version = key
+            model = self._models.get(step)
+            text = f"ensemble '{name}' depends on '{step}'"
+            if version and model is not None and model.ready():
+                yield f"{text} whose required version {version} is not loaded"
+            elif reason := failures.get(step, ""):
+                yield f"{text} which has no loaded version. Model '{step}' loading failed with error: {reason}"
+            else:
+                reasons = [entry.reason for entry in model.index() if entry.reason] if model is not None else []
+                yield f"{text} which has no loaded version" + (f" ({reasons[-1]})" if reasons else "")
+
+    def _find_unfit(self, name: str, graph: EnsembleGraph, signature: ModelSignature) -> Iterator[str]:
+        found = {key: servable for key in graph.models if (servable := self._find(key)) is not None}
+        for key, servable in found.items():
+            policy = servable.config.model_transaction_policy
+            if policy is not None and policy.decoupled:
+                yield (f"in ensemble {name}, model {key[0]} is decoupled; a step gives exactly one answer to a request")
+        yield from graph.find_mismatches(name, signature, {key: each.signature for key, each in found.items()})
+
+
+def list_requirements(config: ModelConfig) -> frozenset[ModelKey]:
+    """The models that ``config`` needs to serve; empty but for ensembles."""
+    return frozenset() if config.ensemble_scheduling is None else frozenset(EnsembleGraph(config).models)
+
+
+def _complete_config(config: ModelConfig, signature: ModelSignature) -> ModelConfig:
+    completed = config.to_dict() | {
+        "platform": PLATFORM,
+        "max_batch_size": signature.max_batch_size,
+        "version_policy": config.version_policy or VersionPolicy(latest=LatestVersions()),
+    }
+    return ModelConfig.from_dict(completed, folder=config.name)
