@@ -51,8 +51,7 @@ cdef class Ticket:
     def on_done(self, future):
         """A waiter that gave up takes its request back; one that runs already is dropped when it comes."""
         if self.request != NULL and future.cancelled() and cancel_request(self.request):
-            free_request(self.request)
-            return_loans()
+            give_up(self.request)
             self.request = NULL
             self.mailbox.outstanding.discard(self)
             Py_DECREF(self)     # the reference that request.owner held
@@ -96,6 +95,7 @@ cdef class Mailbox:
             Py_DECREF(ticket)   # the reference that request.owner held
         self.outstanding.clear()
         abandon_sink(self.sink)
+        return_loans()
 
     def submit(self, Scheduler scheduler not None, bytes message not None, contents=None, *, uint64_t priority=0,
                int64_t timeout_us=0, int64_t deadline_ns=0):
@@ -134,10 +134,10 @@ cdef class Mailbox:
             try:
                 hold_contents(request, &scan, contents)
             except BaseException:
-                free_request(request)
+                give_up(request)
                 raise
         if not bind_request(scheduler.spec.state, &scan, request):
-            free_request(request)
+            give_up(request)
             raise InternalError(f"the data plane queued a message that does not fit model '{scheduler.spec.name}'")
         ticket.future = self.loop.create_future()
         ticket.request = request
@@ -147,7 +147,7 @@ cdef class Mailbox:
         if result != ENQUEUED:
             if result == REFUSED_FULL or result == REFUSED_CLOSED:
                 count_failure(scheduler.state, request, FAILURE_REJECTED, now)
-            free_request(request)
+            give_up(request)
             ticket.request = NULL
             if result == REFUSED_FULL:
                 raise QueueFull("Exceeds maximum queue size")
@@ -187,6 +187,12 @@ cdef class Mailbox:
                 free_request(request)
                 request = following
         return_loans()  # contents whose owner may be waiting to have them back
+
+
+cdef void give_up(Request *request):
+    """Frees a request that nobody else has; its contents may be waited for."""
+    free_request(request)
+    return_loans()
 
 
 cdef object hold_contents(Request *request, InferScan *scan, contents):

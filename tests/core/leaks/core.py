@@ -96,6 +96,38 @@ def scheduler() -> None:
     asyncio.run(rounds())
 
 
+def contents() -> None:
+    """Tensors outside of the message: answered as the next request's, cancelled, refused, wrong and forgotten."""
+
+    async def rounds() -> None:
+        mailbox = Mailbox(asyncio.get_running_loop())
+        served = Scheduler(make_spec(), max_queue_size=20)
+        shape = (1, 20000)
+        head = encode_request("echo", "", "", [("X", "FP32", shape, b"")])
+        memory = bytearray(80000)
+        futures = [mailbox.submit(served, head, [memory if index % 2 else bytes(80000)]) for index in range(20)]
+        for wrong in ([memory], [b"short"], [memory, memory], [3]):
+            with contextlib.suppress(Exception):
+                mailbox.submit(served, head, wrong)
+        for future in futures[::7]:
+            future.cancel()
+        await asyncio.sleep(0)
+        batch = Batch(served)
+        served.take(batch)
+        batch.settle({"Y": batch.gather()["X"]})
+        _, _, _, ((*_, answer),) = decode_response(await futures[1])
+        following = mailbox.submit(served, head, [answer])
+        served.take(batch)
+        batch.settle({"Y": batch.gather()["X"]})
+        following.cancel()
+        served.abandon(14, "gone")
+        del batch
+        await asyncio.gather(*futures, following, return_exceptions=True)
+        mailbox.close()
+
+    asyncio.run(rounds())
+
+
 def routes() -> None:
     router = Router()
     for count in (0, 1, 20):
@@ -132,6 +164,7 @@ CASES: dict[str, tuple[Callable[[], None], int]] = {
     "former": (former, 600),
     "histogram": (histogram, 4000),
     "scheduler": (scheduler, 300),
+    "contents": (contents, 200),
     "routes": (routes, 600),
     "threads": (threads, 200),
 }
