@@ -8,12 +8,20 @@ one ``Backend`` object per framework and process, asks it to ``inspect`` an arte
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
-from aiorch_server.types import ModelSignature, NumpyArray, TensorSpec
+from aiorch_server.errors import AiorchError
+from aiorch_server.types import (
+    InferenceRequest,
+    InferenceResponse,
+    ModelSignature,
+    NumpyArray,
+    Parameter,
+    TensorSpec,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +31,70 @@ class DeclaredSignature:
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     max_batch_size: int | None = None
+
+
+class ModelCall(Protocol):
+    """The answers of one call to another model, as they come; iterate it once, in one of the two ways.
+
+    An ordinary model gives one answer. The last one carries ``parameters["triton_final_response"]`` True; it has no
+    outputs where a decoupled model ended without a last answer. What the called model raised is raised here. A call
+    that is dropped before its end is cancelled.
+    """
+
+    def __iter__(self) -> Iterator[InferenceResponse]:
+        """Blocks the calling thread, never the server's event loop: for threads of instances."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[InferenceResponse]:
+        """For coroutines, on whichever event loop they run."""
+        ...
+
+    def cancel(self) -> None:
+        """The caller wants no more; the called model sees ``is_cancelled``. Any thread, any number of times."""
+        ...
+
+
+class CallModel(Protocol):
+    """Calls to other models of this server, from a model's own code; from any thread but the server's event loop."""
+
+    def __call__(self, request: InferenceRequest, *, timeout_s: float | None = None) -> ModelCall:
+        """Starts a call; ``timeout_s`` bounds it as a whole (DeadlineExpired). Never blocks; errors come later.
+
+        ``Tensor.data`` may be any contiguous buffer, which must not change before the call has ended.
+        """
+        ...
+
+
+class MetricSeries(Protocol):
+    """One metric of a model's own: a family's name with one set of labels. Thread-safe."""
+
+    def increment(self, by: float) -> None:
+        """Adds; ValueError for a counter that would fall, and for a histogram."""
+        ...
+
+    def set(self, to: float) -> None:
+        """Sets a gauge; ValueError for the others."""
+        ...
+
+    def observe(self, value: float) -> None:
+        """Adds a value to a histogram; ValueError for the others."""
+        ...
+
+    def value(self) -> float:
+        """What a counter or gauge shows now; ValueError for a histogram."""
+        ...
+
+
+class DeclareMetric(Protocol):
+    """Makes a metric that ``/metrics`` shows while somebody holds it; equal name and labels share one series."""
+
+    def __call__(
+        self, name: str, description: str, kind: str, labels: Mapping[str, str], buckets: Sequence[float] = ()
+    ) -> MetricSeries:
+        """``kind`` is counter, gauge or histogram; ValueError where names or labels are not Prometheus's, where the
+        family exists with another kind, or where there are too many.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +109,9 @@ class LoadContext:
     ``is_requested`` says that the configuration, and perhaps the artefact, came with a load request: unless
     ``allow_code`` is true it must not widen what the artefact may do.
     ``default_max_batch_size`` is what a model that can batch gets when its configuration does not say.
+    ``config`` is the whole configuration in protobuf's JSON form with the .proto file's names: for ``inspect`` as it
+    was written, for ``load`` as it is served. ``call_model`` and ``declare_metric`` are None where a backend is used
+    without a server.
     """
 
     model_name: str
@@ -51,6 +126,9 @@ class LoadContext:
     allow_code: bool = False
     is_requested: bool = False
     default_max_batch_size: int = 32
+    config: Mapping[str, Any] = field(default_factory=dict)
+    call_model: CallModel | None = None
+    declare_metric: DeclareMetric | None = None
 
 
 class ModelInstance(abc.ABC):
@@ -78,6 +156,107 @@ class ModelInstance(abc.ABC):
 
     def close(self) -> None:  # noqa: B027 - most frameworks free with the object
         """Gives back what the instance holds; called once, when no batch runs."""
+
+
+class ModelRequest(Protocol):
+    """One request in a model's hands; it may be kept beyond the batch and answered by any thread of the model's.
+
+    An ordinary model answers each request once, with ``send`` or ``fail``. A decoupled one sends any number of answers
+    and ends with ``is_final``, ``finish`` or ``fail``. A request that is dropped before its end fails with INTERNAL.
+    ``inputs`` are as in ``ModelInstance.execute``, with the rows of this request alone, and may be kept.
+    """
+
+    @property
+    def id(self) -> str:
+        """As the caller gave it, "" for none."""
+        ...
+
+    @property
+    def inputs(self) -> Mapping[str, NumpyArray]:
+        """By name; optional inputs that the caller left out are missing."""
+        ...
+
+    @property
+    def requested_outputs(self) -> tuple[str, ...]:
+        """The outputs that the caller asks for, all if it named none."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The caller's own parameters, without those that mean something to the server."""
+        ...
+
+    @property
+    def correlation_id(self) -> int | str:
+        """Of the sequence that the request belongs to; 0 or "" for none."""
+        ...
+
+    @property
+    def is_sequence_start(self) -> bool:
+        """Whether it opens its sequence."""
+        ...
+
+    @property
+    def is_sequence_end(self) -> bool:
+        """Whether it closes its sequence."""
+        ...
+
+    @property
+    def timeout_us(self) -> int:
+        """How long the caller was ready to wait in the queue, 0 for no limit of its own."""
+        ...
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether it was answered, ended or failed."""
+        ...
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for it any more; answers are dropped then."""
+        ...
+
+    def send(
+        self,
+        outputs: Mapping[str, NumpyArray],
+        parameters: Mapping[str, Parameter] | None = None,
+        *,
+        is_final: bool = False,
+    ) -> None:
+        """Sends one answer; outputs that were not asked for are left out, those missing are not sent.
+
+        The arrays are copied before it returns. Of a decoupled model it blocks while the caller is too slow to take
+        what was sent before. Does nothing once the caller is gone. Raises ModelExecutionError where an output is not as
+        the signature says, or where the request has ended.
+        """
+        ...
+
+    def send_error(self, error: AiorchError) -> None:
+        """One answer of a decoupled model that is an error; the request goes on. Else like ``send``."""
+        ...
+
+    def finish(self) -> None:
+        """Ends a decoupled request without another answer; ModelExecutionError where it has ended."""
+        ...
+
+    def fail(self, error: AiorchError) -> None:
+        """Ends the request with an error; ModelExecutionError where it has ended."""
+        ...
+
+
+class RequestInstance(ModelInstance):
+    """An instance that takes each batch as its requests. Only such instances can serve decoupled models."""
+
+    @abc.abstractmethod
+    def execute_requests(self, requests: Sequence[ModelRequest]) -> None:
+        """Runs the requests of one batch, which have the same shapes but for their rows.
+
+        When it raises, what it left open fails: an ordinary model's unanswered requests are first run again one by one.
+        It must not keep ``requests`` itself, only those it still has to answer.
+        """
+
+    def execute(self, inputs: Mapping[str, NumpyArray]) -> Mapping[str, NumpyArray]:
+        """Not how such an instance runs."""
+        raise NotImplementedError(f"{type(self).__name__} takes requests, not batches")
 
 
 class Backend(abc.ABC):

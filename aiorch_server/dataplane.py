@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from typing import TYPE_CHECKING, Final
 
 from aiorch_server._core import Mailbox, decode_response, encode_request
-from aiorch_server.errors import CapacityError, DeadlineExpired, InternalError, NotFoundError, RequestError
+from aiorch_server.errors import (
+    AiorchError,
+    CapacityError,
+    DeadlineExpired,
+    InternalError,
+    NotFoundError,
+    RequestError,
+    UnsupportedRequest,
+)
 from aiorch_server.exchange import Exchange, SharedRegions
-from aiorch_server.types import InferenceRequest, InferenceResponse, Tensor
+from aiorch_server.execution.request_details import RequestDetails
+from aiorch_server.execution.response_channel import ResponseChannel
+from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse, Parameter, Tensor
 from aiorch_server.validation import QueueTerms, check_request
 
 if TYPE_CHECKING:
@@ -20,6 +31,7 @@ if TYPE_CHECKING:
 
 #: From here on tensors stay where they are; below, putting them into the message costs less than holding them.
 _CONTENTS_FROM_BYTES = 16384
+DECOUPLED_TEXT: Final = "ModelInfer RPC doesn't support models with decoupled transaction policy"
 
 
 class DataPlane:
@@ -30,6 +42,13 @@ class DataPlane:
         self._mailbox = mailbox
         self._regions = regions or SharedRegions()
 
+    def is_decoupled(self, model_name: str, model_version: str) -> bool:
+        """Whether requests to that version have any number of answers; False where there is no such version."""
+        try:
+            return self._manager.find(model_name, model_version).signature.is_decoupled
+        except AiorchError:
+            return False
+
     async def infer(self, request: InferenceRequest, *, deadline_ns: int = 0) -> InferenceResponse:
         """Runs one request; ``deadline_ns`` is absolute on the monotonic clock, 0 for none.
 
@@ -38,11 +57,44 @@ class DataPlane:
         takes the request out of the queue. The response's tensors keep its memory alive; outputs that went to shared
         memory have no data.
         """
-        with (
-            self._manager.acquire(request.model_name, request.model_version) as servable,
-            _name_request(request),
-            Exchange(self._regions, request, servable.signature) as exchange,
-        ):
+        with self._manager.acquire(request.model_name, request.model_version) as servable:
+            if servable.signature.is_decoupled:
+                raise UnsupportedRequest(DECOUPLED_TEXT)
+            return await self._infer(servable, request, deadline_ns)
+
+    async def stream(
+        self, request: InferenceRequest, *, deadline_ns: int = 0
+    ) -> AsyncGenerator[InferenceResponse, None]:
+        """Runs one request and yields its answers as they come; only the last has ``FINAL_RESPONSE`` True.
+
+        An ordinary model gives one. A decoupled one may end without a last answer: the final one has no outputs then.
+        Answers with ``error`` set do not end the stream. Raises what ``infer`` raises, at any time. Leaving it (use
+        ``contextlib.aclosing``) cancels the request; while nobody takes its answers, the model has to wait.
+        """
+        with self._manager.acquire(request.model_name, request.model_version) as servable:
+            if not servable.signature.is_decoupled:
+                answer = await self._infer(servable, request, deadline_ns)
+                yield dataclasses.replace(answer, parameters={**answer.parameters, FINAL_RESPONSE: True})
+                return
+            name, version = servable.name, str(servable.version)
+            is_final = False
+            with _name_request(request), Exchange(self._regions, request, servable.signature) as exchange:
+                brought = await exchange.bring()
+                terms = check_request(brought, name, servable.signature)
+                channel = ResponseChannel(asyncio.get_running_loop())
+                details = RequestDetails.of(brought, terms.sequence, timeout_us=terms.timeout_us, channel=channel)
+                end = self._submit(servable, brought, terms, deadline_ns, details)
+                async with aclosing(channel.follow(end, deadline_ns)) as answers:
+                    async for answer in answers:
+                        is_final = bool(answer.parameters.get(FINAL_RESPONSE))
+                        yield await exchange.deliver(
+                            dataclasses.replace(answer, model_name=name, model_version=version, id=request.id)
+                        )
+            if not is_final:
+                yield InferenceResponse(name, version, (), request.id, {FINAL_RESPONSE: True})
+
+    async def _infer(self, servable: Servable, request: InferenceRequest, deadline_ns: int) -> InferenceResponse:
+        with _name_request(request), Exchange(self._regions, request, servable.signature) as exchange:
             response = await self.infer_on(servable, await exchange.bring(), deadline_ns=deadline_ns)
             return await exchange.deliver(response)
 
@@ -65,11 +117,24 @@ class DataPlane:
                 return await servable.ensemble.run(request, self, deadline_ns=deadline_ns, leases=leases)
             if servable.sequencer is not None:
                 return await servable.sequencer.infer(request, terms, self._mailbox, deadline_ns=deadline_ns)
-            return _decode(await self._run(servable, request, terms, deadline_ns), request.id)
+            if servable.signature.is_decoupled:
+                raise UnsupportedRequest(f"model '{servable.name}' is decoupled: it does not give exactly one answer")
+            details = RequestDetails.of(request, terms.sequence, timeout_us=terms.timeout_us)
+            answer = self._submit(servable, request, terms, deadline_ns, details)
+            try:
+                async with asyncio.timeout_at(deadline_ns / 1e9 if deadline_ns else None):
+                    return _decode(await answer, request.id, details.answer_parameters)
+            except TimeoutError:
+                raise DeadlineExpired("Deadline Exceeded") from None
 
-    async def _run(
-        self, servable: Servable, request: InferenceRequest, terms: QueueTerms, deadline_ns: int
-    ) -> memoryview:
+    def _submit(
+        self,
+        servable: Servable,
+        request: InferenceRequest,
+        terms: QueueTerms,
+        deadline_ns: int,
+        details: RequestDetails,
+    ) -> asyncio.Future[memoryview]:
         scheduler = servable.plain_scheduler
         if scheduler is None:
             raise InternalError(f"model '{servable.name}' has no queue of its own")
@@ -86,23 +151,17 @@ class DataPlane:
             ],
             list(dict.fromkeys(output.name for output in request.outputs)),
         )
-        loop = asyncio.get_running_loop()
-        timeout = asyncio.timeout_at(deadline_ns / 1e9) if deadline_ns else asyncio.timeout(None)
-        if deadline_ns and loop.time() * 1e9 >= deadline_ns:
+        if deadline_ns and asyncio.get_running_loop().time() * 1e9 >= deadline_ns:
             raise DeadlineExpired("Deadline Exceeded")
-        answer = self._mailbox.submit(
+        return self._mailbox.submit(
             scheduler,
             message,
             contents if is_big else None,
             priority=terms.priority,
             timeout_us=terms.timeout_us,
             deadline_ns=deadline_ns,
+            attachment=details,
         )
-        try:
-            async with timeout:
-                return await answer
-        except TimeoutError:
-            raise DeadlineExpired("Deadline Exceeded") from None
 
 
 @contextmanager
@@ -116,13 +175,14 @@ def _name_request(request: InferenceRequest) -> Iterator[None]:
         raise type(error)(f"[request id: {request.id or '<id_unknown>'}] {error}") from error.__cause__
 
 
-def _decode(answer: memoryview, request_id: str) -> InferenceResponse:
+def _decode(answer: memoryview, request_id: str, parameters: Mapping[str, Parameter]) -> InferenceResponse:
     name, version, _, outputs = decode_response(answer)
     return InferenceResponse(
         model_name=name,
         model_version=version,
         outputs=[Tensor(name, datatype, shape, data) for name, datatype, shape, data in outputs],
         id=request_id,
+        parameters=parameters,
     )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 Parameter = bool | int | float | str
+#: The parameter that says of an answer in a stream whether it is the last for its request.
+FINAL_RESPONSE: Final = "triton_final_response"
 NumpyArray = npt.NDArray[np.generic]
 
 
@@ -113,11 +116,13 @@ class ModelSignature:
     """What a loaded model version takes and gives.
 
     ``max_batch_size`` 0 means that the model has no batch dimension: each request is run alone, shapes are whole.
+    ``is_decoupled``: a request has any number of answers, at any time.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int = 0
+    is_decoupled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +174,17 @@ class InferenceRequest:
 
 @dataclass(frozen=True, slots=True)
 class InferenceResponse:
-    """An answer as the data plane hands it to any door; every output carries its bytes."""
+    """An answer as the data plane hands it to any door; every output carries its bytes.
+
+    ``error`` is for the answers of a decoupled model that are errors and after which it goes on; they have no outputs.
+    """
 
     model_name: str
     model_version: str
     outputs: Sequence[Tensor]
     id: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    error: Exception | None = None
 
 
 class ModelState(enum.Enum):
@@ -246,12 +255,29 @@ class BatchStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseStatistics:
+    """The answers that a decoupled model sent at one place of their streams: how many, and how long they took.
+
+    ``success`` is ``compute_infer`` (since the answer before) and ``compute_output`` together; ``empty_response`` are
+    ends without an answer, ``cancel`` answers that nobody waited for.
+    """
+
+    compute_infer: Duration = Duration()
+    compute_output: Duration = Duration()
+    success: Duration = Duration()
+    fail: Duration = Duration()
+    empty_response: Duration = Duration()
+    cancel: Duration = Duration()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatistics:
     """Counts since load of one model version, as the statistics extension of the V2 protocol defines them.
 
     ``inference_count`` counts rows, ``success.count`` requests, ``execution_count`` batches; ``last_inference_ms`` is
     milliseconds since the epoch, 0 for never. ``failures`` splits ``fail.count`` by reason: REJECTED, CANCELED,
-    BACKEND, OTHER. ``pending`` is the number of requests queued now.
+    BACKEND, OTHER. ``pending`` is the number of requests queued now. ``responses`` are those of a decoupled model, by
+    their place in the stream ("0" is the first).
     """
 
     name: str
@@ -268,6 +294,7 @@ class ModelStatistics:
     batches: tuple[BatchStatistics, ...] = ()
     failures: Mapping[str, int] = field(default_factory=dict)
     pending: int = 0
+    responses: Mapping[str, ResponseStatistics] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

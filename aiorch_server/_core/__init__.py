@@ -6,10 +6,11 @@ from aiorch_server._core.collate import Batch
 from aiorch_server._core.compiled import serve_compiled
 from aiorch_server._core.histogram import Histogram
 from aiorch_server._core.mailbox import Mailbox
+from aiorch_server._core.member import Member, count_run, detach
 from aiorch_server._core.routes import Router
 from aiorch_server._core.scheduler import Scheduler
 from aiorch_server._core.spec import ModelSpec
-from aiorch_server._core.wire import decode_response, encode_request, scan, walk_elements
+from aiorch_server._core.wire import decode_response, encode_parameters, encode_request, scan, walk_elements
 
 try:
     from aiorch_server._core.aio import NativeServer
@@ -33,13 +34,17 @@ __all__ = [
     "Histogram",
     "IoThread",
     "Mailbox",
+    "Member",
     "ModelSpec",
     "NativeServer",
     "Router",
     "Scheduler",
     "ServerLedger",
     "TlsContext",
+    "count_run",
     "decode_response",
+    "detach",
+    "encode_parameters",
     "encode_request",
     "read_copied_bytes",
     "read_names",

@@ -30,6 +30,7 @@ cdef class Batch:
     cdef int64_t _rows              # of the selected members
     cdef int64_t _free_since_ns, _gather_ns, _run_ns    # doorways: began to wait, began to gather, began to run
     cdef list _staging
+    cdef bint _is_detached          # one request taken out of a batch, whose run is counted there: see member.pxd
 
     cdef bint pull(self) noexcept nogil
     cdef int64_t count_rows(self) noexcept nogil

@@ -3,6 +3,7 @@
 from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.ref cimport Py_REFCNT
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
@@ -339,15 +340,21 @@ cdef class Batch:
         """
         cdef Encoder encoder = Encoder(self, self._state.spec.n_outputs)
         cdef size_t own_bytes
+        cdef uint64_t missing = 0
         for index, tensor in enumerate(self._scheduler.spec.signature.outputs):
             try:
                 array = outputs[tensor.name]
             except KeyError:
+                if self._is_detached:   # a model that answers request by request may leave outputs out
+                    missing |= <uint64_t> 1 << index
+                    continue
                 raise ModelExecutionError(
                     f"the model gave no output '{tensor.name}'; it gave {sorted(map(str, outputs))}") from None
             # held by `array` and the mapping, which the model has let go of: nobody will write into it again
             own_bytes = count_own_bytes(array) if is_ours and Py_REFCNT(array) == 2 else 0
             encoder.add(index, tensor, array, own_bytes)
+        if missing:
+            self._members[0].output_mask &= ~missing
         return encoder
 
     def fail(self, int code, str text not None):
@@ -458,18 +465,20 @@ cdef class Batch:
                     answered_rows += request.rows
                 request = request.next
             counters.rows += <unsigned long> answered_rows
-            counters.executions += 1
             counters.last_inference_ns = now
-            size = min(self._rows, counters.n_batch_sizes)
-            counters.batch_sizes[size - 1].executions += 1
-            counters.batch_sizes[size - 1].input_ns += <unsigned long> input_ns
-            counters.batch_sizes[size - 1].infer_ns += <unsigned long> infer_ns
-            counters.batch_sizes[size - 1].output_ns += <unsigned long> output_ns
+            if not self._is_detached:
+                counters.executions += 1
+                size = min(self._rows, counters.n_batch_sizes)
+                counters.batch_sizes[size - 1].executions += 1
+                counters.batch_sizes[size - 1].input_ns += <unsigned long> input_ns
+                counters.batch_sizes[size - 1].infer_ns += <unsigned long> infer_ns
+                counters.batch_sizes[size - 1].output_ns += <unsigned long> output_ns
             pthread_mutex_unlock(&self._state.stats_lock)
-            pthread_mutex_lock(&self._state.lock)
-            # what form_batch expects of the next run: a slow average, so that one hiccup does not start batches early
-            self._state.policy.run_ns += (now - self._gather_ns - self._state.policy.run_ns) // 8
-            pthread_mutex_unlock(&self._state.lock)
+            if not self._is_detached:
+                pthread_mutex_lock(&self._state.lock)
+                # what form_batch expects of the next run: a slow average, so that one hiccup does not start batches early
+                self._state.policy.run_ns += (now - self._gather_ns - self._state.policy.run_ns) // 8
+                pthread_mutex_unlock(&self._state.lock)
         settle_chain(self._state, chain)
 
 

@@ -98,12 +98,13 @@ cdef class Mailbox:
         return_loans()
 
     def submit(self, Scheduler scheduler not None, bytes message not None, contents=None, *, uint64_t priority=0,
-               int64_t timeout_us=0, int64_t deadline_ns=0):
+               int64_t timeout_us=0, int64_t deadline_ns=0, object attachment=None):
         """Queues a serialized ModelInferRequest and gives a future of the serialized ModelInferResponse, a memoryview.
 
         ``contents``, if given, are buffers with the bytes of the inputs, which the message then leaves empty. They are
         not copied but held until the request is settled, however long its caller waits; only BYTES that somebody else
-        could write into meanwhile are. ``deadline_ns`` is absolute on the monotonic clock, 0 for none. The message must be plain and fit the model
+        could write into meanwhile are. ``attachment`` stays with the request until it is settled: ``Member.attachment``.
+        ``deadline_ns`` is absolute on the monotonic clock, 0 for none. The message must be plain and fit the model
         (InternalError otherwise: the data plane checks before). Raises QueueFull, ServerStopping or RequestError when
         the scheduler refuses. Cancelling the future takes the request out of the queue.
         """
@@ -130,6 +131,9 @@ cdef class Mailbox:
             raise MemoryError
         request.received_ns = now
         request.deadline_ns = deadline_ns
+        if attachment is not None:
+            Py_INCREF(attachment)
+            request.attachment, request.drop_attachment = <void *> attachment, drop_attachment
         if contents is not None:
             try:
                 hold_contents(request, &scan, contents)
@@ -238,6 +242,10 @@ cdef object hold_content(Request *request, Slice *slice, bint has_elements, cont
             drop_loan(loan)
         raise MemoryError
     request.message_size += slice.size      # counts for the queue's bound
+
+
+cdef void drop_attachment(void *attachment) noexcept with gil:
+    Py_DECREF(<object> attachment)
 
 
 cdef object resolve(future, Request *request):

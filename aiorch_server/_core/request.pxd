@@ -81,6 +81,9 @@ cdef struct Request:
     CompletionSink *sink    # holds one reference
     void *owner             # whatever the door wants to find again; NULL once the door lost interest
     Request *next           # link in batch, sink or free list
+    # what Python keeps with the request, or NULL: a reference, given back with the record (see mailbox.pyx)
+    void *attachment
+    void (*drop_attachment)(void *attachment) noexcept nogil
 
 
 # A list of settled requests of one owner thread, with one wake-up per batch: `wake_fd` is an eventfd that becomes

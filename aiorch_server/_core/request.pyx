@@ -172,6 +172,8 @@ cdef void free_request(Request *request) noexcept nogil:
     drop_buffer(request.response)
     drop_lent_list(request.lent)
     free(request.error)
+    if request.attachment != NULL:
+        request.drop_attachment(request.attachment)
     if request.scheduler != NULL:
         request.drop_scheduler(request.scheduler)
     if request.sink != NULL:

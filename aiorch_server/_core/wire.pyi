@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from typing_extensions import Buffer
@@ -22,6 +22,7 @@ def encode_request(
     inputs: Sequence[tuple[str, str, Sequence[int], Buffer]],
     outputs: Sequence[str] = ...,
 ) -> bytes: ...
+def encode_parameters(parameters: Mapping[str, bool | int | float | str]) -> bytes: ...
 def decode_response(
     message: Buffer,
 ) -> tuple[str, str, str, list[tuple[str, str, tuple[int, ...], memoryview]]]: ...

@@ -4,6 +4,8 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.string cimport memcmp, memcpy
 
+import struct
+
 
 cdef const uint8_t *read_varint(const uint8_t *at, const uint8_t *end, uint64_t *value) noexcept nogil:
     """Next position, or NULL when the varint is cut off or longer than ten bytes."""
@@ -420,6 +422,27 @@ def encode_request(str name, str version, str id, inputs, outputs=()):
     for output in outputs:
         parts.append(encode_field(0x32, encode_field(0x0A, output.encode())))
     parts.extend(raw)
+    return b"".join(parts)
+
+
+def encode_parameters(parameters not None):
+    """The field `parameters` of a ModelInferResponse: bool, int, float or str by name; TypeError for anything else."""
+    cdef list parts = []
+    for name, value in parameters.items():
+        if isinstance(value, bool):
+            choice = b"\x08\x01" if value else b"\x08\x00"
+        elif isinstance(value, int):
+            if -(1 << 63) <= value < 1 << 63:
+                choice = b"\x10" + encode_varint(<uint64_t> <int64_t> value)
+            else:
+                choice = b"\x28" + encode_varint(<uint64_t> value)
+        elif isinstance(value, float):
+            choice = b"\x21" + struct.pack("<d", value)
+        elif isinstance(value, str):
+            choice = encode_field(0x1A, value.encode())
+        else:
+            raise TypeError(f"parameter '{name}' is a {type(value).__name__}; bool, int, float and str can be sent")
+        parts.append(encode_field(0x22, encode_field(0x0A, name.encode()) + encode_field(0x12, choice)))
     return b"".join(parts)
 
 

@@ -178,6 +178,8 @@ class ModelConfig(Section):
                 for index, group in enumerate(groups)
             ],
         }
+        if signature.is_decoupled:
+            completed["model_transaction_policy"] = {"decoupled": True}
         return self.from_dict(completed, folder=self.name)
 
     def notes(self) -> tuple[str, ...]:

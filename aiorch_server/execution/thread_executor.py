@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from aiorch_server._core import Batch, Scheduler, serve_compiled
-from aiorch_server.backend import Backend, LoadContext, ModelInstance
+from aiorch_server.backend import Backend, LoadContext, ModelInstance, RequestInstance
 from aiorch_server.errors import AiorchError, Code, ModelExecutionError, ModelLoadError
 from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.heap import trim_heap
+from aiorch_server.execution.held_request import RequestOwner
+from aiorch_server.execution.request_loop import RequestLoop
+from aiorch_server.execution.response_counts import ResponseCounts
 from aiorch_server.execution.warmup import WarmupSample, warm_up
 from aiorch_server.types import ModelSignature
 
@@ -104,6 +107,7 @@ class InstanceGroup:
         self.warmup = tuple(warmup)
         self.isolate_failures = isolate_failures
         self.failures = FailureLog(label)
+        self.responses = ResponseCounts()
         self.ended: Future[str] = Future()
         self.ended.set_running_or_notify_cancel()  # from here on nobody can cancel it
         self._lock = threading.Lock()
@@ -145,6 +149,15 @@ class InstanceGroup:
                     f"instance {instance.index} of '{self.label}' failed to load: {describe_error(error)}"
                 ) from error
 
+    def abandon(self, code: int, text: str) -> None:
+        """Closes the scheduler and fails what is queued, and what models hold that answer request by request.
+
+        Batches that run end by themselves.
+        """
+        self.scheduler.abandon(code, text)
+        for instance in self._instances:
+            instance.fail_open(code, text)
+
     def on_thread_end(self, index: int, reason: str) -> None:
         """Called by each thread as its last act; ``reason`` is "" unless the thread died."""
         if isinstance(self.scheduler, SchedulerGroup):  # what this instance alone would serve
@@ -170,6 +183,12 @@ class _InstanceThread(threading.Thread):
         self.loaded: Future[BaseException | None] = Future()
         self._group = group
         self._context = context
+        self._loop: RequestLoop | None = None
+
+    def fail_open(self, code: int, text: str) -> None:
+        """Fails the requests that a model which answers one by one still holds."""
+        if self._loop is not None:
+            self._loop.fail_open(code, text)
 
     def run(self) -> None:
         instance: ModelInstance | None = None
@@ -177,6 +196,7 @@ class _InstanceThread(threading.Thread):
         try:
             try:
                 instance = self._group.backend.load(self._context, self._group.signature)
+                self._require_requests(instance)
                 warm_up(instance, self._group.signature, self._group.warmup, self.name)
                 trim_heap()
             except BaseException as error:
@@ -195,9 +215,28 @@ class _InstanceThread(threading.Thread):
             finally:
                 self._group.on_thread_end(self.index, reason)
 
+    def _require_requests(self, instance: ModelInstance) -> None:
+        if self._group.signature.is_decoupled and not isinstance(instance, RequestInstance):
+            raise ModelLoadError(
+                f"'{self._group.label}': model_transaction_policy.decoupled: this model of backend "
+                f"'{self._group.backend.name}' gives one answer to each request; write false or remove it"
+            )
+
     def _serve(self, instance: ModelInstance) -> None:
         scheduler = self._group.scheduler
-        batch = Batch(scheduler.members[self.index] if isinstance(scheduler, SchedulerGroup) else scheduler)
+        own = scheduler.members[self.index] if isinstance(scheduler, SchedulerGroup) else scheduler
+        if isinstance(instance, RequestInstance):
+            self._loop = RequestLoop(
+                instance,
+                own,
+                RequestOwner(self._context.model_name, self._group.signature, self._group.responses),
+                isolate_failures=self._group.isolate_failures,
+                answer=self._answer,
+                log=self._group.failures.write,
+            )
+            self._loop.serve()
+            return
+        batch = Batch(own)
         execute, compiled = instance.execute, instance.compiled
         try:
             while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import threading
 import time
@@ -144,12 +145,18 @@ class Loader:
                 allow_code=self._allow_code,
                 is_requested=model.is_requested,
                 default_max_batch_size=self._default_max_batch_size,
+                config=model.config.to_dict(),
             )
             for index, place in enumerate(places)
         ]
         signature = _add_labels(backend.inspect(contexts[0]), model.declared)
         public = signature if plan is None else plan.separate(signature, model.declared)
+        policy = model.config.model_transaction_policy
+        if policy is not None and policy.decoupled:
+            signature = dataclasses.replace(signature, is_decoupled=True)
+            public = dataclasses.replace(public, is_decoupled=True)
         config = _complete_config(model.config, public, backend, places)
+        contexts = [dataclasses.replace(context, config=config.to_dict()) for context in contexts]
         try:
             spec = ModelSpec(model.name, version, signature)
         except (ValueError, OverflowError) as error:

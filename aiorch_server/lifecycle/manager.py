@@ -423,8 +423,11 @@ class LifecycleManager:
 
 
 def _find_plain(servables: Mapping[int, Servable]) -> dict[int, Scheduler]:
-    """The schedulers that the compiled desk may use by itself; a model with others too is left to the data plane."""
-    plain = {version: servable.plain_scheduler for version, servable in servables.items()}
+    """The schedulers that the compiled desk may use by itself; a model with others too is left to the data plane.
+
+    Decoupled models answer over streams only, which the compiled desk does not carry.
+    """
+    plain = {version: each.plain_scheduler for version, each in servables.items() if not each.signature.is_decoupled}
     return {version: scheduler for version, scheduler in plain.items() if scheduler is not None}
 
 

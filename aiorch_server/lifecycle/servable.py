@@ -116,13 +116,13 @@ class Servable:
         self.scheduler.close()
         is_ended = await wait_until(self.instances.ended, max(0.0, deadline - time.monotonic()))
         if not is_ended:
-            self.scheduler.abandon(Code.UNAVAILABLE, refusal)
+            self.instances.abandon(Code.UNAVAILABLE, refusal)
         return is_idle and is_ended
 
     def abandon(self, refusal: str) -> None:
         """Closes at once and fails what is queued; running batches end by themselves."""
         self._shut()
-        self.scheduler.abandon(Code.UNAVAILABLE, refusal)
+        self.instances.abandon(Code.UNAVAILABLE, refusal)
 
     def _shut(self) -> None:
         with self._lock:
@@ -151,6 +151,7 @@ class Servable:
             batches=counters.batch_sizes,
             failures=counters.failures,
             pending=counters.pending,
+            responses=self.instances.responses.read(),
         )
 
     def phase_histograms(self) -> Mapping[str, PhaseHistogram]:

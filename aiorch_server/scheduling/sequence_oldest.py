@@ -62,7 +62,8 @@ class OldestFeeder:
             [(tensor.name, tensor.datatype, tensor.shape, tensor.data or b"") for tensor in tensors],
             job.outputs,
         )
-        return mailbox.submit(self._scheduler, message, deadline_ns=job.deadline_ns)
+        details = RequestDetails.of(job.request, job.place)
+        return mailbox.submit(self._scheduler, message, deadline_ns=job.deadline_ns, attachment=details)
 
     def _on_answer(self, member: Member, answer: asyncio.Future[memoryview]) -> None:
         if not self._keeps_order:

@@ -120,7 +120,6 @@ ASKING: dict[str, dict[str, Any]] = {
     "batch_input": {"batch_input": [{"data_type": "TYPE_FP32"}]},
     "batch_output": {"batch_output": [{"target_name": ["y"]}]},
     "response_cache.enable": {"response_cache": {"enable": True}},
-    "model_transaction_policy.decoupled": {"model_transaction_policy": {"decoupled": True}},
     "model_repository_agents.agents": {"model_repository_agents": {"agents": [{"name": "a"}]}},
     "model_operations.op_library_filename": {"model_operations": {"op_library_filename": ["a.so"]}},
     "cc_model_filenames": {"cc_model_filenames": {"8.0": "m.plan"}},

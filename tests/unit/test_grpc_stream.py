@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from aiorch_server.frontends.grpc.stream import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES, answer_in_order
+from aiorch_server.frontends.grpc.stream import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES, Turn, run_stream
 
 
 class Stream:
@@ -23,6 +23,11 @@ class Stream:
         while self.unread:
             yield self.unread.pop(0)
 
+    async def respond(self, message: bytes, turn: Turn) -> None:
+        answer = await self.answer(message)
+        await turn.wait()
+        self.written.append(answer)
+
     async def answer(self, message: bytes) -> int:
         self.running += 1
         self.running_bytes += len(message)
@@ -35,11 +40,8 @@ class Stream:
             self.running -= 1
             self.running_bytes -= len(message)
 
-    async def write(self, answer: int) -> None:
-        self.written.append(answer)
-
     def serve(self) -> asyncio.Task[None]:
-        return asyncio.create_task(answer_in_order(self.read(), self.answer, self.write))
+        return asyncio.create_task(run_stream(self.read(), self.respond))
 
 
 async def settle() -> None:

@@ -8,8 +8,9 @@ alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aiorch_proto.v2 import inference_pb2 as pb
@@ -20,8 +21,8 @@ from aiorch_server.frontends.grpc import convert
 from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
 from aiorch_server.frontends.grpc.regions import SharedMemoryRpcs
 from aiorch_server.frontends.grpc.status import describe_error
-from aiorch_server.frontends.grpc.stream import answer_in_order
-from aiorch_server.types import InferenceResponse
+from aiorch_server.frontends.grpc.stream import Turn, run_stream
+from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse
 
 if TYPE_CHECKING:
     from aiorch_server.controlplane import ControlPlane
@@ -31,8 +32,15 @@ if TYPE_CHECKING:
 _LARGE_REQUEST_BYTES: Final = 1 << 16
 #: gRPC's timeouts reach 11,000 years; 30 of them fit into 64 bits of nanoseconds and are as good.
 _LONGEST_WAIT_S: Final = 1e9
-_Failure = tuple[Any, str]
 _Result = TypeVar("_Result")
+
+
+class _StreamFailed(Exception):
+    """The error with which a stream ends whose client wants it closed at the first one."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class InferenceServicer(SharedMemoryRpcs):
@@ -80,44 +88,70 @@ class InferenceServicer(SharedMemoryRpcs):
         return convert.encode_infer_response(await self._infer(request, context))
 
     async def ModelStreamInfer(self, messages: AsyncIterator[bytes], context: Any) -> None:
-        """One response for each request, in order; errors travel inside them and leave the stream open.
+        """Answers to each request, in order for ordinary models; errors travel inside them and leave the stream open.
 
         With the request metadata ``triton_grpc_error: true`` the first error closes the stream with its status.
         """
         closes_on_error = ("triton_grpc_error", "true") in (context.invocation_metadata() or ())
+        writing = asyncio.Lock()
 
-        async def answer(message: bytes) -> tuple[pb.ModelStreamInferResponse, _Failure | None]:
-            response = pb.ModelStreamInferResponse()
-            failure = None
+        async def write(response: pb.ModelStreamInferResponse, error: Exception | None) -> None:
+            if error is not None:
+                if closes_on_error:
+                    raise _StreamFailed(error)
+                response.error_message = describe_error(error)[1]
+            async with writing:
+                await context.write(response.SerializeToString())
+
+        async def respond(message: bytes, turn: Turn) -> None:
+            failed = pb.ModelStreamInferResponse()
+            failed.infer_response.parameters[FINAL_RESPONSE].bool_param = True
             try:
                 request = convert.parse_message(pb.ModelInferRequest, message)
-                response.infer_response.id = request.id
-                result = await _own_cancellation_only(self._infer(request, context))
-                response.infer_response.CopyFrom(convert.encode_infer_response(result))
+                failed.infer_response.id = request.id
+                is_decoupled = self._dataplane.is_decoupled(request.model_name, request.model_version)
+                if is_decoupled:
+                    turn.leave()
+                async with contextlib.aclosing(self._stream(request, context, is_decoupled)) as answers:
+                    while (answer := await _own_cancellation_only(anext(answers, None))) is not None:
+                        await turn.wait()
+                        await write(_encode_answer(answer), answer.error)
+            except _StreamFailed:
+                raise
             except Exception as error:
-                failure = describe_error(error)
-                response.error_message = failure[1]
-            response.infer_response.parameters["triton_final_response"].bool_param = True
-            return response, failure
+                await turn.wait()
+                await write(failed, error)
 
-        async def write(answered: tuple[pb.ModelStreamInferResponse, _Failure | None]) -> None:
-            response, failure = answered
-            if failure is not None and closes_on_error:
-                await context.abort(*failure)
-            await context.write(response.SerializeToString())
+        try:
+            await run_stream(messages, respond)
+        except _StreamFailed as failed:
+            await context.abort(*describe_error(failed.error))
 
-        await answer_in_order(messages, answer, write)
+    async def _stream(
+        self, request: pb.ModelInferRequest, context: Any, is_decoupled: bool
+    ) -> AsyncGenerator[InferenceResponse, None]:
+        """The answers to one request of a stream, less an empty last one that the client did not ask for."""
+        neutral, deadline_ns = await self._decode(request, context)
+        wants_empty = neutral.parameters.get("triton_enable_empty_final_response") is True
+        async with contextlib.aclosing(self._dataplane.stream(neutral, deadline_ns=deadline_ns)) as answers:
+            async for answer in answers:
+                is_empty_end = is_decoupled and not answer.outputs and answer.error is None
+                if not is_empty_end or wants_empty or not answer.parameters.get(FINAL_RESPONSE):
+                    yield answer
 
     async def _infer(self, request: pb.ModelInferRequest, context: Any) -> InferenceResponse:
+        neutral, deadline_ns = await self._decode(request, context)
+        return await self._dataplane.infer(neutral, deadline_ns=deadline_ns)
+
+    async def _decode(self, request: pb.ModelInferRequest, context: Any) -> tuple[InferenceRequest, int]:
+        """The neutral request, and the call's deadline on the monotonic clock (0: none)."""
         remaining_s = context.time_remaining()
         deadline_ns = 0
         if remaining_s is not None:
             deadline_ns = time.monotonic_ns() + int(min(remaining_s, _LONGEST_WAIT_S) * 1e9)
         if request.ByteSize() < _LARGE_REQUEST_BYTES:
-            neutral = convert.decode_infer_request(request)
-        else:
-            neutral = await asyncio.to_thread(convert.decode_infer_request, request)
-        return await self._dataplane.infer(neutral, deadline_ns=deadline_ns)
+            return convert.decode_infer_request(request), deadline_ns
+        return await asyncio.to_thread(convert.decode_infer_request, request), deadline_ns
 
     # ------------------------------------------------------------------------------------------------ repository
 
@@ -193,6 +227,13 @@ async def _own_cancellation_only(awaitable: Awaitable[_Result]) -> _Result:
         if task is None or task.cancelling():
             raise
         raise RequestCancelled("the request was cancelled inside the server") from None
+
+
+def _encode_answer(answer: InferenceResponse) -> pb.ModelStreamInferResponse:
+    message = convert.encode_infer_response(answer)
+    if FINAL_RESPONSE not in answer.parameters:
+        message.parameters[FINAL_RESPONSE].bool_param = False
+    return pb.ModelStreamInferResponse(infer_response=message)
 
 
 def _refuse_repository_name(request: Any) -> None:

@@ -1,62 +1,102 @@
-"""ModelStreamInfer's order of things: many requests run at once, their answers leave in the order they came."""
+"""ModelStreamInfer's order of things: many requests run at once, each with its turn to write.
+
+Answers of ordinary models leave in the order in which their requests came, a decoupled model's when they are there.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Final, TypeVar
+from typing import Final
 
 #: Requests of one stream that are read but not yet answered, in number and in bytes; beyond it the client is not read.
 MAX_IN_FLIGHT: Final = 64
 MAX_IN_FLIGHT_BYTES: Final = 64 << 20
 
-Answer = TypeVar("Answer")
+
+class Turn:
+    """The place of one request in its stream's order."""
+
+    def __init__(self, before: asyncio.Future[None] | None) -> None:
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._before = before
+        self._has_left = False
+
+    async def wait(self) -> None:
+        """Until every request that came before has said all it has to say in order."""
+        if self._before is not None:
+            await asyncio.wait((self._before,))
+
+    def leave(self) -> None:
+        """Nobody waits for this request: the one behind takes its place. A second call does nothing."""
+        if self._has_left:
+            return
+        self._has_left = True
+        if self._before is None or self._before.done():
+            self._pass_on()
+        else:
+            self._before.add_done_callback(self._pass_on)
+        self._before = None  # or a long stream would be one long chain
+
+    def _pass_on(self, _: object = None) -> None:
+        if not self.over.done():
+            self.over.set_result(None)
 
 
-async def answer_in_order(
-    messages: AsyncIterator[bytes],
-    answer: Callable[[bytes], Awaitable[Answer]],
-    write: Callable[[Answer], Awaitable[None]],
-) -> None:
-    """Runs ``answer`` for each message, as many at once as the bounds allow, and ``write`` for each answer in order.
+async def run_stream(messages: AsyncIterator[bytes], respond: Callable[[bytes, Turn], Awaitable[None]]) -> None:
+    """Runs ``respond`` for each message, as many at once as the bounds allow; it writes when its turn has come.
 
-    A message that is larger than MAX_IN_FLIGHT_BYTES runs alone. Returns when the messages ended and all are written.
-    However it is left (cancelled, ``write`` or the reading failed), whatever still runs is cancelled and waited for,
-    so nothing outlives the call.
+    A message that is larger than MAX_IN_FLIGHT_BYTES runs alone. Returns when the messages ended and all are answered.
+    However it is left (cancelled, or something failed, which is raised), whatever still runs is cancelled and waited
+    for, so nothing outlives the call.
     """
-    queue: asyncio.Queue[tuple[asyncio.Task[Answer], int] | None] = asyncio.Queue()
-    unwritten: set[asyncio.Task[Answer]] = set()
-    unwritten_bytes = 0
+    running: set[asyncio.Task[None]] = set()
+    running_bytes = 0
+    last: asyncio.Future[None] | None = None
     has_changed = asyncio.Event()
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def run(message: bytes) -> Answer:
-        return await answer(message)
+    async def run(message: bytes, turn: Turn) -> None:
+        nonlocal running_bytes
+        try:
+            await respond(message, turn)
+        finally:
+            turn.leave()
+            running_bytes -= len(message)
+            has_changed.set()
 
     async def read() -> None:
-        nonlocal unwritten_bytes
-        try:
-            async for message in messages:
-                size = len(message)
-                while unwritten and (len(unwritten) >= MAX_IN_FLIGHT or unwritten_bytes + size > MAX_IN_FLIGHT_BYTES):
-                    has_changed.clear()
-                    await has_changed.wait()
-                task = asyncio.create_task(run(message))
-                unwritten.add(task)
-                unwritten_bytes += size
-                queue.put_nowait((task, size))
-        finally:
-            queue.put_nowait(None)
+        nonlocal running_bytes, last
+        async for message in messages:
+            while running and (len(running) >= MAX_IN_FLIGHT or running_bytes + len(message) > MAX_IN_FLIGHT_BYTES):
+                has_changed.clear()
+                await has_changed.wait()
+            turn = Turn(last)
+            last = turn.over
+            running_bytes += len(message)
+            task = asyncio.create_task(run(message, turn))
+            running.add(task)
+            task.add_done_callback(on_done)
+            del message, task
+
+    def on_done(task: asyncio.Task[None]) -> None:
+        running.discard(task)
+        has_changed.set()
+        if ended.done():
+            return
+        if task.cancelled():
+            ended.cancel()
+        elif (error := task.exception()) is not None:
+            ended.set_exception(error)
+        elif reader.done() and not running:
+            ended.set_result(None)
 
     reader = asyncio.create_task(read())
+    reader.add_done_callback(on_done)
     try:
-        while (running := await queue.get()) is not None:
-            task, size = running
-            await write(await task)
-            unwritten.discard(task)
-            unwritten_bytes -= size
-            has_changed.set()
-        await reader
+        await ended
     finally:
-        for unfinished in (reader, *unwritten):
-            unfinished.cancel()
-        await asyncio.gather(reader, *unwritten, return_exceptions=True)
+        unfinished = (reader, *running)
+        for task in unfinished:
+            task.cancel()
+        await asyncio.gather(*unfinished, return_exceptions=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 from aiorch_proto.v2.service import InferenceStub
+from counting_model import CONFIG, CountingBackend
 
 from aiorch_server import errors, types
 from aiorch_server._core import Mailbox, Router
@@ -68,6 +70,15 @@ class MemoryDataPlane:
             request.id,
             {"echoed": True},
         )
+
+    def is_decoupled(self, model_name: str, model_version: str) -> bool:
+        return False
+
+    async def stream(
+        self, request: types.InferenceRequest, *, deadline_ns: int = 0
+    ) -> AsyncIterator[types.InferenceResponse]:
+        answer = await self.infer(request, deadline_ns=deadline_ns)
+        yield dataclasses.replace(answer, parameters={**answer.parameters, types.FINAL_RESPONSE: True})
 
     async def _run(self, request: types.InferenceRequest) -> None:
         match request.model_name:
@@ -285,3 +296,41 @@ async def real_site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIter
     finally:
         await manager.stop(5.0)
         mailbox.close()
+
+
+PLAIN = """
+    backend: "identity" max_batch_size: 8
+    input { name: "N" data_type: TYPE_INT32 dims: [1] } output { name: "I" data_type: TYPE_INT32 dims: [1] }
+"""
+
+
+@pytest.fixture(params=DOORS)
+async def decoupled_site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[SimpleNamespace]:
+    """A server over the real planes with a decoupled model ``count`` and an ordinary one, ``plain``."""
+    for name, config in {"count": CONFIG, "plain": PLAIN}.items():
+        (tmp_path / name / "1").mkdir(parents=True)
+        (tmp_path / name / "1" / "counting.txt").touch()
+        (tmp_path / name / "config.pbtxt").write_text(config)
+    backends = BackendRegistry(["aiorch_backends.identity:IdentityBackend"])
+    backends.add(backend := CountingBackend())
+    router, mailbox = Router(), Mailbox(asyncio.get_running_loop())
+    manager = LifecycleManager(
+        FilesystemRepository([tmp_path]),
+        Loader(backends),
+        router,
+        control_mode="explicit",
+        load_models=("*",),
+        drain_timeout_s=0.2,
+    )
+    await manager.start()
+    try:
+        controlplane = ControlPlane(manager, LifecycleConfig(control_mode="explicit"))
+        async with serve(request.param, DataPlane(manager, mailbox), controlplane, router) as site:
+            site.backend = backend
+            site.manager = manager
+            yield site
+    finally:
+        backend.close()
+        await manager.stop(5.0)
+        mailbox.close()
+        assert len(asyncio.all_tasks()) == 1

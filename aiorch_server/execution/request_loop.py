@@ -1,0 +1,120 @@
+"""The loop of an instance that takes requests instead of batches: out of the batch, into the model, until all ended."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from aiorch_server._core import Batch, Member, Scheduler, count_run, detach
+from aiorch_server.backend import RequestInstance
+from aiorch_server.execution.held_request import HeldRequest, RequestOwner
+
+#: Requests that one instance holds unanswered; with so many it takes no further batch.
+MAX_OPEN: Final = 4096
+_LONG_S: Final = 3600.0
+
+
+class RequestLoop:
+    """Serves one instance on that instance's thread; ``fail_open`` may be called by any thread.
+
+    ``answer`` turns an error into code and text for a client, ``log`` writes a failure down.
+    """
+
+    def __init__(
+        self,
+        instance: RequestInstance,
+        scheduler: Scheduler,
+        owner: RequestOwner,
+        *,
+        isolate_failures: bool,
+        answer: Callable[[BaseException], tuple[int, str]],
+        log: Callable[[BaseException], None],
+    ) -> None:
+        self._instance = instance
+        self._scheduler = scheduler
+        self._owner = owner
+        self._isolate_failures = isolate_failures
+        self._answer = answer
+        self._log = log
+        self._changed = threading.Condition()
+        self._n_open = 0
+        # Weak: a request that the model lets go of has to notice.
+        self._open: weakref.WeakSet[HeldRequest] = weakref.WeakSet()
+
+    def serve(self) -> None:
+        """Returns once the scheduler is closed and empty and all requests have ended.
+
+        An exception that is no ``Exception`` (SystemExit in a model's code) ends all requests, and is raised.
+        """
+        batch = Batch(self._scheduler)
+        try:
+            while self._await_room() and self._scheduler.take(batch):
+                self._run(batch)
+            with self._changed:
+                self._changed.wait_for(lambda: self._n_open == 0)
+        except BaseException as error:
+            self.fail_open(*self._answer(error))
+            raise
+
+    def fail_open(self, code: int, text: str) -> None:
+        """Fails every request that the model still holds; what it sends from then on is refused."""
+        with self._changed:
+            held = list(self._open)
+        for request in held:
+            request.abandon(code, text)
+
+    def _await_room(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._n_open < MAX_OPEN)
+        return True
+
+    def _run(self, batch: Batch) -> None:
+        rows, started_ns = batch.rows, time.monotonic_ns()
+        requests = self._hold(detach(batch))
+        gathered_ns = time.monotonic_ns()
+        try:
+            self._execute(requests)
+        finally:
+            count_run(batch, rows, gathered_ns - started_ns, time.monotonic_ns() - gathered_ns)
+
+    def _hold(self, members: list[Member]) -> list[HeldRequest]:
+        requests = []
+        for member in members:
+            try:
+                request = HeldRequest(member, self._owner, self._on_end)
+            except Exception as error:  # no memory for its inputs
+                member.fail(*self._answer(error))
+                continue
+            with self._changed:
+                self._n_open += 1
+                self._open.add(request)
+            requests.append(request)
+        return requests
+
+    def _execute(self, requests: Sequence[HeldRequest]) -> None:
+        try:
+            self._instance.execute_requests(requests)
+        except Exception as error:
+            self._log(error)
+            is_untouched = not any(request.is_ended for request in requests)
+            if self._isolate_failures and is_untouched and len(requests) > 1 and not self._owner.signature.is_decoupled:
+                for request in requests:
+                    self._execute_alone(request)
+                return
+            for request in requests:
+                request.abandon(*self._answer(error))
+
+    def _execute_alone(self, request: HeldRequest) -> None:
+        try:
+            self._instance.execute_requests([request])
+        except Exception as error:
+            request.abandon(*self._answer(error))
+
+    def _on_end(self, request: HeldRequest) -> None:
+        with self._changed:
+            self._n_open -= 1
+            self._open.discard(request)
+            self._changed.notify_all()

@@ -1,0 +1,108 @@
+"""The answers of one decoupled request on their way from a model's threads to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator
+from typing import Final
+
+from aiorch_server.errors import DeadlineExpired
+from aiorch_server.types import FINAL_RESPONSE, InferenceResponse
+
+#: What waits for one caller; beyond it ``put`` blocks. One answer always has room, however large.
+MAX_WAITING: Final = 1024
+MAX_WAITING_BYTES: Final = 16 << 20
+
+
+class ResponseChannel:
+    """A bounded queue: any thread of the model puts, one coroutine on ``loop`` follows.
+
+    The end of the request does not go through here: it is the request's own settlement in the scheduler, so that
+    whatever can happen to a request ends its stream as well, exactly once.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._room = threading.Condition()
+        self._waiting: deque[tuple[InferenceResponse, int]] = deque()
+        self._waiting_bytes = 0
+        self._is_closed = False
+        self._changed = asyncio.Event()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody follows any more."""
+        return self._is_closed
+
+    def put(self, response: InferenceResponse, size_bytes: int) -> bool:
+        """Adds an answer; blocks while there is no room. False: nobody follows any more, the answer is dropped."""
+        with self._room:
+            while not self._is_closed and self._is_full(size_bytes):
+                self._room.wait()
+            if self._is_closed:
+                return False
+            self._waiting.append((response, size_bytes))
+            self._waiting_bytes += size_bytes
+        try:
+            self._loop.call_soon_threadsafe(self._changed.set)
+        except RuntimeError:  # the loop is closed: the server has ended
+            return False
+        return True
+
+    def close(self) -> None:
+        """Nobody follows any more: drops what waits, and whoever waits for room goes on."""
+        with self._room:
+            self._is_closed = True
+            self._waiting.clear()
+            self._waiting_bytes = 0
+            self._room.notify_all()
+
+    async def follow(self, end: asyncio.Future[memoryview], deadline_ns: int = 0) -> AsyncGenerator[InferenceResponse, None]:
+        """Yields the answers as they come until the final one or ``end``; raises what ``end`` raises.
+
+        ``deadline_ns`` is absolute on the loop's clock, 0 for none: DeadlineExpired. However it is left, ``end`` is
+        cancelled unless it is done, and the channel closed.
+        """
+        end.add_done_callback(lambda _: self._changed.set())
+        try:
+            while True:
+                # In this order: what was put before the end is seen when the end is seen.
+                is_ended = end.done()
+                self._changed.clear()
+                while self._waiting:
+                    response = self._take()
+                    yield response
+                    if response.parameters.get(FINAL_RESPONSE):
+                        await asyncio.wait((end,))  # it is being settled; leaving now would cancel it
+                        return
+                if is_ended:
+                    break
+                await self._await_change(deadline_ns)
+            end.result()
+        finally:
+            end.cancel()
+            self.close()
+
+    async def _await_change(self, deadline_ns: int) -> None:
+        if not deadline_ns:
+            await self._changed.wait()
+            return
+        try:
+            async with asyncio.timeout_at(deadline_ns / 1e9):
+                await self._changed.wait()
+        except TimeoutError:
+            raise DeadlineExpired("Deadline Exceeded") from None
+
+    def _is_full(self, size_bytes: int) -> bool:
+        return len(self._waiting) >= MAX_WAITING or (
+            bool(self._waiting) and self._waiting_bytes + size_bytes > MAX_WAITING_BYTES
+        )
+
+    def _take(self) -> InferenceResponse:
+        with self._room:
+            response, size_bytes = self._waiting.popleft()
+            self._waiting_bytes -= size_bytes
+            self._room.notify_all()
+        return response
