@@ -11,6 +11,8 @@ import numpy as np
 
 from aiorch_backends.common import FoundTensor, OpenedArtefacts, complete_signature, encode_text, refuse
 from aiorch_backends.python.modules import UserModule, explain, summarize
+from aiorch_backends.python.triton.instance import TritonInstance
+from aiorch_backends.python.triton.model_config import read_signature
 from aiorch_server.backend import Backend, LoadContext, ModelInstance
 from aiorch_server.errors import AiorchError, ModelExecutionError
 from aiorch_server.types import DataType, ModelSignature, NumpyArray, TensorSpec
@@ -32,6 +34,8 @@ class PythonBackend(Backend):
         """What ``Model`` declares, completed and narrowed by the configuration; ModelLoadError."""
         module = UserModule.open(context)
         try:
+            if module.is_triton:
+                return self._inspect_triton(context, module)
             signature = _complete(context, _read_declaration(context, module.model))
         except BaseException:
             module.close()
@@ -43,6 +47,8 @@ class PythonBackend(Backend):
         """Makes a ``Model`` and calls its ``load``."""
         module = self._modules.take(context) or UserModule.open(context)
         try:
+            if module.is_triton:
+                return TritonInstance(module, context, signature)
             if hasattr(module.model, "load"):
                 module.model.load(context)
         except BaseException as error:
@@ -51,6 +57,14 @@ class PythonBackend(Backend):
                 raise
             raise explain(context, error) from error
         return PythonInstance(module, signature, context.model_name)
+
+    def _inspect_triton(self, context: LoadContext, module: UserModule) -> ModelSignature:
+        try:
+            signature = read_signature(context, module.model_class)
+        except (Exception, SystemExit) as error:
+            raise explain(context, error) from error
+        self._modules.put(context, module)
+        return signature
 
 
 class PythonInstance(ModelInstance):
