@@ -114,7 +114,7 @@ class Dependencies:
         """Ensembles that did not load because a model was missing which serves now; each is named once."""
         hopeful = []
         for model in self._models.values():
-            if model.is_waiting and model.is_wanted and all(self._is_met(key) for key in model.requires):
+            if model.is_waiting and model.is_wanted and self.are_met(model):
                 model.is_waiting = False
                 hopeful.append(model.name)
         return hopeful
@@ -132,8 +132,9 @@ class Dependencies:
             each for each in names if each in self._models and each not in needed and not self._models[each].is_asked
         ]
 
-    def _is_met(self, key: ModelKey) -> bool:
-        return self._find(key) is not None
+    def are_met(self, model: ManagedModel) -> bool:
+        """Whether all models that ``model`` needs serve."""
+        return all(self._find(key) is not None for key in model.requires)
 
     def _find(self, key: ModelKey) -> Servable | None:
         name, version = key
@@ -142,7 +143,7 @@ class Dependencies:
 
     def _find_unmet(self, name: str, graph: EnsembleGraph, failures: Mapping[str, str]) -> Iterator[str]:
         for key in graph.models:
-            if self._is_met(key):
+            if self._find(key) is not None:
                 continue
             step, version = key
             model = self._models.get(step)

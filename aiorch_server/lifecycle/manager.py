@@ -308,7 +308,7 @@ class LifecycleManager:
 
         await asyncio.gather(*map(require, names))
         # An override that failed is not tried again by itself: it is not what the repository holds.
-        model.is_waiting = bool(failures) and model.seen is not None
+        model.is_waiting = model.seen is not None and not self._dependencies.are_met(model)
         return failures
 
     async def _open(
