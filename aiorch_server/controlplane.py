@@ -22,7 +22,7 @@ from aiorch_server.types import (
 
 SERVER_NAME = "aiorchestrator"
 #: The protocol's extensions that work through every door.
-EXTENSIONS = ("classification", "model_configuration", "model_repository", "schedule_policy", "statistics")
+EXTENSIONS = ("classification", "model_configuration", "model_repository", "schedule_policy", "sequence", "statistics")
 
 
 class ControlPlane:

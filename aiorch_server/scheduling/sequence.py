@@ -25,7 +25,7 @@ from aiorch_server.errors import (
     RequestError,
 )
 from aiorch_server.scheduling.sequence_direct import DirectFeeder
-from aiorch_server.scheduling.sequence_job import Job, Outcome, job_of
+from aiorch_server.scheduling.sequence_job import Job, Outcome, describe_loss, job_of
 from aiorch_server.scheduling.sequence_oldest import OldestFeeder
 from aiorch_server.scheduling.sequence_plan import SequencePlan
 from aiorch_server.scheduling.sequence_table import Member, NotStarted, SequenceTable
@@ -259,10 +259,7 @@ class SequenceScheduler:
     def _lose(self, instance: int, error: CapacityError) -> None:
         self._fail(
             self._table.lose(instance, time.monotonic_ns()),
-            lambda key: CapacityError(
-                f"sequence {key} of model '{self.plan.model}' is lost, the instance that ran it ended ({error}); begin "
-                "again with START"
-            ),
+            lambda key: describe_loss(self.plan.model, key, error),
         )
 
     @staticmethod

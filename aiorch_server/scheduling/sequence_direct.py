@@ -15,7 +15,7 @@ from typing import NamedTuple
 from aiorch_server._core import Mailbox, Scheduler, encode_request, walk_elements
 from aiorch_server.config.sequence import SequenceDirect
 from aiorch_server.errors import CapacityError
-from aiorch_server.scheduling.sequence_job import Job, Settle, job_of, read_outcome
+from aiorch_server.scheduling.sequence_job import Job, Settle, describe_loss, job_of, read_outcome
 from aiorch_server.scheduling.sequence_table import Member, SequenceTable
 from aiorch_server.scheduling.sequence_tensors import Row, StepTensors, encode_absent, encode_control
 from aiorch_server.types import DataType, Tensor
@@ -71,12 +71,15 @@ class DirectFeeder:
             answer = self._submit(mailbox, members)
         except Exception as error:
             is_closed = isinstance(error, CapacityError) and self._scheduler.is_closed
-            for member in (*members, *(self._alone if is_closed else ())):
-                self._finish(member, error)
-            if is_closed:
-                self._alone.clear()
-                raise
-            return 0
+            if not is_closed:
+                for member in members:
+                    self._finish(member, error)
+                return 0
+            for member in (*members, *self._alone):
+                key = job_of(member).place.correlation_id
+                self._finish(member, describe_loss(self._steps.plan.model, key, error))
+            self._alone.clear()
+            raise
         self._is_running = True
         answer.add_done_callback(partial(self._on_answer, members))
         return 0

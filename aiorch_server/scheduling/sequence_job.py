@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from aiorch_server._core import decode_response
-from aiorch_server.errors import InternalError
+from aiorch_server.errors import CapacityError, InternalError
 from aiorch_server.scheduling.sequence_table import Member
 from aiorch_server.types import InferenceRequest, InferenceResponse, ModelSignature, SequencePlace, Tensor
 
@@ -50,6 +50,13 @@ class Job:
             outputs=[tensor for tensor in outputs if tensor.name in shown],
             id=self.request.id,
         )
+
+
+def describe_loss(model: str, key: int | str, error: Exception) -> CapacityError:
+    """What a sequence is told whose instance ended with ``error``."""
+    return CapacityError(
+        f"sequence {key} of model '{model}' is lost, the instance that ran it ended ({error}); begin again with START"
+    )
 
 
 def job_of(member: Member) -> Job:

@@ -9,7 +9,7 @@ from functools import partial
 
 from aiorch_server._core import Mailbox, Scheduler, encode_request
 from aiorch_server.errors import CapacityError
-from aiorch_server.scheduling.sequence_job import Settle, job_of, read_outcome
+from aiorch_server.scheduling.sequence_job import Settle, describe_loss, job_of, read_outcome
 from aiorch_server.scheduling.sequence_table import Member, SequenceTable
 from aiorch_server.scheduling.sequence_tensors import StepTensors
 
@@ -43,9 +43,11 @@ class OldestFeeder:
             try:
                 answer = self._submit(mailbox, member)
             except Exception as error:
-                self._settle(member, error)
                 if isinstance(error, CapacityError) and self._scheduler.is_closed:
+                    job = job_of(member)
+                    self._settle(member, describe_loss(self._steps.plan.model, job.place.correlation_id, error))
                     raise
+                self._settle(member, error)
                 continue
             if self._keeps_order:
                 self._order.append((member, answer))

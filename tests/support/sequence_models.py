@@ -10,8 +10,8 @@ from typing import Any
 
 from running_site import TIMEOUT_S, Site
 
-#: `value` that make the model fail, and wait until the file of parameter `gate` is there.
-FAIL, WAIT = -1000, -2000
+#: `value` that makes the model fail, wait until the file of parameter `gate` is there, or end its thread.
+FAIL, WAIT, DIE = -1000, -2000, -3000
 
 MODEL = f"""
 import time
@@ -29,6 +29,8 @@ class Model:
         ready = inputs["ready"].astype(bool).reshape(rows, 1)
         if (value == {FAIL}).any():
             raise ValueError("asked to fail")
+        if (value == {DIE}).any():
+            raise KeyboardInterrupt
         until = time.monotonic() + 20
         while (value == {WAIT}).any() and not self.gate.exists() and time.monotonic() < until:
             time.sleep(0.001)
@@ -119,14 +121,21 @@ class StatefulSite(Site):
 
     def count(self, model: str) -> dict[str, int]:
         """How many sequences there are, and how many of their requests wait."""
-        table = self.servable(model).sequencer._table
+        table = self.table(model)
         return {"live": table.live, "backlog": table.backlog, "waiting": table.waiting_requests}
 
+    def table(self, model: str) -> Any:
+        return self.servable(model).sequencer._table
+
     def wait_count(self, model: str, **wanted: int) -> None:
-        """Until the counts are these; polls with a deadline."""
+        """Until the counts are these."""
+        self.wait_for(lambda: wanted.items() <= self.count(model).items())
+
+    def wait_for(self, is_true: Callable[[], bool]) -> None:
+        """Polls with a deadline."""
         end = time.monotonic() + TIMEOUT_S
-        while {name: value for name, value in self.count(model).items() if name in wanted} != wanted:
-            assert time.monotonic() < end, f"{self.count(model)} never became {wanted}"
+        while not is_true():
+            assert time.monotonic() < end, "it never came"
             time.sleep(0.002)
 
     @contextmanager
