@@ -291,7 +291,6 @@ class SequenceTable:
         del self._seated[sequence.instance][sequence.slot]
         if sequence.instance not in self._lost:
             heapq.heappush(self._free[sequence.instance], sequence.slot)
-        self._due.add(sequence.instance)
         self._seat_backlog()
 
     def _seat_backlog(self) -> None:
