@@ -29,6 +29,7 @@ from aiorch_server.types import ModelIndexEntry
 if TYPE_CHECKING:
     from aiorch_server._core import ServerLedger
     from aiorch_server.frontends.grpc import ConnectionLife, ServerCredentials
+    from aiorch_server.observability.log_settings import LogSettings
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,9 @@ class Application:
     """One server: models, planes and doors on the running event loop.
 
     Either ``await Application(config).run()``, which serves until a signal, or ``async with Application(config)``.
-    ``observe`` is called on the loop with each step of a model version. The ports are those bound, None where the door
-    is not open. ``manager``, ``dataplane`` and ``controlplane`` exist from ``start`` on.
+    ``observe`` is called on the loop with each step of a model version; ``log_settings`` lets clients change logging.
+    The ports are those bound, None where the door is not open. ``manager``, ``dataplane`` and ``controlplane`` exist
+    from ``start`` on.
     """
 
     manager: LifecycleManager
@@ -48,8 +50,11 @@ class Application:
     controlplane: ControlPlane
     router: Router
 
-    def __init__(self, config: ServerConfig, *, observe: Observer | None = None) -> None:
+    def __init__(
+        self, config: ServerConfig, *, observe: Observer | None = None, log_settings: LogSettings | None = None
+    ) -> None:
         self.config = config
+        self._log_settings = log_settings
         self.grpc_port: int | None = None
         self.http_port: int | None = None
         self.metrics_port: int | None = None
@@ -149,7 +154,13 @@ class Application:
         regions = SharedRegions(memory.keys, max_regions=memory.max_regions, max_bytes=memory.max_bytes)
         self.dataplane = DataPlane(self.manager, self._mailbox, regions)
         extensions = (*EXTENSIONS, "binary_tensor_data") if config.http.enabled else EXTENSIONS
-        self.controlplane = ControlPlane(self.manager, config.lifecycle, extensions=extensions, regions=regions)
+        self.controlplane = ControlPlane(
+            self.manager,
+            config.lifecycle,
+            extensions=extensions,
+            regions=regions,
+            log_settings=self._log_settings,
+        )
 
     async def _open_metrics(self) -> None:
         config = self.config.metrics

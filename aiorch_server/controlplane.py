@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from aiorch_server import __version__
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.config.server import LifecycleConfig
-from aiorch_server.errors import RequestError, ServerStopping
+from aiorch_server.errors import RequestError, ServerStopping, UnsupportedRequest
 from aiorch_server.exchange import SharedRegions
 from aiorch_server.lifecycle.manager import LifecycleManager, parse_version
+from aiorch_server.observability.log_settings import LogSettings, LogValue
+from aiorch_server.observability.trace_settings import TraceSettings
 from aiorch_server.types import (
     ModelIndexEntry,
     ModelMetadata,
@@ -28,7 +30,8 @@ EXTENSIONS = ("classification", "model_configuration", "model_repository", "sche
 class ControlPlane:
     """The management side of the server; all methods are for the event loop's thread and none blocks it.
 
-    The texts of its errors are Triton's, because clients' tests look at them. ``regions`` are the data plane's.
+    The texts of its errors are Triton's, because clients' tests look at them. ``regions`` are the data plane's;
+    without ``log_settings`` the process's logging is somebody else's and is left alone.
     """
 
     def __init__(
@@ -38,16 +41,25 @@ class ControlPlane:
         *,
         extensions: Sequence[str] = EXTENSIONS,
         regions: SharedRegions | None = None,
+        trace_settings: TraceSettings | None = None,
+        log_settings: LogSettings | None = None,
     ) -> None:
         self._manager = manager
         self.regions = regions or SharedRegions()
+        self._traces = trace_settings or TraceSettings()
+        self._logs = log_settings
         self._is_strict = config.is_readiness_strict
         self._extensions = tuple(extensions)
 
     def server_metadata(self) -> ServerMetadata:
         """Name, version and the extensions that work."""
-        optional = ("system_shared_memory",) if self.regions.is_enabled else ()
-        return ServerMetadata(SERVER_NAME, __version__, (*self._extensions, *optional))
+        optional = {
+            "system_shared_memory": self.regions.is_enabled,
+            "trace": self._traces.can_trace,
+            "logging": self._logs is not None,
+        }
+        extensions = (*self._extensions, *(name for name, works in optional.items() if works))
+        return ServerMetadata(SERVER_NAME, __version__, extensions)
 
     def is_live(self) -> bool:
         """True while the server runs; ServerStopping once it drains."""
@@ -118,6 +130,22 @@ class ControlPlane:
         """
         self._check_running("Server not ready")
         await self._manager.unload(name, unload_dependents)
+
+    def trace_setting(self, model: str, changes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Changes how a model (all, for an empty name) is traced, and gives the setting in force.
+
+        Raises as TraceSettings.update, and RequestError for a model that does not serve.
+        """
+        if model and not (self._manager.is_known(model) and self._manager.is_ready(model)):
+            raise RequestError(f"Request for unknown model : {model}")
+        setting = self._traces.update(changes, model) if changes else self._traces.get(model)
+        return setting.to_strings()
+
+    def log_settings(self, changes: Mapping[str, LogValue | None]) -> dict[str, LogValue]:
+        """Changes what is logged, and gives all settings. Raises as LogSettings.update."""
+        if self._logs is None:
+            raise UnsupportedRequest("the server does not support dynamic logging: its process has set up its own")
+        return self._logs.update(changes) if changes else self._logs.values()
 
     def _check_running(self, text: str) -> None:
         if self._manager.is_stopping:

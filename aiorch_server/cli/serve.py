@@ -18,6 +18,7 @@ from aiorch_server.errors import AiorchError, CapacityError, NotFoundError, Requ
 
 if TYPE_CHECKING:
     from aiorch_server.app import Application
+    from aiorch_server.observability.log_settings import LogSettings
 
 _BOOLEAN = "true|false"
 
@@ -206,16 +207,19 @@ class _CurrentStderr:
 
 def _run(config: ServerConfig, announcer: Announcer) -> None:
     """Serves until a signal ends it; CommandError where it cannot start."""
+    from aiorch_server.observability.log_settings import LogSettings
     from aiorch_server.observability.logging import configure_logging
 
     # A record on the same terminal must not break into the spinner's line.
     stream = cast("TextIO", _CurrentStderr()) if sys.stderr.isatty() else None
-    configure_logging(config.log.level, config.log.format.value, stream)
+    log_settings = LogSettings(
+        *configure_logging(config.log.level, config.log.format.value, stream), config.log.format.value
+    )
     # An instance waits that long for a busy thread each time it calls its model: Python's own 5 ms would be felt.
     sys.setswitchinterval(config.execution.switch_interval_us / 1e6)
     try:
         with asyncio.Runner(loop_factory=_choose_loop()) as runner:
-            runner.run(_serve(config, announcer))
+            runner.run(_serve(config, announcer, log_settings))
     except AiorchError as error:
         raise CommandError(str(error), ExitCode.REFUSED) from error
     except OSError as error:
@@ -231,11 +235,11 @@ def _choose_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return cast("Callable[[], asyncio.AbstractEventLoop]", uvloop.new_event_loop)
 
 
-async def _serve(config: ServerConfig, announcer: Announcer) -> None:
+async def _serve(config: ServerConfig, announcer: Announcer, log_settings: LogSettings) -> None:
     # Imported here: it brings the web framework and the compiled core, which no other command needs.
     from aiorch_server.app import Application
 
-    application = Application(config, observe=announcer.on_model)
+    application = Application(config, observe=announcer.on_model, log_settings=log_settings)
     announcer.begin()
     try:
         await application.run(lambda: announcer.on_ready(*_look_at(application), has_tls=config.grpc.tls.is_enabled))

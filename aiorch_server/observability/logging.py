@@ -29,11 +29,13 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)
 _CONTROL |= {0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
-def configure_logging(level: str = "INFO", log_format: LogFormat = "text", stream: TextIO | None = None) -> None:
+def configure_logging(
+    level: str = "INFO", log_format: LogFormat = "text", stream: TextIO | None = None
+) -> tuple[logging.Handler, int]:
     """Sends all records from ``level`` up to ``stream`` (stderr by default) as text or as JSON lines.
 
-    Replaces what was configured before. Texts that look like credentials are masked. ValueError names an unknown
-    level or format.
+    Replaces what was configured before, and gives the output with the level's number. Texts that look like credentials
+    are masked. ValueError names an unknown level or format.
     """
     levels = logging.getLevelNamesMapping()
     number = levels.get(level.upper())
@@ -48,6 +50,7 @@ def configure_logging(level: str = "INFO", log_format: LogFormat = "text", strea
     logging.basicConfig(level=number, handlers=[output], force=True)
     # The web server tells about its own start and every bad request; only what goes wrong there is news here.
     logging.getLogger("uvicorn").setLevel(max(number, logging.WARNING))
+    return output, number
 
 
 def mask_secrets(text: str) -> str:

@@ -20,6 +20,7 @@ from aiorch_server.errors import RequestCancelled, UnsupportedRequest
 from aiorch_server.frontends.grpc import convert
 from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
 from aiorch_server.frontends.grpc.regions import SharedMemoryRpcs
+from aiorch_server.frontends.grpc.settings import SettingRpcs
 from aiorch_server.frontends.grpc.status import describe_error
 from aiorch_server.frontends.grpc.stream import Turn, run_stream
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse
@@ -43,7 +44,7 @@ class _StreamFailed(Exception):
         self.error = error
 
 
-class InferenceServicer(SharedMemoryRpcs):
+class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
     """The RPCs over the two planes, one method each; what they raise becomes a status in ``add_inference_service``."""
 
     def __init__(self, dataplane: DataPlane, controlplane: ControlPlane) -> None:
@@ -177,16 +178,6 @@ class InferenceServicer(SharedMemoryRpcs):
         unload_dependents = convert.decode_unload_parameters(request.parameters)
         await self._controlplane.unload_model(request.model_name, unload_dependents)
         return pb.RepositoryModelUnloadResponse()
-
-    # ------------------------------------------------------------------------------------------ tracing, logging
-
-    async def TraceSetting(self, request: pb.TraceSettingRequest, context: Any) -> pb.TraceSettingResponse:
-        """Refused."""
-        raise UnsupportedRequest("trace settings are not supported by this server")
-
-    async def LogSettings(self, request: pb.LogSettingsRequest, context: Any) -> pb.LogSettingsResponse:
-        """Refused."""
-        raise UnsupportedRequest("log settings cannot be read or changed over RPC on this server")
 
 
 def add_inference_service(servicer: InferenceServicer, server: Any) -> None:

@@ -29,6 +29,7 @@ from aiorch_server.frontends.rest.documents import show_index, show_model, show_
 from aiorch_server.frontends.rest.infer_json import parse_document
 from aiorch_server.frontends.rest.planes import ManagementPlane, RestLimits
 from aiorch_server.frontends.rest.regions import RegionRoutes
+from aiorch_server.frontends.rest.settings import SettingRoutes
 from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
 from aiorch_server.frontends.rest.tensor_json import name_json_type
 from aiorch_server.frontends.unpacking import UnpackBudget
@@ -47,9 +48,6 @@ _UNSUPPORTED_PATHS = {
     "/v2/models/{model}/versions/{version:version}/generate": "the generate extension",
     "/v2/models/{model}/generate_stream": "the generate extension",
     "/v2/models/{model}/versions/{version:version}/generate_stream": "the generate extension",
-    "/v2/models/{model}/trace/setting": "the trace extension",
-    "/v2/trace/setting": "the trace extension",
-    "/v2/logging": "the logging extension",
 }
 
 
@@ -93,6 +91,7 @@ class ControlRoutes:
                 _named_repository,
             ),
             *RegionRoutes(self._controlplane, self._read_document).list_routes(),
+            *SettingRoutes(self._controlplane, self._read_document).list_routes(),
         ):
             routes += [Route(path, _guard(endpoint), methods=[method]) for path in paths]
         for path, what in _UNSUPPORTED_PATHS.items():

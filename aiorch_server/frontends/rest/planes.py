@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from aiorch_server.errors import CapacityError
 from aiorch_server.exchange import SharedRegions
 from aiorch_server.frontends.rest.connection import Patience
+from aiorch_server.observability.log_settings import LogValue
 from aiorch_server.types import (
     InferenceRequest,
     InferenceResponse,
@@ -83,6 +84,14 @@ class ManagementPlane(Protocol):
 
     async def unload_model(self, name: str, unload_dependents: bool = False) -> None:
         """Unloads all versions of a model."""
+        ...
+
+    def trace_setting(self, model: str, changes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Changes what is traced of a model, or of all, and gives what is in force."""
+        ...
+
+    def log_settings(self, changes: Mapping[str, LogValue | None]) -> dict[str, LogValue]:
+        """Changes what is logged, and gives all settings."""
         ...
 
 

@@ -301,7 +301,6 @@ async def test_errors_arrive_as_client_exceptions(door, form):
     assert version.message() == f"Request for unknown model: '{MODEL}' version 9 is not found"
     assert (await fail(lambda client: client.infer(MODEL, [tensor], model_version="latest"))).status() == "404"
     assert (await fail(lambda client: client.get_model_metadata("nobody"))).status() == "400"
-    assert (await fail(lambda client: client.get_log_settings())).status() == "501"
     door.plane.failure = ModelNotReady(f"Request for unknown model: '{MODEL}' version 1 is not at ready state")
     assert (await fail(lambda client: client.infer(MODEL, [tensor]))).status() == "503"
     door.plane.failure = None

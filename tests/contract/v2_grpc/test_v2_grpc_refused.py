@@ -192,13 +192,6 @@ async def test_repository_name(site: SimpleNamespace, name: str) -> None:
     assert text == "'repository_name' specification is not supported, expected it to be empty, got 'r'"
 
 
-@pytest.mark.parametrize("name", ["TraceSetting", "LogSettings"])
-async def test_settings_are_refused(site: SimpleNamespace, name: str) -> None:
-    code, text = await refuse(getattr(site.stub, name)(METHODS[name].request()))
-    assert code is grpc.StatusCode.UNIMPLEMENTED
-    assert "settings" in text
-
-
 async def test_stream_error_with_status(site: SimpleNamespace) -> None:
     """With triton_grpc_error the first error ends the stream, and what runs behind it is cancelled."""
     call = site.stub.ModelStreamInfer(metadata=(("triton_grpc_error", "true"),))

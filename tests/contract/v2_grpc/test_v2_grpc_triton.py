@@ -137,13 +137,6 @@ async def test_shared_memory(client: Any) -> None:
     assert "this server has no GPU" in text
 
 
-async def test_settings(client: Any) -> None:
-    await refuse(client.get_trace_settings(), "UNIMPLEMENTED")
-    await refuse(client.update_trace_settings(settings={"trace_rate": "1"}), "UNIMPLEMENTED")
-    await refuse(client.get_log_settings(), "UNIMPLEMENTED")
-    await refuse(client.update_log_settings({"log_verbose_level": 1}), "UNIMPLEMENTED")
-
-
 ARRAYS = {
     "BOOL": np.array([[True, False]]),
     "UINT8": np.array([[0, 255]], np.uint8),
