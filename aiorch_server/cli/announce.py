@@ -10,16 +10,26 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.status import Status
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from aiorch_server.cli.output import STATE_STYLES, Output, write_reasons
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.types import ModelIndexEntry, ModelMetadata, ModelState, TensorMetadata
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.status import Status
+
+#: The columns of the final table: what a row has, and how it is called there.
+_COLUMNS = {
+    "name": "model",
+    "version": "version",
+    "state": "state",
+    "backend": "backend",
+    "max_batch_size": "batch",
+    "instances": "instances",
+}
+_NUMBERS = ("max_batch_size", "instances")
 #: The largest tensor that a line to paste writes out.
 _MAX_PASTED = 64
 _NO_MODELS = "no models: a repository holds a folder per model with a folder per version, as in my_model/1/model.onnx"
@@ -58,7 +68,7 @@ class Announcer:
         self._done = 0
         # A spinner is for terminals; elsewhere each model gets a line.
         self._status: Status | None = None
-        if not output.is_json and output.console.is_terminal:
+        if not output.is_json and output.is_terminal:
             self._status = output.console.status("loading models")
 
     def begin(self) -> None:
@@ -80,6 +90,8 @@ class Announcer:
             self._done += 1
         event = {"event": "model", "name": entry.name, "version": entry.version, "state": entry.state.value}
         if self._status is not None:
+            from rich.text import Text
+
             self._status.update(Text(f"{self._done} done, loading {', '.join(self._loading) or 'models'}"))
         else:
             text = f"{entry.state.value.lower()} {name}" + (f": {entry.reason}" if entry.reason else "")
@@ -88,23 +100,43 @@ class Announcer:
     def on_ready(self, addresses: Mapping[str, str], models: Sequence[ServedModel], *, has_tls: bool) -> None:
         """The server takes requests at ``addresses`` (by door: grpc, http, metrics)."""
         self.end()
-        table = Table("model", "version", "state", "backend", box=None, header_style="bold")
-        table.add_column("batch", justify="right")
-        table.add_column("instances", justify="right")
         rows = [model.describe() for model in models]
-        for row in rows:
-            numbers = [str(row[key]) if key in row else "" for key in ("max_batch_size", "instances")]
-            state = Text(row["state"], STATE_STYLES.get(row["state"], ""))
-            table.add_row(Text(row["name"]), row["version"], state, row.get("backend", ""), *numbers)
         document = {"event": "ready", "addresses": dict(addresses), "models": rows}
         where = "\nserving: " + "  ".join(f"{door} {address}" for door, address in addresses.items()) + "\n"
         examples = write_examples(addresses, models, has_tls=has_tls)
-        self._output.show(document, table if rows else _NO_MODELS, *write_reasons(rows), where, *examples)
+        table = self._paint(write_table(rows)) if rows else _NO_MODELS
+        self._output.show(document, table, *write_reasons(rows), where, *examples)
+
+    def _paint(self, table: str) -> RenderableType:
+        """The table with its header and states marked for people at a terminal."""
+        if self._status is None:
+            return table
+        from rich.text import Text
+
+        painted = Text(table)
+        painted.stylize("bold", 0, table.index("\n"))
+        for state, style in STATE_STYLES.items():
+            painted.highlight_words([f" {state}"], style)
+        return painted
 
     def on_stop(self) -> None:
         """The server has answered what was under way and gone."""
         self.end()
         self._output.show({"event": "stopped"}, "stopped")
+
+
+def write_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each row below a header, in columns as wide as they must be; numbers stand to the right."""
+    cells = [list(_COLUMNS.values()), *([str(row.get(key, "")) for key in _COLUMNS] for row in rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+    aligned = [
+        [
+            cell.rjust(width) if key in _NUMBERS else cell.ljust(width)
+            for key, cell, width in zip(_COLUMNS, line, widths, strict=True)
+        ]
+        for line in cells
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
 
 
 def write_examples(addresses: Mapping[str, str], models: Sequence[ServedModel], *, has_tls: bool) -> list[str]:

@@ -1,7 +1,8 @@
 """What the commands write, and the exit codes they end with.
 
 People get short texts and tables; with ``--json`` standard output carries JSON documents, one a line, and nothing else.
-Errors go to standard error as text, with ``--json`` to standard output as ``{"error": {...}}``.
+Errors go to standard error as text, with ``--json`` to standard output as ``{"error": {...}}``. What a terminal or a
+table needs of rich is imported then: a server that writes to a file does without.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 Json = Annotated[bool, typer.Option("--json", help="Write JSON, one document a line.")]
 STATE_STYLES = {"READY": "green", "LOADING": "yellow", "UNLOADING": "yellow", "UNAVAILABLE": "red"}
@@ -57,9 +58,15 @@ class Output:
 
     def __init__(self, is_json: bool) -> None:
         self.is_json = is_json
-        is_terminal = sys.stdout.isatty()
+        self.is_terminal = sys.stdout.isatty()
+
+    @cached_property
+    def console(self) -> Console:
+        """Where people see tables, colours and progress."""
+        from rich.console import Console
+
         # Tables in files and pipes are not squeezed into the 80 columns of a terminal that is not there.
-        self.console = Console(highlight=False, width=None if is_terminal else _FILE_COLUMNS)
+        return Console(highlight=False, width=None if self.is_terminal else _FILE_COLUMNS)
 
     def show(self, document: Mapping[str, Any], *people: RenderableType) -> None:
         """Writes ``document`` as a line of JSON, or ``people`` to the terminal."""
@@ -67,22 +74,34 @@ class Output:
             typer.echo(json.dumps(to_json(document), allow_nan=False))
         else:
             for part in people:
-                if isinstance(part, Table):
-                    # A narrow terminal may break the lines; names that are cut off could not be told apart.
-                    unbounded = self.console.options.update(max_width=_WIDEST_TABLE)
-                    width = Measurement.get(self.console, unbounded, part).maximum
-                    Console(highlight=False, width=max(width, self.console.width)).print(part)
-                    continue
-                # Pasted lines and messages of servers must not be broken up or read as markup.
-                self.console.print(
-                    Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str | Text)
-                )
+                if isinstance(part, str) and not self.is_terminal:
+                    typer.echo(part)
+                else:
+                    self._render(part)
+
+    def _render(self, part: RenderableType) -> None:
+        from rich.console import Console
+        from rich.measure import Measurement
+        from rich.table import Table
+        from rich.text import Text
+
+        if isinstance(part, Table):
+            # A narrow terminal may break the lines; names that are cut off could not be told apart.
+            unbounded = self.console.options.update(max_width=_WIDEST_TABLE)
+            width = Measurement.get(self.console, unbounded, part).maximum
+            Console(highlight=False, width=max(width, self.console.width)).print(part)
+            return
+        # Pasted lines and messages of servers must not be broken up or read as markup.
+        self.console.print(Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str | Text))
 
     def fail(self, text: str, code: str) -> None:
         """Writes an error."""
         if self.is_json:
             typer.echo(json.dumps({"error": {"code": code, "text": text}}))
         else:
+            from rich.console import Console
+            from rich.text import Text
+
             Console(stderr=True, highlight=False).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
     @contextmanager

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from aiorch_server.config.model import ModelConfig
-from aiorch_server.config.strict_yaml import read_yaml
 from aiorch_server.errors import ModelLoadError
 
 CONFIG_FILES = ("config.pbtxt", "config.yaml")
@@ -35,6 +34,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         from aiorch_server.config.pbtxt import read_pbtxt
 
         return read_pbtxt(text, str(path))
+    from aiorch_server.config.strict_yaml import read_yaml  # as above, of the parser
+
     try:
         return read_yaml(text, str(path))
     except ValueError as error:

@@ -206,7 +206,7 @@ def test_both_packages_in_one_process(ours_first: bool) -> None:
         imports.reverse()
         names.reverse()
     script = "\n".join(imports) + ROUND_TRIP.format(first=names[0], second=names[1], ours="ours")
-    script += "\nimport tritonclient.grpc, tritonclient.grpc.aio, aiorch_server.frontends.grpc.reflection as reflection"
-    script += "\nreflection.build_pool()"
+    script += "\nimport tritonclient.grpc, tritonclient.grpc.aio, aiorch_server.frontends.grpc.descriptors as made"
+    script += "\nmade.build_pool()"
     result = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr

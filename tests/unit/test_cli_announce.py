@@ -1,5 +1,6 @@
 import ast
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aiorch_server.cli.announce import Announcer, ServedModel, write_examples
+from aiorch_server.cli.announce import Announcer, ServedModel, write_examples, write_table
 from aiorch_server.cli.output import Output
 from aiorch_server.types import ModelIndexEntry, ModelMetadata, ModelState, TensorMetadata
 
@@ -96,3 +97,33 @@ def test_names_are_never_cut_off(capsys):
 def test_an_empty_repository_is_told_what_it_should_hold(capsys):
     Announcer(Output(is_json=False)).on_ready(ADDRESSES, [], has_tls=False)
     assert "my_model/1/model.onnx" in capsys.readouterr().out
+
+
+def test_columns_are_as_wide_as_they_must_be():
+    rows = [
+        {"name": "a", "version": "12", "state": "READY", "backend": "python", "max_batch_size": 8, "instances": 10},
+        {"name": "a longer name", "version": "1", "state": "UNAVAILABLE"},
+    ]
+    assert write_table(rows).splitlines() == [
+        "model          version  state        backend  batch  instances",
+        "a              12       READY        python       8         10",
+        "a longer name  1        UNAVAILABLE",
+    ]
+
+
+def test_people_at_a_terminal_are_told_the_same(capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    models = [served("good", ("FP32", (-1, 2))), served("bad", state=ModelState.UNAVAILABLE)]
+    told = []
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        announcer = Announcer(Output(is_json=False))
+        announcer.begin()
+        announcer.on_model(ModelIndexEntry("good", "1", ModelState.LOADING))
+        capsys.readouterr()
+        announcer.on_ready(ADDRESSES, models, has_tls=False)
+        told.append(capsys.readouterr().out)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", told[1])
+    assert told[0] in plain
+    assert "\x1b[32m READY" in told[1] and "\x1b[31m UNAVAILABLE" in told[1]

@@ -15,10 +15,11 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from aiorch_server.errors import Code
 from aiorch_server.frontends.grpc import Compression, GrpcDoor, NativeGrpcServer
 from aiorch_server.frontends.grpc.context import ServicerContext
+from aiorch_server.frontends.grpc.descriptors import build_pool
 from aiorch_server.frontends.grpc.embedded import GrpcServicerContext
 from aiorch_server.frontends.grpc.health import HealthService
 from aiorch_server.frontends.grpc.methods import RpcMethod, RpcService
-from aiorch_server.frontends.grpc.reflection import ReflectionService, build_pool
+from aiorch_server.frontends.grpc.reflection import ReflectionService
 from aiorch_server.frontends.grpc.status import to_status
 
 SERVICES = ("grpc.health.v1.Health", "inference.GRPCInferenceService")
@@ -88,11 +89,14 @@ def theirs() -> Any:
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=str)
 async def test_reflection_answers_as_grpcio_reflection(theirs: Any, question: dict[str, Any]) -> None:
-    async def ask() -> Any:
-        yield reflection_pb2.ServerReflectionRequest(**question)
+    request = reflection_pb2.ServerReflectionRequest(**question)
 
-    expected = [answer async for answer in theirs.ServerReflectionInfo(ask(), None)]
-    got = [answer async for answer in ReflectionService(reversed(SERVICES)).reflect(ask(), None)]
+    async def ask(message: Any) -> Any:
+        yield message
+
+    expected = [answer async for answer in theirs.ServerReflectionInfo(ask(request), None)]
+    answers = ReflectionService(SERVICES[::-1]).reflect(ask(request.SerializeToString()), None)
+    got = [reflection_pb2.ServerReflectionResponse.FromString(answer) async for answer in answers]
     for answer in expected + got:
         # which of the imported files comes first is nobody's business
         files = answer.file_descriptor_response.file_descriptor_proto

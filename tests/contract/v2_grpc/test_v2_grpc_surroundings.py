@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2 as triton_pb2
 
-from aiorch_server.frontends.grpc.reflection import build_pool
+from aiorch_server.frontends.grpc.descriptors import build_pool
 
 TIMEOUT_S = 20.0
 SERVING = health_pb2.HealthCheckResponse.SERVING
