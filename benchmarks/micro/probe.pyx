@@ -6,6 +6,7 @@ from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
+from aiorch_server._core.buffers cimport drop_buffer, new_buffer
 from aiorch_server._core.request cimport (
     CompletionSink,
     Request,
@@ -65,7 +66,7 @@ cdef class Probe:
             raise MemoryError
         with nogil:
             for number in range(count):
-                copies[number] = <uint8_t *> malloc(size)
+                copies[number] = new_buffer(size, 0)
                 if copies[number] != NULL:
                     memcpy(copies[number], data, size)
             started = now_ns()
@@ -78,7 +79,7 @@ cdef class Probe:
             end_round(&self.reader)
             started = now_ns() - started
             for number in range(dispatched, count):
-                free(copies[number])
+                drop_buffer(copies[number])
         free(copies)
         if dispatched != count:
             raise ValueError("the router declined the message")
