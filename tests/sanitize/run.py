@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,13 +27,32 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from instrumented import build, find_library, make_python_path  # noqa: E402
+from instrumented import PACKAGES, build, find_library, make_python_path  # noqa: E402
 
+#: Programs that nothing of ours runs in: some hang, or take minutes, with a sanitizer loaded before them.
+FOREIGN = ("curl", "h2load", "node", "npm", "openssl", "prometheus", "gcc", "cc", "clang")
+#: How much longer than usual the tests wait.
+PATIENCE = 5
+TEST_LIMIT_S = 120 * PATIENCE
 LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 PLANTED = {"address": ["leak", "overflow", "undefined"], "thread": ["race"]}
 CORE = re.compile(r"/_core/[\w.-]+\.so|libnghttp2\.so")
 #: Allocated by whom: the frame under malloc, or, inside of libnghttp2, its own.
 ALLOCATOR = re.compile(r"#[12] .*(/_core/[\w.-]+\.so|libnghttp2\.so)")
+
+
+def write_foreign(place: Path) -> Path:
+    """A folder for PATH that starts the foreign programs without the sanitizer."""
+    folder = place / "foreign"
+    folder.mkdir(exist_ok=True)
+    for name in FOREIGN:
+        program = shutil.which(name)
+        script = folder / name
+        script.unlink(missing_ok=True)
+        if program is not None:
+            script.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec {shlex.quote(program)} "$@"\n')
+            script.chmod(0o755)
+    return folder
 
 
 def make_environment(kind: str, place: Path, logs: Path) -> dict[str, str]:
@@ -42,6 +62,8 @@ def make_environment(kind: str, place: Path, logs: Path) -> dict[str, str]:
         "PYTHONPATH": make_python_path(place, HERE / "at_exit"),
         "PYTHONSAFEPATH": "1",  # the normal build lies in the current folder
         "PYTHONDONTWRITEBYTECODE": "1",
+        "AIORCH_TEST_PATIENCE": str(PATIENCE),
+        "PATH": f"{write_foreign(place)}{os.pathsep}{os.environ['PATH']}",
     }
     # C++ libraries that come later throw through the sanitizer's wrapper, which looks for the real one at the start
     environment["LD_PRELOAD"] = f"{find_library(LIBRARIES[kind])} {find_library('libstdc++.so')}"
@@ -119,13 +141,34 @@ def find_planted(kind: str, place: Path) -> list[str]:
     return missed
 
 
+def read_line(*command: str) -> str:
+    """What a program says; nothing, where there is none."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def read_commit() -> str:
+    """What was compiled; with a plus where it differs from what is committed."""
+    changed = read_line("git", "status", "--porcelain", "-uno", "--", *PACKAGES)
+    return read_line("git", "rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def add_result(file: Path, kind: str, path: str, row: dict[str, Any]) -> None:
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results.setdefault(kind, {})[path] = row
+    file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
 def run(kind: str, place: Path, logs: Path, path: str, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """One pytest for the path; what came of it, and what the sanitizers found."""
     print(f"== {path}", flush=True)
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
     started = time.monotonic()
-    command = [*make_prefix(kind), sys.executable, "-m", "pytest", path, "-q", "-p", "no:cacheprovider", *arguments]
+    command = [*make_prefix(kind), sys.executable, "-m", "pytest", path, "-q", "-p", "no:cacheprovider"]
+    command += [f"--timeout={TEST_LIMIT_S}", *arguments]
     environment = make_environment(kind, place, logs)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout[-300:] if done.returncode == 0 else done.stdout[-8000:] + done.stderr[-2000:], flush=True)
@@ -133,6 +176,8 @@ def run(kind: str, place: Path, logs: Path, path: str, arguments: list[str]) -> 
     for finding in findings:
         print(f"\n{finding}")
     return {
+        "commit": read_commit(),
+        "compiler": f"gcc {read_line('gcc', '-dumpfullversion')}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "exit": done.returncode,
         "findings": len(findings),
@@ -160,12 +205,10 @@ def main() -> None:
         logs = ROOT / ".cache" / "sanitize" / given.kind / path.replace("/", "-")
         rows[path], findings = run(given.kind, place, logs, path, arguments)
         n_findings += len(findings)
+        if given.results:
+            add_result(given.results, given.kind, path, rows[path])
     failed = [path for path, row in rows.items() if row["exit"] != 0]
     print(f"\n== {given.kind}: {n_findings} findings in the core, {len(failed)} of {len(rows)} runs failed: {failed}")
-    if given.results:
-        results = json.loads(given.results.read_text()) if given.results.exists() else {}
-        results.setdefault(given.kind, {}).update(rows)
-        given.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     sys.exit(1 if n_findings or failed else 0)
 
 

@@ -20,9 +20,10 @@ from hyperframe.frame import (
     RstStreamFrame,
     SettingsFrame,
 )
+from patience import PATIENCE
 from running_site import INFER, decode_values, encode_values
 
-LIMIT_S = 3.0
+LIMIT_S = 3.0 * PATIENCE
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 VALUES = [1.5, -2.0, 0.25]
 

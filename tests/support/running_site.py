@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from patience import PATIENCE
 
 from aiorch_server._core import decode_response, encode_request
 from aiorch_server.app import Application
 from aiorch_server.config.server import ServerConfig
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 20.0 * PATIENCE
 SERVICE = "inference.GRPCInferenceService"
 INFER = f"/{SERVICE}/ModelInfer"
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import grpc
 import pytest
 import uvloop
+from patience import PATIENCE
 
 from aiorch_server.frontends.grpc import (
     NativeGrpcServer,
@@ -23,7 +24,7 @@ from aiorch_server.frontends.grpc import (
     make_grpcio_credentials,
 )
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 20.0 * PATIENCE
 SERVICE = "door.Test"
 #: native-LOOP-N: N I/O threads, or none: the loop serves the sockets.
 NATIVE = ["native-asyncio-0", "native-uvloop-0", "native-asyncio-1"]
