@@ -440,7 +440,7 @@ cdef class ConnectionProtocol(CallCarrier):
         cdef Stream *stream = take_ready(self.connection)
         while stream != NULL:
             if (stream.message != NULL and sink != NULL and dispatch(
-                    reader, stream.message, stream.message_size, stream.received_ns, stream.deadline.due_ns, sink,
+                    reader, stream.message, stream.message_size, NULL, stream.received_ns, stream.deadline.due_ns, sink,
                     stream, &request) == DISPATCHED):
                 stream.message = NULL
                 stream.request = request

@@ -17,21 +17,33 @@ cdef enum:
     POOLED_FROM_BYTES = 65536
     POOLED_TO_BYTES = 16777216
     POOL_BYTES = 67108864           # what may wait for reuse, in all
+    MAX_SLAB_BYTES = 67108864       # what buffers of new_slab_buffer may hold, in all
 
 
 # `size` bytes, not cleared, with one reference; the byte at `align_at` lies at a multiple of ALIGNMENT_BYTES, but
 # in small buffers. NULL: no memory.
 cdef uint8_t *new_buffer(size_t size, size_t align_at) noexcept nogil
+# The same, aligned at its start, for tensors of several requests (see slabs.pxd). NULL also where MAX_SLAB_BYTES are in use.
+cdef uint8_t *new_slab_buffer(size_t size) noexcept nogil
 # One more reference.
 cdef void hold_buffer(uint8_t *buffer) noexcept nogil
 # Gives one reference back (NULL: nothing happens); the last one frees.
 cdef void drop_buffer(uint8_t *buffer) noexcept nogil
+# References at this moment: 1 is the caller's own, and nobody else can get one.
+cdef int count_references(uint8_t *buffer) noexcept nogil
 # Moves the caller's reference to a buffer of `size` bytes that begins with the first `kept` of the old one, which may be
 # NULL; `align_at` as above, as far as that is cheap. NULL: no memory, nothing has changed.
 cdef uint8_t *grow_buffer(uint8_t *buffer, size_t kept, size_t size, size_t align_at) noexcept nogil
 
 # Bytes that wait in the pool.
 cdef size_t count_pooled() noexcept nogil
+
+
+# Where the end of a message lies, if not behind its beginning.
+cdef struct Place:
+    uint8_t *buffer                 # one reference; NULL: the message is in one piece
+    uint8_t *data                   # within the buffer
+    size_t at                       # the first byte of the message that lies there
 
 
 # Bytes in a buffer as Python sees them, through the buffer protocol; owns one reference.

@@ -1,7 +1,7 @@
 """Memory for messages and tensors; see buffers.pxd for the contract."""
 
 from cpython.buffer cimport PyBuffer_FillInfo
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
 
@@ -57,11 +57,15 @@ cdef struct Block:              # where the memory begins; the data follows, at 
     size_t capacity             # behind the record and its gap, of the least aligned
     int references
     int size_class
+    bint is_slab
     size_t gap                  # the last bytes in front of the data hold its distance from here
 
 
 cdef Block *_pool[N_CLASSES]
+cdef uint64_t _last_use[N_CLASSES]  # the round in which one was taken from there, or found none
+cdef uint64_t _round = 0
 cdef size_t _pooled_bytes = 0
+cdef size_t _slab_bytes = 0         # both guarded by the lock
 
 
 cdef inline size_t _class_bytes(int size_class) noexcept nogil:
@@ -86,9 +90,11 @@ cdef uint8_t *_place(Block *block, size_t align_at) noexcept nogil:
 
 
 cdef Block *_take_pooled(int size_class) noexcept nogil:
-    global _pooled_bytes
+    global _pooled_bytes, _round
     cdef Block *block
     aiorch_lock_pool()
+    _round += 1
+    _last_use[size_class] = _round
     block = _pool[size_class]
     if block != NULL:
         _pool[size_class] = block.next
@@ -98,16 +104,34 @@ cdef Block *_take_pooled(int size_class) noexcept nogil:
 
 
 cdef bint _keep_pooled(Block *block) noexcept nogil:
-    """Puts memory aside for reuse; False where enough is waiting."""
+    """Puts memory aside for reuse; False where enough is waiting. Sizes that nobody wants any more make room."""
     global _pooled_bytes
     cdef bint has_room
+    cdef Block *stale
+    cdef Block *stales = NULL
+    cdef int k, oldest
     aiorch_lock_pool()
+    while _pooled_bytes + block.capacity > POOL_BYTES:
+        oldest = block.size_class
+        for k in range(N_CLASSES):
+            if _pool[k] != NULL and _last_use[k] < _last_use[oldest]:
+                oldest = k
+        if oldest == block.size_class:
+            break
+        stale = _pool[oldest]
+        _pool[oldest] = stale.next
+        _pooled_bytes -= stale.capacity
+        stale.next, stales = stales, stale
     has_room = _pooled_bytes + block.capacity <= POOL_BYTES
     if has_room:
         block.next = _pool[block.size_class]
         _pool[block.size_class] = block
         _pooled_bytes += block.capacity
     aiorch_unlock_pool()
+    while stales != NULL:
+        stale = stales
+        stales = stale.next
+        free(stale)
     return has_room
 
 
@@ -128,12 +152,40 @@ cdef uint8_t *new_buffer(size_t size, size_t align_at) noexcept nogil:
         if block == NULL:
             return NULL
         block.capacity, block.size_class = capacity, size_class
-    block.references = 1
+    block.references, block.is_slab = 1, False
     return _place(block, align_at)
+
+
+cdef bint _count_slab(size_t size, bint is_new) noexcept nogil:
+    global _slab_bytes
+    cdef bint has_room = True
+    aiorch_lock_pool()
+    if not is_new:
+        _slab_bytes -= size
+    else:
+        has_room = _slab_bytes + size <= MAX_SLAB_BYTES
+        if has_room:
+            _slab_bytes += size
+    aiorch_unlock_pool()
+    return has_room
+
+
+cdef uint8_t *new_slab_buffer(size_t size) noexcept nogil:
+    cdef uint8_t *buffer = new_buffer(size, 0) if size >= POOLED_FROM_BYTES else NULL
+    if buffer != NULL:
+        if not _count_slab(_find_block(buffer).capacity, True):
+            drop_buffer(buffer)
+            return NULL
+        _find_block(buffer).is_slab = True
+    return buffer
 
 
 cdef void hold_buffer(uint8_t *buffer) noexcept nogil:
     aiorch_count_references(&_find_block(buffer).references, 1)
+
+
+cdef int count_references(uint8_t *buffer) noexcept nogil:
+    return aiorch_count_references(&_find_block(buffer).references, 0)
 
 
 cdef void drop_buffer(uint8_t *buffer) noexcept nogil:
@@ -143,6 +195,8 @@ cdef void drop_buffer(uint8_t *buffer) noexcept nogil:
     block = _find_block(buffer)
     if aiorch_count_references(&block.references, -1) > 0:
         return
+    if block.is_slab:
+        _count_slab(block.capacity, False)
     if block.size_class < 0 or not _keep_pooled(block):
         free(block)
 
@@ -209,6 +263,15 @@ def read_copied_bytes():
         "encoded": aiorch_read_copied(COPY_ENCODED),
         "sent": aiorch_read_copied(COPY_SENT),
     }
+
+
+def read_slab_bytes():
+    """Bytes of buffers that hold tensors of several requests."""
+    cdef size_t size
+    aiorch_lock_pool()
+    size = _slab_bytes
+    aiorch_unlock_pool()
+    return size
 
 
 def read_pooled_bytes():

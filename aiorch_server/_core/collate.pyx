@@ -95,6 +95,10 @@ cdef class Staging:
         return self._view.view()
 
 
+cdef inline bint precedes_in_memory(const Request *a, const Request *b) noexcept nogil:
+    return a.holds != NULL and (b.holds == NULL or a.holds.data < b.holds.data)
+
+
 cdef class Batch:
     """What ``Scheduler.take`` fills: one per instance, reused; not for two threads at once.
 
@@ -166,7 +170,21 @@ cdef class Batch:
             request = request.next
         self._last = self._n
         self._rows = rows
+        if self._n > 1 and self._members[0].holds != NULL:
+            self.sort_members()
         return self._n > 0
+
+    cdef void sort_members(self) noexcept nogil:
+        """By where their tensors lie: rows of one slab are one array then. They are nearly in that order."""
+        cdef Request *request
+        cdef int at
+        for i in range(1, self._n):
+            request = self._members[i]
+            at = i
+            while at > 0 and precedes_in_memory(request, self._members[at - 1]):
+                self._members[at] = self._members[at - 1]
+                at -= 1
+            self._members[at] = request
 
     def select(self, index=None):
         """Narrows the batch to the member at ``index``, or widens it to all again."""

@@ -9,7 +9,7 @@ from libc.string cimport memcpy, memset
 from aiorch_server._core.buffers cimport COPY_GATHERED, count_copied, drop_buffer, hold_buffer, new_buffer
 from aiorch_server._core.collate cimport Batch
 from aiorch_server._core.loans cimport LENT_FROM_BYTES, Loan, drop_loan, lend_buffer, may_lend
-from aiorch_server._core.request cimport Request, fail_request, find_buffer, is_cancelled, now_ns
+from aiorch_server._core.request cimport Request, fail_request, find_buffer, is_cancelled, now_ns, pthread_mutex_lock, pthread_mutex_unlock
 from aiorch_server._core.spec cimport SpecState, TensorLayout
 from aiorch_server._core.wire cimport MAX_TENSORS, OutputView, Slice
 
@@ -44,6 +44,9 @@ def serve_compiled(Batch batch not None, instance not None):
     if target.abi != AIORCH_INSTANCE_ABI:
         raise ValueError(f"a compiled instance of ABI {target.abi}; this server runs {AIORCH_INSTANCE_ABI}")
     batch.fail_rest()
+    pthread_mutex_lock(&batch._state.lock)
+    batch._state.takes_rows = True      # the contract forbids an instance to write there
+    pthread_mutex_unlock(&batch._state.lock)
     memset(rooms, 0, sizeof(rooms))
     memset(error, 0, sizeof(error))
     with nogil:
@@ -88,6 +91,26 @@ cdef bint run_batches(Batch batch, const AiorchInstance *instance, Room *rooms, 
     return True
 
 
+cdef bint is_one_array(Batch batch, int index) noexcept nogil:
+    """Whether the members' tensors lie in one buffer, each where the one before ends."""
+    cdef const uint8_t *at = batch._members[0].inputs[index].data + batch._members[0].inputs[index].size
+    cdef const uint8_t *buffer
+    cdef int i
+    if batch._n == 1:
+        return True
+    if batch._members[0].holds == NULL:
+        return False
+    buffer = find_buffer(batch._members[0], batch._members[0].inputs[index].data)
+    if buffer == NULL:
+        return False
+    for i in range(1, batch._n):
+        if (batch._members[i].inputs[index].data != at
+                or find_buffer(batch._members[i], at) != buffer):
+            return False
+        at += batch._members[i].inputs[index].size
+    return True
+
+
 cdef int gather_input(Batch batch, int index, Room *room, AiorchTensor *tensor) noexcept nogil:
     """The members' rows one after the other; -1: no memory, `tensor.size` is what was wanted."""
     cdef const SpecState *spec = batch._state.spec
@@ -111,7 +134,7 @@ cdef int gather_input(Batch batch, int index, Room *room, AiorchTensor *tensor) 
     for i in range(batch._n):
         member = batch._members[i]
         tensor.size += member.inputs[index].size
-    if batch._n == 1 and not is_bool and (<size_t> first.inputs[index].data) % ALIGNMENT == 0:
+    if not is_bool and (<size_t> first.inputs[index].data) % ALIGNMENT == 0 and is_one_array(batch, index):
         tensor.data = <void *> first.inputs[index].data
         if tensor.size >= BIG_BYTES:
             room.buffer = find_buffer(first, first.inputs[index].data)

@@ -5,7 +5,7 @@ from libc.string cimport memcpy
 from aiorch_server._core.buffers cimport COPY_RECEIVED, count_copied, drop_buffer, hold_buffer
 from aiorch_server._core.h2 cimport feed
 from aiorch_server._core.h2_request cimport extend_message
-from aiorch_server._core.h2_stream cimport FRAME_PREFIX_BYTES, MIN_LANDING_BYTES, Stream
+from aiorch_server._core.h2_stream cimport FRAME_PREFIX_BYTES, MIN_LANDING_BYTES, Stream, find_place
 from aiorch_server._core.nghttp2 cimport NGHTTP2_FLAG_END_STREAM, nghttp2_session_get_stream_user_data
 
 cdef enum:
@@ -21,7 +21,8 @@ cdef inline Stream *_find_receiver(Connection *connection, int32_t stream_id) no
         return NULL
     stream = <Stream *> nghttp2_session_get_stream_user_data(connection.session, stream_id)
     if (stream == NULL or stream.is_finished or stream.is_remote_closed or stream.message == NULL
-            or stream.prefix_size < FRAME_PREFIX_BYTES or stream.message_filled >= stream.message_size):
+            or stream.prefix_size < FRAME_PREFIX_BYTES or stream.message_filled >= stream.message_size
+            or stream.rest.buffer != NULL and stream.message_filled < stream.rest.at):
         return NULL
     return stream
 
@@ -59,7 +60,8 @@ cdef inline void _add_piece(Landing *landing, uint8_t *place, size_t size, uint8
 
 cdef void _add_payload(Connection *connection, Landing *landing, Stream *stream, size_t size) noexcept nogil:
     cdef size_t planned = _count_planned(connection, stream)
-    _add_piece(landing, stream.message + planned, size, stream.message)
+    _add_piece(landing, find_place(stream, planned), size,
+               stream.rest.buffer if stream.rest.buffer != NULL else stream.message)
     stream.planned_bytes, stream.planned_round = planned + size, connection.landing_round
 
 

@@ -21,6 +21,7 @@ class SessionProbe:
         rules: ConnectionRules | None = None,
         ledger: ServerLedger | None = None,
         packed_encodings: int = 0,
+        rest_at: int = 0,
     ) -> None: ...
     def feed(self, data: bytes, now_ns: int = 1) -> bool: ...
     def land(

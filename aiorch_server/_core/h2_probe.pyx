@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from aiorch_server._core.buffers cimport drop_buffer, new_buffer
+from aiorch_server._core.buffers cimport Place, drop_buffer, new_buffer
 from aiorch_server._core.grpc_text cimport put_frame_prefix
 from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_answer cimport (
@@ -29,11 +29,22 @@ cdef void abandon_probed(Stream *stream) noexcept nogil:
     stream.group.in_flight -= 1
 
 
+cdef bint place_probed(Stream *stream, const uint8_t *head, size_t size, size_t message_size, Place *place) noexcept nogil:
+    """A buffer for all but the first bytes of the message."""
+    cdef size_t at = (<size_t *> stream.connection.owner)[0]
+    if at > size:
+        return False
+    place.buffer = place.data = new_buffer(message_size - at, 0)
+    place.at = at
+    return place.buffer != NULL
+
+
 cdef class SessionProbe:
     """One server session as unit tests see it; the test plays the driver and the client's socket."""
 
     cdef Group *group
     cdef Connection *connection
+    cdef size_t rest_at
     cdef bint is_closed
 
     def __cinit__(self, *, bytes fast_path=b"/fast/Call", size_t max_message_bytes=1 << 20,
@@ -41,7 +52,7 @@ cdef class SessionProbe:
                   uint32_t stream_window_bytes=1 << 20, uint32_t connection_window_bytes=1 << 21,
                   size_t max_buffered_bytes=1 << 22, size_t max_outbound_bytes=1 << 22,
                   size_t high_water_bytes=65536, ConnectionRules rules=None, ServerLedger ledger=None,
-                  uint32_t packed_encodings=0):
+                  uint32_t packed_encodings=0, size_t rest_at=0):
         cdef Limits limits
         limits.max_message_bytes, limits.max_concurrent_streams = max_message_bytes, max_concurrent_streams
         limits.max_header_list_bytes, limits.stream_window_bytes = max_header_list_bytes, stream_window_bytes
@@ -53,7 +64,10 @@ cdef class SessionProbe:
             raise MemoryError
         if rules is not None:
             set_rules(self.group, &rules.rules, ledger.ledger if ledger is not None else NULL, packed_encodings)
-        self.connection = open_connection(self.group, NULL)
+        self.rest_at = rest_at
+        if rest_at:
+            self.group.place_rest = place_probed
+        self.connection = open_connection(self.group, &self.rest_at)
         if self.connection == NULL or (rules is not None and begin_life(self.connection, 1) < 0):
             raise MemoryError
 
@@ -151,6 +165,8 @@ cdef class SessionProbe:
         ready = []
         cdef Stream *stream = take_ready(self.connection)
         while stream != NULL:
+            if join_message(stream) < 0:
+                raise MemoryError
             ready.append((stream.id, PyBytes_FromStringAndSize(<char *> stream.message, stream.message_size),
                           stream.deadline.due_ns))
             drop_buffer(stream.message)

@@ -3,7 +3,7 @@
 from libc.stdlib cimport malloc
 from libc.string cimport memcmp, memcpy, memmove
 
-from aiorch_server._core.buffers cimport COPY_RECEIVED, count_copied, grow_buffer, new_buffer
+from aiorch_server._core.buffers cimport COPY_RECEIVED, count_copied, drop_buffer, grow_buffer, new_buffer
 from aiorch_server._core.grpc_text cimport is_grpc_content_type, parse_timeout, read_frame_size
 from aiorch_server._core.h2_answer cimport answer_http, refuse_size, refuse_stream
 from aiorch_server._core.h2_life cimport has_room
@@ -135,9 +135,26 @@ cdef int _begin_message(Stream *stream, const uint8_t *head, size_t head_size) n
         return -1
     stream.is_message_compressed = stream.prefix[0] == 1
     stream.message_size, stream.message_filled, stream.message_align = size, 0, 0
-    if stream.group.find_tensor != NULL and size > head_size:
+    if size >= PLACED_FROM_BYTES and stream.kind == STREAM_FAST and stream.group.place_rest != NULL:
+        _place_rest(stream, head, head_size)
+    if stream.group.find_tensor != NULL and size > head_size and stream.rest.buffer == NULL:
         stream.message_align = stream.group.find_tensor(head, head_size, size)
     return extend_message(stream, min(size, <size_t> FIRST_BOOKED_BYTES))
+
+
+cdef void _place_rest(Stream *stream, const uint8_t *head, size_t head_size) noexcept nogil:
+    """Asks the driver where the end of the message belongs."""
+    cdef Group *group = stream.group
+    if stream.is_message_compressed or not group.place_rest(
+            stream, head, head_size, stream.message_size, &stream.rest):
+        stream.rest.buffer = NULL
+        return
+    stream.message = new_buffer(stream.rest.at, 0)
+    if stream.message == NULL:
+        drop_buffer(stream.rest.buffer)
+        stream.rest.buffer = NULL
+        return
+    stream.message_capacity = stream.message_size
 
 
 cdef int extend_message(Stream *stream, size_t size) noexcept nogil:
@@ -220,10 +237,12 @@ cdef void take_bytes(Stream *stream, const uint8_t *data, size_t size) noexcept 
             n = stream.message_size - stream.message_filled
             if n > size:
                 n = size
+            if stream.rest.buffer != NULL and stream.message_filled < stream.rest.at:
+                n = min(n, stream.rest.at - stream.message_filled)
             if (stream.message_filled + n > stream.message_booked
                     and extend_message(stream, stream.message_filled + n) < 0):
                 return
-            place = stream.message + stream.message_filled
+            place = find_place(stream, stream.message_filled)
             if place != data:           # else it was received there
                 memmove(place, data, n)     # they overlap where the frames were not those that had been guessed
                 count_copied(COPY_RECEIVED, n)
@@ -302,6 +321,9 @@ cdef int _leave_fast_path(Stream *stream) noexcept nogil:
 
 cdef void make_slow(Stream *stream) noexcept nogil:
     stream.has_message = False
+    if join_message(stream) < 0:
+        refuse_stream(stream, STATUS_RESOURCE_EXHAUSTED, b"Out of memory")
+        return
     if _leave_fast_path(stream) < 0:
         return
     push_event(stream, EVENT_CALL | EVENT_HALF_CLOSE)

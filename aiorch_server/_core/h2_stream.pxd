@@ -8,6 +8,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 
+from aiorch_server._core.buffers cimport Place
 from aiorch_server._core.h2_ledger cimport Ledger
 from aiorch_server._core.h2_rules cimport Life, LifeRules
 from aiorch_server._core.loans cimport LentList, Loan
@@ -25,6 +26,7 @@ cdef enum:
     FRAME_PREFIX_BYTES = 5      # in front of each gRPC message
     INLINE_METADATA_BYTES = 256
     INLINE_TEXT_BYTES = 64
+    PLACED_FROM_BYTES = 65536   # messages whose end may be wanted elsewhere
     MIN_LANDING_BYTES = 4096    # less is received as everything else, see h2_landing
     MAX_OUTLET_PIECES = 160     # two for each DATA frame of a lent array
     LISTED_MESSAGE_BYTES = 64   # what an unread message costs beside its bytes
@@ -71,6 +73,9 @@ cdef struct Group:
     void (*abandon)(Stream *) noexcept nogil    # must set stream.request to NULL and see to it that it is never used
     # Where in a message the part begins that a model wants aligned (see wire.find_tensor); NULL: nowhere.
     size_t (*find_tensor)(const uint8_t *head, size_t size, size_t message_size) noexcept nogil
+    # Where the end of a fast message belongs of which the first bytes have come: true, and a place whose reference becomes
+    # the stream's and whose `at` lies within these bytes. NULL, or false: into the message.
+    bint (*place_rest)(Stream *stream, const uint8_t *head, size_t size, size_t message_size, Place *place) noexcept nogil
     int64_t in_flight                   # the driver's count of requests that have not come back
     int64_t now_ns                      # of the driver's round: it sets this before it settles answers
     LifeRules rules
@@ -179,6 +184,7 @@ cdef struct Stream:
     size_t message_capacity
     size_t message_booked               # of the connection's partial_bytes
     size_t message_align                # which of its bytes is aligned
+    Place rest                          # owned: where its end lies; the driver takes it together with `message`
     int32_t follower_id                 # the stream whose DATA came after this one's; 0: not known
     size_t planned_bytes                # of the message, in the landing that is being laid out
     uint32_t planned_round
@@ -241,11 +247,19 @@ cdef void push_event(Stream *stream, uint32_t event) noexcept nogil
 # --- parts of it; the stream is open
 # Frees the message under assembly (or complete, on the fast path) and takes it off the books.
 cdef void drop_message(Stream *stream) noexcept nogil
+# Copies a complete message that lies in two places into one; -1: no memory, nothing has changed.
+cdef int join_message(Stream *stream) noexcept nogil
 cdef void drop_inbox(Stream *stream) noexcept nogil
 cdef void drop_outbound(Stream *stream) noexcept nogil
 cdef void free_message(Message *message) noexcept nogil
 # Gives the connection's window back what was withheld, once the unread messages are few enough.
 cdef void release_window(Connection *connection) noexcept nogil
+
+
+cdef inline uint8_t *find_place(Stream *stream, size_t at) noexcept nogil:
+    if stream.rest.buffer != NULL and at >= stream.rest.at:
+        return stream.rest.data + (at - stream.rest.at)
+    return stream.message + at
 
 
 cdef inline size_t held_bytes(Connection *connection) noexcept nogil:

@@ -4,7 +4,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
-from aiorch_server._core.buffers cimport drop_buffer
+from aiorch_server._core.buffers cimport COPY_RECEIVED, count_copied, drop_buffer, new_buffer
 from aiorch_server._core.loans cimport drop_lent_list
 from aiorch_server._core.nghttp2 cimport nghttp2_session_consume_connection
 from aiorch_server._core.timers cimport clear_timer
@@ -106,7 +106,25 @@ cdef void release_stream(Stream *stream) noexcept nogil:
 cdef void drop_message(Stream *stream) noexcept nogil:
     stream.connection.partial_bytes -= stream.message_booked
     drop_buffer(stream.message)
+    drop_buffer(stream.rest.buffer)
+    stream.rest.buffer = NULL
     stream.message, stream.message_capacity, stream.message_booked = NULL, 0, 0
+
+
+cdef int join_message(Stream *stream) noexcept nogil:
+    cdef uint8_t *joined
+    if stream.rest.buffer == NULL:
+        return 0
+    joined = new_buffer(stream.message_size, 0)
+    if joined == NULL:
+        return -1
+    memcpy(joined, stream.message, stream.rest.at)
+    memcpy(joined + stream.rest.at, stream.rest.data, stream.message_size - stream.rest.at)
+    count_copied(COPY_RECEIVED, stream.message_size)
+    drop_buffer(stream.message)
+    drop_buffer(stream.rest.buffer)
+    stream.message, stream.rest.buffer = joined, NULL
+    return 0
 
 
 cdef void drop_inbox(Stream *stream) noexcept nogil:

@@ -413,9 +413,9 @@ cdef void dispatch_ready(IoConnection *connection) noexcept nogil:
     cdef Stream *stream = take_ready(connection.session)
     while stream != NULL:
         if stream.message != NULL and dispatch(
-                &io.reader, stream.message, stream.message_size, stream.received_ns, stream.deadline.due_ns, io.sink,
+                &io.reader, stream.message, stream.message_size, &stream.rest, stream.received_ns, stream.deadline.due_ns, io.sink,
                 stream, &request) == DISPATCHED:
-            stream.message = NULL
+            stream.message = stream.rest.buffer = NULL
             stream.request = request
             io.group.in_flight += 1
         else:

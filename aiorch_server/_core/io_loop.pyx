@@ -5,6 +5,7 @@ from libc.stdint cimport uint32_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport strlen
 
+from aiorch_server._core.buffers cimport Place
 from aiorch_server._core.crossing cimport *
 from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_answer cimport answer_stream, expire_stream, fail_stream, revoke_stream
@@ -14,7 +15,7 @@ from aiorch_server._core.io_connection cimport dispatch_ready, end_turn, open_io
 from aiorch_server._core.io_plane cimport carry_out, post
 from aiorch_server._core.io_state cimport *
 from aiorch_server._core.request cimport Request, abandon_sink, drain_sink, free_request, new_sink, now_ns, release_sink
-from aiorch_server._core.routes cimport begin_round, cancel_request, end_round, release_router, retain_router
+from aiorch_server._core.routes cimport begin_round, cancel_request, end_round, place_tensor, release_router, retain_router
 from aiorch_server._core.wire cimport find_tensor
 from aiorch_server._core.timers cimport free_timers, next_due, take_due
 from aiorch_server._core.transport cimport WIRE_SLACK_BYTES, PortSecurity, release_security, retain_security
@@ -48,6 +49,11 @@ cdef void abandon_request(Stream *stream) noexcept nogil:
         request.owner = NULL            # it comes through the sink and is freed there
 
 
+cdef bint place_rest(Stream *stream, const uint8_t *head, size_t size, size_t message_size, Place *place) noexcept nogil:
+    cdef IoState *io = (<IoConnection *> stream.connection.owner).io
+    return io.router != NULL and place_tensor(io.router, head, size, message_size, place)
+
+
 cdef IoState *new_io(const Limits *limits, const uint8_t *fast_path, size_t fast_path_size, RouterState *router,
                      int64_t greeting_timeout_ns, int64_t write_timeout_ns) noexcept nogil:
     cdef IoState *io = <IoState *> calloc(1, sizeof(IoState))
@@ -66,6 +72,7 @@ cdef IoState *new_io(const Limits *limits, const uint8_t *fast_path, size_t fast
     io.group = new_group(limits, fast_path, fast_path_size, abandon_request)
     if io.group != NULL:
         io.group.find_tensor = find_tensor
+        io.group.place_rest = place_rest
     io.receive_buffer = <uint8_t *> malloc(RECEIVE_BYTES + TAIL_BYTES)
     io.outlet.buffer, io.outlet.capacity = <uint8_t *> malloc(SEND_BYTES), SEND_BYTES
     if (io.epoll_fd < 0 or io.crossing == NULL or io.sink == NULL or io.group == NULL

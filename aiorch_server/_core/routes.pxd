@@ -10,13 +10,14 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
+from aiorch_server._core.buffers cimport Place
 from aiorch_server._core.request cimport CompletionSink, Request, pthread_mutex_t
 from aiorch_server._core.scheduler cimport SchedulerState, cancel_request  # noqa: re-exported for doors
 from aiorch_server._core.wire cimport Slice
 
 
 cdef enum DispatchResult:
-    DISPATCHED = 0          # the request owns `message` now and comes back through `sink` or cancel_request
+    DISPATCHED = 0          # the request owns `message` and `rest` now and comes back through `sink` or cancel_request
     DECLINED = 1            # nothing happened; `message` is still the caller's
 
 
@@ -62,10 +63,17 @@ cdef void release_router(RouterState *router) noexcept nogil
 # A round: begin_round, any number of dispatches, end_round, which wakes the instances of what was dispatched.
 cdef void begin_round(RouterState *router, RouteReader *reader) noexcept nogil
 cdef void end_round(RouteReader *reader) noexcept nogil
+# `rest`: the message's end where that lies elsewhere, as place_tensor said; NULL, or without a buffer: it does not.
 # `deadline_ns` is absolute on CLOCK_MONOTONIC, 0 for none. On DISPATCHED `*request` is the new request, whose `owner` is
 # as given.
-cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size, int64_t received_ns,
-                             int64_t deadline_ns, CompletionSink *sink, void *owner, Request **request) noexcept nogil
+cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size, const Place *rest,
+                             int64_t received_ns, int64_t deadline_ns, CompletionSink *sink, void *owner, Request **request) noexcept nogil
+
+
+# Where the tensor of a message belongs of which the head has come: into rows of a batch of the version that it names.
+# False: into the message. Any thread, in a round or not.
+cdef bint place_tensor(RouterState *router, const uint8_t *head, size_t head_size, size_t message_size,
+                       Place *place) noexcept nogil
 
 
 cdef class Router:

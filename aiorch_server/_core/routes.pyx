@@ -1,11 +1,12 @@
 """From a message to a place in the queue of the version that it names."""
 
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy
 
 from aiorch_server._core.request cimport (
     aiorch_add_reference,
     free_request,
+    hold_memory,
     new_request,
     now_ns,
     pthread_mutex_destroy,
@@ -24,11 +25,22 @@ from aiorch_server._core.scheduler cimport (
     count_failure,
     enqueue,
     release_scheduler,
+    reserve_in_slab,
     retain_scheduler,
     wake,
 )
-from aiorch_server._core.spec cimport bind_request
-from aiorch_server._core.wire cimport SCAN_OK, InferScan, scan_request, slice_equals
+from aiorch_server._core.spec cimport bind_request, measure_rows
+from aiorch_server._core.wire cimport (
+    SCAN_OK,
+    InferScan,
+    ScanResult,
+    find_head_size,
+    find_tensor,
+    put_varint,
+    scan_parts,
+    scan_request,
+    slice_equals,
+)
 
 cdef int UNAVAILABLE = 14
 
@@ -176,19 +188,74 @@ cdef class Router:
         release_table(retired)
 
 
-cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size, int64_t received_ns,
-                             int64_t deadline_ns, CompletionSink *sink, void *owner, Request **request) noexcept nogil:
+cdef SchedulerState *find_scheduler(const RouteTable *table, const InferScan *scan) noexcept nogil:
+    cdef const ModelRoute *model = find_model(table, &scan.model_name)
+    return find_version(model, &scan.model_version) if model != NULL else NULL
+
+
+cdef bint place_tensor(RouterState *router, const uint8_t *head, size_t head_size, size_t message_size,
+                       Place *place) noexcept nogil:
+    cdef RouteReader reader
     cdef InferScan scan
-    cdef const ModelRoute *model
+    cdef SchedulerState *scheduler
+    cdef Slice tensor
+    cdef size_t at = find_tensor(head, head_size, message_size)
+    cdef size_t row_bytes
+    cdef int64_t rows = 0
+    cdef bint is_placed = False
+    tensor.data, tensor.size = head, message_size - at      # never read
+    # the length in front of it must say that it is the end, in as few bytes as it takes
+    if at == 0 or not is_length(head, at, tensor.size):
+        return False
+    reader.n_touched = 0
+    begin_round(router, &reader)
+    if (reader.table != NULL and scan_parts(head, find_head_size(at, message_size), tensor, &scan) == SCAN_OK
+            and scan.is_plain):
+        scheduler = find_scheduler(reader.table, &scan)
+        if scheduler != NULL:
+            row_bytes = measure_rows(scheduler.spec, &scan, &rows)
+            is_placed = row_bytes > 0 and reserve_in_slab(scheduler, row_bytes, rows, place)
+    end_round(&reader)
+    place.at = at
+    return is_placed
+
+
+cdef bint is_length(const uint8_t *head, size_t at, size_t size) noexcept nogil:
+    """Whether the bytes before `at` are the tag of a raw tensor and that length."""
+    cdef uint8_t expected[16]
+    cdef size_t n
+    expected[0] = 7 << 3 | 2
+    n = <size_t> (put_varint(expected + 1, size) - expected)
+    return at > n and memcmp(head + at - n, expected, n) == 0
+
+
+cdef void take_back(Request *candidate) noexcept nogil:
+    """Frees a request whose memory stays the caller's."""
+    candidate.message = NULL
+    if candidate.holds != NULL:
+        candidate.holds.buffer = NULL
+    free_request(candidate)
+
+
+cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size, const Place *rest,
+                             int64_t received_ns, int64_t deadline_ns, CompletionSink *sink, void *owner, Request **request) noexcept nogil:
+    cdef InferScan scan
+    cdef ScanResult scanned
     cdef SchedulerState *scheduler
     cdef Request *candidate
     cdef EnqueueResult result
-    if reader.table == NULL or scan_request(message, size, &scan) != SCAN_OK or not scan.is_plain:
+    cdef Slice tensor
+    tensor.data, tensor.size = NULL, 0
+    if reader.table == NULL:
         return DECLINED
-    model = find_model(reader.table, &scan.model_name)
-    if model == NULL:
+    if rest != NULL and rest.buffer != NULL:
+        tensor.data, tensor.size = rest.data, size - rest.at
+        scanned = scan_parts(message, find_head_size(rest.at, size), tensor, &scan)
+    else:
+        scanned = scan_request(message, size, &scan)
+    if scanned != SCAN_OK or not scan.is_plain:
         return DECLINED
-    scheduler = find_version(model, &scan.model_version)
+    scheduler = find_scheduler(reader.table, &scan)
     if scheduler == NULL:
         return DECLINED
     candidate = new_request(message, size, scheduler.spec.n_inputs, scheduler.spec.n_key, sink, owner)
@@ -196,9 +263,9 @@ cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size,
         return DECLINED
     candidate.received_ns = received_ns
     candidate.deadline_ns = deadline_ns
-    if not bind_request(scheduler.spec, &scan, candidate):
-        candidate.message = NULL    # stays the caller's
-        free_request(candidate)
+    if (not bind_request(scheduler.spec, &scan, candidate)
+            or tensor.size and not hold_memory(candidate, tensor.data, tensor.size, rest.buffer, NULL)):
+        take_back(candidate)
         return DECLINED
     result = enqueue(scheduler, candidate, scan.priority, scan.timeout_us, now_ns())
     if result == ENQUEUED:
@@ -210,8 +277,7 @@ cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size,
         put_settled(sink, candidate, candidate)
     else:
         # Also where the scheduler is closed: the round's table may be a moment old, and the model loaded anew since.
-        candidate.message = NULL
-        free_request(candidate)
+        take_back(candidate)
         return DECLINED
     request[0] = candidate
     return DISPATCHED

@@ -7,9 +7,11 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 from aiorch_server._core.batch_former cimport BatchPolicy
+from aiorch_server._core.buffers cimport Place
 from aiorch_server._core.histogram cimport HistogramState
 from aiorch_server._core.queue cimport Queue
 from aiorch_server._core.request cimport CompletionSink, Request, pthread_mutex_t
+from aiorch_server._core.slabs cimport Slab
 from aiorch_server._core.spec cimport ModelSpec, SpecState
 
 
@@ -75,6 +77,8 @@ cdef struct SchedulerState:
     uint64_t default_level
     bint is_closed
     int waiting                     # instances inside take
+    bint takes_rows                 # its instances do not write into what they are given
+    Slab slab
     # guarded by stats_lock
     pthread_mutex_t stats_lock
     Counters counters
@@ -93,6 +97,8 @@ cdef enum EnqueueResult:
 # owns it; else it is still the caller's. Wakes nobody.
 cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t priority, int64_t timeout_us,
                            int64_t now) noexcept nogil
+# Rows of the slab for a tensor that is coming in; see slabs.reserve_rows. False: there are none.
+cdef bint reserve_in_slab(SchedulerState *state, size_t row_bytes, int64_t rows, Place *place) noexcept nogil
 # Wakes an instance if one waits; called after one or more enqueues.
 cdef void wake(SchedulerState *state) noexcept nogil
 # True: the request was still queued, has left the queue and is the caller's again (free it with free_request).

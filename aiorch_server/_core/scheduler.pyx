@@ -20,6 +20,7 @@ from aiorch_server._core.request cimport (
     put_settled,
     refuse_request,
 )
+from aiorch_server._core.slabs cimport drop_slab, note_batch, relax_slab, reserve_rows
 from aiorch_server._core.spec cimport release_spec, retain_spec
 
 import time
@@ -84,6 +85,7 @@ cdef void release_scheduler(SchedulerState *state) noexcept nogil:
     if aiorch_add_reference(&state.references, -1) > 0:
         return
     clear_queue(&state.queue)
+    drop_slab(&state.slab)
     pthread_cond_destroy(&state.due)
     pthread_cond_destroy(&state.idle)
     pthread_mutex_destroy(&state.lock)
@@ -131,6 +133,15 @@ cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t pri
     return result
 
 
+cdef bint reserve_in_slab(SchedulerState *state, size_t row_bytes, int64_t rows, Place *place) noexcept nogil:
+    cdef bint is_reserved = False
+    pthread_mutex_lock(&state.lock)
+    if state.takes_rows and not state.is_closed:
+        is_reserved = reserve_rows(&state.slab, row_bytes, rows, place)
+    pthread_mutex_unlock(&state.lock)
+    return is_reserved
+
+
 cdef void wake(SchedulerState *state) noexcept nogil:
     cdef bint is_awaited
     pthread_mutex_lock(&state.lock)
@@ -147,6 +158,7 @@ cdef void leave(SchedulerState *state, int64_t n) noexcept nogil:
     state.in_flight -= n
     is_idle = state.in_flight == 0
     if is_idle:
+        relax_slab(&state.slab)
         pthread_cond_broadcast(&state.idle)
     pthread_mutex_unlock(&state.lock)
 
@@ -258,6 +270,7 @@ cdef Request *take_batch(SchedulerState *state, int *members, int64_t *rows, int
         request.state = REQUEST_RUNNING
         request.taken_ns = now
         request = request.next
+    note_batch(&state.slab, batch.rows)
     # the baton: whoever got a batch wakes the next instance if there is more to do
     another_is_due = state.waiting > 0 and state.queue.n > 0
     pthread_mutex_unlock(&state.lock)
@@ -368,6 +381,7 @@ cdef class Scheduler:
         pthread_mutex_lock(&self.state.lock)
         self.state.is_closed = True
         self.state.policy.delay_ns = 0      # nobody can come any more for whom it would be worth waiting
+        drop_slab(&self.state.slab)
         pthread_cond_broadcast(&self.state.due)
         pthread_mutex_unlock(&self.state.lock)
 

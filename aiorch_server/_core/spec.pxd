@@ -55,6 +55,9 @@ cdef class ModelSpec:
 cdef void retain_spec(SpecState *spec) noexcept nogil
 cdef void release_spec(SpecState *spec) noexcept nogil
 
+# Rows and bytes per row of the request's last tensor, which may not be read yet; 0: it is no rows of fixed-size elements
+# that a batch may view where they lie.
+cdef size_t measure_rows(const SpecState *spec, const InferScan *scan, int64_t *rows) noexcept nogil
 # Checks a plain scan against the model and fills request.inputs, shape_key, output_mask, rows and id.
 # False: something is not as the model wants it (the Python plane finds the words); `request` is void then.
 cdef bint bind_request(const SpecState *spec, const InferScan *scan, Request *request) noexcept nogil

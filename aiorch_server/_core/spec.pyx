@@ -51,6 +51,26 @@ cdef int find_tensor(const TensorLayout *layouts, int n, const Slice *name, int 
     return -1
 
 
+cdef size_t measure_rows(const SpecState *spec, const InferScan *scan, int64_t *rows) noexcept nogil:
+    cdef const TensorView *tensor
+    cdef const TensorLayout *layout
+    cdef int index
+    if not scan.is_plain or scan.n_inputs == 0 or spec.max_batch_size < 2:
+        return 0
+    tensor = &scan.inputs[scan.n_inputs - 1]
+    index = find_tensor(spec.inputs, spec.n_inputs, &tensor.name, scan.n_inputs - 1)
+    if index < 0:
+        return 0
+    layout = &spec.inputs[index]
+    # BYTES have no fixed size, BOOL is made 0 and 1 on its way to the model
+    if (layout.itemsize == 0 or layout.datatype.data[0] == c'B' and layout.itemsize == 1
+            or not slice_equals(&tensor.datatype, &layout.datatype) or not fits_shape(layout, tensor, 1)
+            or not 1 <= tensor.dims[0] <= spec.max_batch_size or not fits_size(layout, tensor)):
+        return 0
+    rows[0] = tensor.dims[0]
+    return tensor.data.size // <size_t> tensor.dims[0]
+
+
 cdef bint bind_request(const SpecState *spec, const InferScan *scan, Request *request) noexcept nogil:
     cdef const TensorView *tensor
     cdef const TensorLayout *layout

@@ -50,6 +50,9 @@ cdef enum ScanResult:
 # Reads one serialized ModelInferRequest. `scan` is written from the start; on SCAN_MALFORMED its content is void.
 cdef ScanResult scan_request(const uint8_t *message, size_t size, InferScan *scan) noexcept nogil
 
+# The same for a message whose last field is a tensor that lies elsewhere; `head` is what comes before that field.
+cdef ScanResult scan_parts(const uint8_t *head, size_t head_size, Slice tensor, InferScan *scan) noexcept nogil
+
 # Where in a message the tensor begins that fills most of it, judged by the first `size` bytes; 0: there is none.
 cdef size_t find_tensor(const uint8_t *head, size_t size, size_t message_size) noexcept nogil
 
@@ -98,3 +101,7 @@ cdef inline uint8_t *put_varint(uint8_t *out, uint64_t value) noexcept nogil:
         value >>= 7
     out[0] = <uint8_t> value
     return out + 1
+
+# What comes before the field of a tensor that begins at the byte `tensor_at` of a message and is its end.
+cdef inline size_t find_head_size(size_t tensor_at, size_t message_size) noexcept nogil:
+    return tensor_at - 1 - varint_size(message_size - tensor_at)

@@ -158,6 +158,32 @@ cdef ScanResult scan_parameter(Slice content, InferScan *scan) noexcept nogil:
 
 
 cdef ScanResult scan_request(const uint8_t *message, size_t size, InferScan *scan) noexcept nogil:
+    if scan_fields(message, size, scan) != SCAN_OK:
+        return SCAN_MALFORMED
+    join_contents(scan)
+    return SCAN_OK
+
+
+cdef ScanResult scan_parts(const uint8_t *head, size_t head_size, Slice tensor, InferScan *scan) noexcept nogil:
+    if scan_fields(head, head_size, scan) != SCAN_OK:
+        return SCAN_MALFORMED
+    if scan.n_raw == MAX_TENSORS:
+        scan.is_plain = False
+    else:
+        scan.raw[scan.n_raw] = tensor
+        scan.n_raw += 1
+    join_contents(scan)
+    return SCAN_OK
+
+
+cdef void join_contents(InferScan *scan) noexcept nogil:
+    if scan.n_raw != scan.n_inputs:
+        scan.is_plain = False
+    for i in range(scan.n_inputs if scan.is_plain else 0):
+        scan.inputs[i].data = scan.raw[i]
+
+
+cdef ScanResult scan_fields(const uint8_t *message, size_t size, InferScan *scan) noexcept nogil:
     cdef const uint8_t *at = message
     cdef const uint8_t *end = message + size
     cdef const uint8_t *inner
@@ -220,10 +246,6 @@ cdef ScanResult scan_request(const uint8_t *message, size_t size, InferScan *sca
             scan.n_raw += 1
         else:
             scan.is_plain = False
-    if scan.n_raw != scan.n_inputs:
-        scan.is_plain = False
-    for i in range(scan.n_inputs if scan.is_plain else 0):
-        scan.inputs[i].data = scan.raw[i]
     return SCAN_OK
 
 

@@ -93,9 +93,9 @@ def without_windows(sent: bytes | None) -> list[bytes] | None:
     return None if sent is None else frames
 
 
-def receive(wire: bytes, cuts: list[int], **how: Any) -> list[Any]:
+def receive(wire: bytes, cuts: list[int], rest_at: int = 0, **how: Any) -> list[Any]:
     """What a session has seen when all came in pieces of these sizes, in turn; None and nothing more once it broke."""
-    server = greet()
+    server = greet(rest_at=rest_at)
     result: list[Any] = []
     at = turn = 0
     while at < len(wire):
@@ -191,6 +191,7 @@ def write(plans: list[Body], rng: random.Random, turns: str, noise: float) -> by
     linear_bytes=st.sampled_from([16, 512, FRAME_BYTES]),
     is_guessing=st.booleans(),
     broken_at=st.one_of(st.none(), st.none(), st.floats(0, 1)),
+    rest_at=st.sampled_from([0, 0, 1, 60, 600]),
 )
 @example(  # a read that ends with a header that was not guessed, while another was to come
     plans=[Body(FAST, [0], 700, -1, False, "end"), Body(FAST, [150_000], 9000, -1, True, "short")],
@@ -201,6 +202,7 @@ def write(plans: list[Body], rng: random.Random, turns: str, noise: float) -> by
     linear_bytes=16,
     is_guessing=True,
     broken_at=None,
+    rest_at=0,
 )
 def test_the_same_messages_in_any_cut(
     plans: list[Body],
@@ -211,13 +213,15 @@ def test_the_same_messages_in_any_cut(
     linear_bytes: int,
     is_guessing: bool,
     broken_at: float | None,
+    rest_at: int,
 ) -> None:
+    """Where the end of a big message has a place of its own (`rest_at`), too."""
     rng = random.Random(seed)
     wire = write(plans, rng, turns, noise)
     if broken_at is not None:  # from there on the bytes are no frames, or other ones
         place = int(broken_at * len(wire))
         wire = wire[:place] + rng.randbytes(40) + wire[place:]
-    landed = receive(wire, cuts, linear_bytes=linear_bytes, is_guessing=is_guessing)
+    landed = receive(wire, cuts, rest_at, linear_bytes=linear_bytes, is_guessing=is_guessing)
     assert landed == receive_linear(wire, cuts)
 
 

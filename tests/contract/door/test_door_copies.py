@@ -104,8 +104,8 @@ def image(seed: int) -> Any:
     return np.random.default_rng(seed).standard_normal((1, *SHAPE), dtype=np.float32)
 
 
-def request(array: Any, id: str = "") -> bytes:
-    return encode_request("image", "", id, [("X", "FP32", array.shape, array.tobytes())])
+def request(array: Any, id: str = "", model: str = "image") -> bytes:
+    return encode_request(model, "", id, [("X", "FP32", array.shape, array.tobytes())])
 
 
 def image_of(response: bytes) -> Any:
@@ -113,11 +113,13 @@ def image_of(response: bytes) -> Any:
     return np.frombuffer(outputs[0][3], np.float32).reshape(outputs[0][2])
 
 
-def write_call(encoder: hpack.Encoder, stream_id: int, array: Any) -> bytes:
+def write_call(
+    encoder: hpack.Encoder, stream_id: int, array: Any, model: str = "image", message: bytes = b""
+) -> bytes:
     fields = [(":method", "POST"), (":scheme", "http"), (":path", FAST_PATH), (":authority", "x"), ("te", "trailers")]
     head = hyperframe.frame.HeadersFrame(stream_id, encoder.encode([*fields, ("content-type", "application/grpc")]))
     head.flags.add("END_HEADERS")
-    message = request(array)
+    message = message or request(array, model=model)
     body = b"\0" + len(message).to_bytes(4, "big") + message
     frames = [head.serialize()]
     for at in range(0, len(body), 16384):

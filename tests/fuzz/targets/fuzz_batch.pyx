@@ -88,7 +88,7 @@ cdef object run_messages(const uint8_t *data, size_t size, CompletionSink *sink)
         length = min(data[0] | <size_t> data[1] << 8, size - 2)
         message = new_buffer(length + 1, 0)
         memcpy(message, data + 2, length)
-        if dispatch(&reader, message, length, 1, 0, sink, <void *> served, &request) == DISPATCHED:
+        if dispatch(&reader, message, length, NULL, 1, 0, sink, <void *> served, &request) == DISPATCHED:
             sent[<size_t> request] = PyBytes_FromStringAndSize(<const char *> data + 2, <Py_ssize_t> length)
         else:
             drop_buffer(message)
