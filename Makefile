@@ -123,6 +123,8 @@ $(CACHE)/examples: pyproject.toml setup.py $(CACHE)/base
 $(CACHE)/test: pyproject.toml setup.py $(CACHE)/base
 	@echo "== installing what the tests need, compiling the core"
 	$(PIP) --no-build-isolation -e ".[test]"
+	@# asks for the distribution "tensorflow"; what it needs of it is in tensorflow-cpu
+	$(PIP) --no-deps "tensorflow-serving-api>=2.21,<3"
 	@command -v prometheus >/dev/null && command -v h2load >/dev/null && command -v curl >/dev/null \
 	    || deploy/install-packages prometheus nghttp2-client curl
 	@command -v node >/dev/null && command -v npm >/dev/null || deploy/install-packages nodejs npm

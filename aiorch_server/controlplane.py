@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from aiorch_server import __version__
+from aiorch_server.config.labels import read_labels
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.config.server import LifecycleConfig
-from aiorch_server.errors import RequestError, ServerStopping, UnsupportedRequest
+from aiorch_server.errors import NotFoundError, RequestError, ServerStopping, UnsupportedRequest
 from aiorch_server.exchange import SharedRegions
 from aiorch_server.lifecycle.manager import LifecycleManager, parse_version
 from aiorch_server.observability.log_settings import LogSettings, LogValue
@@ -95,6 +96,29 @@ class ControlPlane:
         """The completed configuration of a loaded version; raises as model_metadata."""
         self._check_running("Server not ready")
         return self._manager.find(name, version).config
+
+    def find_signature(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
+        """The version that a request would get now, and what it takes and gives; raises as LifecycleManager.find.
+
+        Unlike the other questions it is answered while the server drains: requests are served until the end.
+        """
+        servable = self._manager.find(name, version)
+        return servable.version, servable.signature
+
+    def find_labelled(self, name: str, label: str) -> int:
+        """The version to which the configuration of the model's highest ready version gives ``label``.
+
+        It need not be ready itself. RequestError for a label that is not written there, or if no version is ready.
+        """
+        try:
+            config = self._manager.find(name).config
+        except NotFoundError:
+            labels: Mapping[str, int] = {}
+        else:
+            labels = read_labels(config.to_strings())
+        if label not in labels:
+            raise RequestError(f"Unrecognized servable version label: {label}")
+        return labels[label]
 
     def statistics(self, name: str = "", version: str = "") -> list[ModelStatistics]:
         """Counts since load: of all that is loaded, of all loaded versions of a model, or of one version.

@@ -1,11 +1,11 @@
-"""Generates proto/aiorch_proto/v2 from proto/aiorch/v2/*.proto.
+"""Generates proto/aiorch_proto/<package> from proto/aiorch/<package>/*.proto, for each package.
 
     python proto/generate.py            # writes
     python proto/generate.py --check    # writes nothing; exit status 1 if the checked-in files are not current
 
 The generated modules live in the package ``aiorch_proto``, not in ``aiorch`` as protoc would have it, so imports and
 module names inside them are rewritten. No ``*_pb2_grpc.py`` is made: its stubs would call the path of our own package
-and pin a version of grpcio; ``aiorch_proto/v2/service.py`` holds the served paths and a stub instead.
+and pin a version of grpcio; ``service.py`` of each package holds the served paths instead.
 
 protoc must stay at 31.x (grpcio-tools 1.76 to 1.78): code it generates loads with protobuf 6.31 and all of 7, so that
 this package and tritonclient, which wants protobuf below 7, fit in one environment.
@@ -14,30 +14,39 @@ this package and tritonclient, which wants protobuf below 7, fit in one environm
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("aiorch/v2/model_config.proto", "aiorch/v2/inference.proto")
+#: The .proto files of each package.
+SOURCES = {
+    "v2": ("aiorch/v2/model_config.proto", "aiorch/v2/inference.proto"),
+    "tfserving": (
+        "aiorch/tfserving/core.proto",
+        "aiorch/tfserving/error.proto",
+        "aiorch/tfserving/serving.proto",
+    ),
+}
 PACKAGE = ROOT / "aiorch_proto" / "v2"
 #: The "gencode" version that protoc stamps into what it generates.
 GENCODE_VERSION = "6.31.1"
+#: What protoc writes for ``aiorch.<package>``, in imports and as names of modules.
 _REWRITES = (
-    ("from aiorch.v2 import ", "from aiorch_proto.v2 import "),
-    ("'aiorch.v2.inference_pb2'", "'aiorch_proto.v2.inference_pb2'"),
-    ("'aiorch.v2.model_config_pb2'", "'aiorch_proto.v2.model_config_pb2'"),
+    (re.compile(r"^from aiorch\.(\w+) import ", re.MULTILINE), r"from aiorch_proto.\1 import "),
+    (re.compile(r"'aiorch\.(\w+\.\w+_pb2)'"), r"'aiorch_proto.\1'"),
 )
 
 
-def generate() -> dict[str, str]:
-    """The text of each generated file by its name; RuntimeError if protoc fails or is of another version."""
+def generate(package: str = "v2") -> dict[str, str]:
+    """The text of each generated file of ``package`` by its name; RuntimeError if protoc fails or is another."""
     with tempfile.TemporaryDirectory() as folder:
         # In a process of its own: protoc brings its own copy of protobuf's C++ code, which does not get along with
         # that of a framework loaded beside it.
         command = [sys.executable, "-m", "grpc_tools.protoc", f"--proto_path={ROOT}", f"--python_out={folder}"]
-        if subprocess.run([*command, f"--pyi_out={folder}", *SOURCES]).returncode != 0:
+        if subprocess.run([*command, f"--pyi_out={folder}", *SOURCES[package]]).returncode != 0:
             raise RuntimeError("protoc failed; what it printed above says where")
         files = {path.name: rewrite(path.read_text("utf-8")) for path in Path(folder).rglob("*_pb2.py*")}
     for name, text in files.items():
@@ -49,7 +58,7 @@ def generate() -> dict[str, str]:
 def rewrite(text: str) -> str:
     """Generated text with the imports and module names of the package in which it is installed."""
     for old, new in _REWRITES:
-        text = text.replace(old, new)
+        text = old.sub(new, text)
     return text
 
 
@@ -68,20 +77,24 @@ def find_drift(files: dict[str, str], package: Path = PACKAGE) -> list[str]:
 
 def main() -> int:
     """The command; gives its exit status."""
-    parser = argparse.ArgumentParser(description="Generates proto/aiorch_proto/v2 from proto/aiorch/v2/*.proto.")
+    parser = argparse.ArgumentParser(description="Generates proto/aiorch_proto from proto/aiorch/*/*.proto.")
     parser.add_argument("--check", action="store_true", help="write nothing, fail if the checked-in files drifted")
     is_check: bool = parser.parse_args().check
-    files = generate()
-    drift = find_drift(files)
-    if not is_check:
-        for path in PACKAGE.glob("*_pb2.py*"):
-            if path.name not in files:
-                path.unlink()
-        for name, text in files.items():
-            (PACKAGE / name).write_text(text, "utf-8")
-    for sentence in drift:
-        sys.stdout.write(sentence + (": run proto/generate.py\n" if is_check else ": written\n"))
-    return 1 if drift and is_check else 0
+    has_drift = False
+    for package in SOURCES:
+        folder = PACKAGE.parent / package
+        files = generate(package)
+        drift = find_drift(files, folder)
+        if not is_check:
+            for path in folder.glob("*_pb2.py*"):
+                if path.name not in files:
+                    path.unlink()
+            for name, text in files.items():
+                (folder / name).write_text(text, "utf-8")
+        for sentence in drift:
+            sys.stdout.write(f"{package}/{sentence}" + (": run proto/generate.py\n" if is_check else ": written\n"))
+        has_drift = has_drift or bool(drift)
+    return 1 if has_drift and is_check else 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from aiorch_server.backend import DeclaredSignature
 from aiorch_server.config.batching import DynamicBatching, EnsembleScheduling
 from aiorch_server.config.ensemble import find_ensemble_problems
+from aiorch_server.config.labels import find_label_problems
 from aiorch_server.config.names import check_name
 from aiorch_server.config.placement import (
     InstanceGroup,
@@ -197,6 +198,7 @@ class ModelConfig(Section):
                 check_name(self.name)
             except ValueError as error:
                 yield Problem(("name",), f"found {format_found(self.name)}; {error}")
+        yield from find_label_problems(self.to_strings())
         yield from _find_doubles("input", [each.name for each in self.input])
         yield from _find_doubles("output", [each.name for each in self.output])
         schedulers = ("dynamic_batching", "sequence_batching", "ensemble_scheduling")

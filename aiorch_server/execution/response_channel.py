@@ -59,7 +59,9 @@ class ResponseChannel:
             self._waiting_bytes = 0
             self._room.notify_all()
 
-    async def follow(self, end: asyncio.Future[memoryview], deadline_ns: int = 0) -> AsyncGenerator[InferenceResponse, None]:
+    async def follow(
+        self, end: asyncio.Future[memoryview], deadline_ns: int = 0
+    ) -> AsyncGenerator[InferenceResponse, None]:
         """Yields the answers as they come until the final one or ``end``; raises what ``end`` raises.
 
         ``deadline_ns`` is absolute on the loop's clock, 0 for none: DeadlineExpired. However it is left, ``end`` is

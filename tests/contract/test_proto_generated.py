@@ -43,9 +43,11 @@ def test_check_finds_each_kind_of_drift(generator: ModuleType, tmp_path: Path) -
 
 
 def test_generated_text_knows_its_package(generator: ModuleType) -> None:
-    for name, text in generator.generate().items():
-        assert "from aiorch.v2" not in text, name
-        assert "'aiorch.v2.inference_pb2'" not in text, name
+    for package in generator.SOURCES:
+        for name, text in generator.generate(package).items():
+            assert "from aiorch." not in text, name
+            assert f"'aiorch.{package}.{name.removesuffix('.py')}'" not in text, name
+            assert f"'aiorch_proto.{package}.{name.removesuffix('.py')}'" in text or name.endswith(".pyi"), name
 
 
 def test_package_is_typed_and_names_no_other_package() -> None:
@@ -57,7 +59,7 @@ def test_package_is_typed_and_names_no_other_package() -> None:
 
 def test_every_rpc_message_and_field_is_documented() -> None:
     """A field has a comment on its line, or its enum or message explains the whole of it."""
-    for path in (PROTO / "aiorch" / "v2").glob("*.proto"):
+    for path in (PROTO / "aiorch").glob("*/*.proto"):
         bare = []
         for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
             is_field = "=" in line and line.rstrip().endswith(";") and not line.lstrip().startswith(("//", "syntax"))

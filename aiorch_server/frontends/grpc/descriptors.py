@@ -7,10 +7,12 @@ descriptors are made from ours and kept in a pool that nobody else sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from aiorch_proto.tfserving import core_pb2, error_pb2, serving_pb2
 from aiorch_proto.v2 import inference_pb2, model_config_pb2
+from google.protobuf import any_pb2, wrappers_pb2
 from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
@@ -18,9 +20,18 @@ from grpc_reflection.v1alpha import reflection_pb2 as pb
 
 from aiorch_server.errors import Code
 
+_PACKAGES: Final = {
+    "aiorch.v2": "inference",
+    "aiorch.tfserving": "tensorflow.serving",
+    "aiorch.tfserving.core": "tensorflow",
+    "aiorch.tfserving.error": "tensorflow.error",
+}
 _STANDARD_FILES: Final = {
     "aiorch/v2/model_config.proto": "model_config.proto",
     "aiorch/v2/inference.proto": "grpc_service.proto",
+    "aiorch/tfserving/core.proto": "tensorflow/core/core.proto",
+    "aiorch/tfserving/error.proto": "tensorflow/core/protobuf/error_codes.proto",
+    "aiorch/tfserving/serving.proto": "tensorflow_serving/apis/prediction_service.proto",
     "grpc_reflection/v1alpha/reflection.proto": "grpc_reflection/v1/reflection.proto",
 }
 
@@ -92,20 +103,23 @@ def _write_error(code: Code, response: Any) -> None:
 def build_pool() -> DescriptorPool:
     """A private pool with the descriptors of all services under their standard names."""
     pool = DescriptorPool()
-    for module in (model_config_pb2, inference_pb2):
-        pool.Add(rename_package(_copy_file(module), "inference"))
+    for module in (any_pb2, wrappers_pb2):
+        pool.Add(_copy_file(module))
+    for module in (model_config_pb2, inference_pb2, core_pb2, error_pb2, serving_pb2):
+        pool.Add(rename_packages(_copy_file(module), _PACKAGES))
     pool.Add(_copy_file(health_pb2))
     pool.Add(_copy_file(pb))
-    pool.Add(rename_package(_copy_file(pb), "grpc.reflection.v1"))
+    pool.Add(rename_packages(_copy_file(pb), {"grpc.reflection.v1alpha": "grpc.reflection.v1"}))
     return pool
 
 
-def rename_package(file: FileDescriptorProto, package: str) -> FileDescriptorProto:
-    """``file`` itself, moved to ``package`` and to its standard file name, with all references to its old package."""
-    old, new = f".{file.package}.", f".{package}."
+def rename_packages(file: FileDescriptorProto, packages: Mapping[str, str]) -> FileDescriptorProto:
+    """``file`` itself, moved to its new package and standard file name, with all references to the old ``packages``."""
 
     def rename(name: str) -> str:
-        return new + name.removeprefix(old) if name.startswith(old) else name
+        # a package may be the beginning of another one's name
+        old = max((old for old in packages if name.startswith(f".{old}.")), key=len, default=None)
+        return name if old is None else f".{packages[old]}{name.removeprefix(f'.{old}')}"
 
     def rename_fields(message: DescriptorProto) -> None:
         for field in message.field:
@@ -114,7 +128,7 @@ def rename_package(file: FileDescriptorProto, package: str) -> FileDescriptorPro
         for nested in message.nested_type:
             rename_fields(nested)
 
-    file.package = package
+    file.package = packages[file.package]
     file.name = _STANDARD_FILES[file.name]
     for index, dependency in enumerate(file.dependency):
         file.dependency[index] = _STANDARD_FILES.get(dependency, dependency)

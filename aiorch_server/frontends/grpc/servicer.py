@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 from aiorch_proto.v2 import inference_pb2 as pb
 from aiorch_proto.v2.service import METHODS, PACKAGE_SERVICE_NAME, SERVICE_NAME, Method
 
-from aiorch_server.errors import RequestCancelled, UnsupportedRequest
+from aiorch_server.errors import UnsupportedRequest
 from aiorch_server.frontends.grpc import convert
 from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
 from aiorch_server.frontends.grpc.regions import SharedMemoryRpcs
 from aiorch_server.frontends.grpc.settings import SettingRpcs
 from aiorch_server.frontends.grpc.status import describe_error
 from aiorch_server.frontends.grpc.stream import Turn, run_stream
+from aiorch_server.frontends.grpc.unary import build_unary_method
+from aiorch_server.frontends.grpc.unary import own_cancellation_only as own_cancellation_only
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 #: From this size on a request is unpacked on another thread: typed contents take up to 0.2 s for each MiB.
 _LARGE_REQUEST_BYTES: Final = 1 << 16
-#: gRPC's timeouts reach 11,000 years; 30 of them fit into 64 bits of nanoseconds and are as good.
-_LONGEST_WAIT_S: Final = 1e9
-_Result = TypeVar("_Result")
 
 
 class _StreamFailed(Exception):
@@ -114,7 +112,7 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
                 if is_decoupled:
                     turn.leave()
                 async with contextlib.aclosing(self._stream(request, context, is_decoupled)) as answers:
-                    while (answer := await _own_cancellation_only(anext(answers, None))) is not None:
+                    while (answer := await own_cancellation_only(anext(answers, None))) is not None:
                         await turn.wait()
                         await write(_encode_answer(answer), answer.error)
             except _StreamFailed:
@@ -146,10 +144,7 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
 
     async def _decode(self, request: pb.ModelInferRequest, context: Any) -> tuple[InferenceRequest, int]:
         """The neutral request, and the call's deadline on the monotonic clock (0: none)."""
-        remaining_s = context.time_remaining()
-        deadline_ns = 0
-        if remaining_s is not None:
-            deadline_ns = time.monotonic_ns() + int(min(remaining_s, _LONGEST_WAIT_S) * 1e9)
+        deadline_ns = read_deadline_ns(context)
         if request.ByteSize() < _LARGE_REQUEST_BYTES:
             return convert.decode_infer_request(request), deadline_ns
         return await asyncio.to_thread(convert.decode_infer_request, request), deadline_ns
@@ -190,34 +185,7 @@ def add_inference_service(servicer: InferenceServicer, server: Any) -> None:
 def _build_method(rpc: Callable[..., Awaitable[Any]], method: Method) -> RpcMethod:
     if method.is_streaming:
         return RpcMethod(request_streaming=True, response_streaming=True, stream_stream=rpc)
-
-    async def answer(message: bytes, context: Any) -> bytes:
-        try:
-            request = convert.parse_message(method.request, message)
-            response = await _own_cancellation_only(rpc(request, context))
-            serialized: bytes = response.SerializeToString()
-            return serialized
-        except Exception as error:
-            code, text = describe_error(error)
-        await context.abort(code, text)
-        raise AssertionError("abort returned")
-
-    return RpcMethod(request_streaming=False, response_streaming=False, unary_unary=answer)
-
-
-async def _own_cancellation_only(awaitable: Awaitable[_Result]) -> _Result:
-    """The awaited result; a cancellation that nobody asked of this task is raised as RequestCancelled.
-
-    A door takes CancelledError for the caller's own wish and sends nothing: a future that was cancelled somewhere
-    inside the server would leave the caller without an answer.
-    """
-    try:
-        return await awaitable
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise RequestCancelled("the request was cancelled inside the server") from None
+    return build_unary_method(rpc, method.request)
 
 
 def _encode_answer(answer: InferenceResponse) -> pb.ModelStreamInferResponse:

@@ -113,9 +113,7 @@ def image_of(response: bytes) -> Any:
     return np.frombuffer(outputs[0][3], np.float32).reshape(outputs[0][2])
 
 
-def write_call(
-    encoder: hpack.Encoder, stream_id: int, array: Any, model: str = "image", message: bytes = b""
-) -> bytes:
+def write_call(encoder: hpack.Encoder, stream_id: int, array: Any, model: str = "image", message: bytes = b"") -> bytes:
     fields = [(":method", "POST"), (":scheme", "http"), (":path", FAST_PATH), (":authority", "x"), ("te", "trailers")]
     head = hyperframe.frame.HeadersFrame(stream_id, encoder.encode([*fields, ("content-type", "application/grpc")]))
     head.flags.add("END_HEADERS")

@@ -22,9 +22,7 @@ read_slab_bytes: Any = importlib.import_module("aiorch_server._core.buffers").re
 
 BATCH = 4
 FRAME_BYTES = 9 + 16384
-SIGNATURE = ModelSignature(
-    (TensorSpec("X", DataType.FP32, SHAPE),), (TensorSpec("Y", DataType.FP32, SHAPE),), BATCH
-)
+SIGNATURE = ModelSignature((TensorSpec("X", DataType.FP32, SHAPE),), (TensorSpec("Y", DataType.FP32, SHAPE),), BATCH)
 
 
 class Model:

@@ -81,6 +81,8 @@ async def test_reflection(site: SimpleNamespace, connect: Any) -> None:
         "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
         SERVICE_NAME,
+        "tensorflow.serving.ModelService",
+        "tensorflow.serving.PredictionService",
     ]
     for service in services:
         answer = await ask(reflect, file_containing_symbol=service)
