@@ -9,6 +9,7 @@ from functools import partial
 
 from aiorch_server._core import Mailbox, Scheduler, encode_request
 from aiorch_server.errors import CapacityError
+from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.scheduling.sequence_job import Settle, describe_loss, job_of, read_outcome
 from aiorch_server.scheduling.sequence_table import Member, SequenceTable
 from aiorch_server.scheduling.sequence_tensors import StepTensors

@@ -1,4 +1,4 @@
-"""Rows of slabs, by hand and against a plain model: given in order, never twice, in memory that is reused and bounded."""
+"""Rows of slabs, by hand and against a plain model: in order, never twice, in memory that is reused and bounded."""
 
 from __future__ import annotations
 

@@ -22,8 +22,7 @@ from aiorch_server.frontends.grpc.regions import SharedMemoryRpcs
 from aiorch_server.frontends.grpc.settings import SettingRpcs
 from aiorch_server.frontends.grpc.status import describe_error
 from aiorch_server.frontends.grpc.stream import Turn, run_stream
-from aiorch_server.frontends.grpc.unary import build_unary_method
-from aiorch_server.frontends.grpc.unary import own_cancellation_only as own_cancellation_only
+from aiorch_server.frontends.grpc.unary import build_unary_method, own_cancellation_only, read_deadline_ns
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse
 
 if TYPE_CHECKING:
