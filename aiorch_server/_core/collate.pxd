@@ -3,10 +3,9 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t
 
-from aiorch_server._core.loans cimport Loan
 from aiorch_server._core.request cimport Request
 from aiorch_server._core.scheduler cimport Scheduler, SchedulerState
-from aiorch_server._core.wire cimport OutputView
+from aiorch_server._core.wire cimport Slice
 
 
 cdef class Staging:
@@ -30,6 +29,7 @@ cdef class Batch:
     cdef int64_t _rows              # of the selected members
     cdef int64_t _free_since_ns, _gather_ns, _run_ns    # doorways: began to wait, began to gather, began to run
     cdef list _staging
+    cdef Slice _extra               # encoded fields that each answer ends with; memory of whoever sets it
     cdef bint _is_detached          # one request taken out of a batch, whose run is counted there: see member.pxd
 
     cdef bint pull(self) noexcept nogil
@@ -43,5 +43,4 @@ cdef class Batch:
     cdef object gather_plain(self, int index)
     cdef object gather_big(self, int index, size_t size, object dtype)
     cdef object gather_bytes(self, int index)
-    cdef int encode_member(self, Request *request, OutputView *views, Loan **loans, int n) noexcept nogil
     cdef void deliver(self, bint is_success, int64_t run_ended_ns) noexcept nogil

@@ -6,6 +6,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
+from aiorch_server._core.answers cimport encode_answer
 from aiorch_server._core.buffers cimport COPY_GATHERED, count_copied, drop_buffer, hold_buffer, new_buffer
 from aiorch_server._core.collate cimport Batch
 from aiorch_server._core.loans cimport LENT_FROM_BYTES, Loan, drop_loan, lend_buffer, may_lend
@@ -246,7 +247,7 @@ cdef void encode_batch(Batch batch, const OutputView *outputs, const AiorchTenso
             views[n].is_lent = (loans[k] != NULL and request.sink != NULL and request.sink.takes_loans
                                 and views[n].data.size >= LENT_FROM_BYTES)
             n += 1
-        if batch.encode_member(request, views, lent, n) < 0:
+        if encode_answer(spec, request, views, lent, n, batch._extra) < 0:
             fail_request(request, RESOURCE_EXHAUSTED, b"the answer does not fit into memory or into one message")
         at += request.rows
     for k in range(spec.n_outputs):

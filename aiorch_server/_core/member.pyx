@@ -2,9 +2,8 @@
 
 from cpython.bytes cimport PyBytes_AS_STRING
 from libc.stdint cimport int64_t, uint8_t
-from libc.string cimport memcpy
 
-from aiorch_server._core.buffers cimport drop_buffer, new_buffer
+from aiorch_server._core.answers cimport encode_answer
 from aiorch_server._core.request cimport (
     fail_request,
     is_cancelled,
@@ -15,7 +14,6 @@ from aiorch_server._core.request cimport (
 from aiorch_server._core.scheduler cimport BatchSizeCount, Counters
 
 cdef int RESOURCE_EXHAUSTED = 8
-cdef size_t MAX_ANSWER_BYTES = 0xFFFFFFFF
 
 
 def detach(Batch batch not None):
@@ -95,8 +93,8 @@ cdef class Member(Batch):
         """
         self.claim()
         try:
-            self._extra = extra     # holds the memory
-            self._extra_data, self._extra_size = <const uint8_t *> PyBytes_AS_STRING(extra), <size_t> len(extra)
+            self._fields = extra    # holds the memory
+            self._extra.data, self._extra.size = <const uint8_t *> PyBytes_AS_STRING(extra), <size_t> len(extra)
             Batch.settle(self, outputs)
         except BaseException:
             self._is_claimed = False    # not encoded yet, so still ours
@@ -107,7 +105,7 @@ cdef class Member(Batch):
         cdef int64_t ended_ns = now_ns()
         self.claim()
         with nogil:
-            if self.encode_member(self._members[0], NULL, NULL, 0) < 0:
+            if encode_answer(self._state.spec, self._members[0], NULL, NULL, 0, self._extra) < 0:
                 fail_request(self._members[0], RESOURCE_EXHAUSTED, b"no memory for an empty answer")
             self.deliver(True, ended_ns)
 
@@ -115,24 +113,3 @@ cdef class Member(Batch):
         """Fails it as ``Batch.fail`` does; RuntimeError where it is settled already."""
         self.claim()
         Batch.fail(self, code, text)
-
-    cdef int encode_member(self, Request *request, OutputView *views, Loan **loans, int n) noexcept nogil:
-        cdef uint8_t *whole
-        cdef size_t size
-        if Batch.encode_member(self, request, views, loans, n) < 0:
-            return -1
-        if self._extra_size == 0:
-            return 0
-        size = request.response_size - 5 + self._extra_size
-        whole = new_buffer(5 + size, 0) if size <= MAX_ANSWER_BYTES else NULL
-        if whole == NULL:
-            return -1
-        memcpy(whole, request.response, request.response_size)
-        memcpy(whole + request.response_size, self._extra_data, self._extra_size)
-        whole[1] = <uint8_t> (size >> 24)
-        whole[2] = <uint8_t> (size >> 16)
-        whole[3] = <uint8_t> (size >> 8)
-        whole[4] = <uint8_t> size
-        drop_buffer(request.response)
-        request.response, request.response_size = whole, 5 + size
-        return 0
