@@ -21,7 +21,7 @@ from setuptools import Extension, setup
 CORE = Path("aiorch_server/_core")
 SESSIONS = {"h2_ledger", "h2_stream", "h2_answer", "h2_life", "h2_request", "h2", "h2_landing", "h2_probe"}
 BACKENDS = Path("backends")
-NEEDS_NGHTTP2 = SESSIONS | {"call", "aio_call", "aio", "crossing", "io_plane", "io_connection", "io_loop", "io"}
+NEEDS_NGHTTP2 = SESSIONS | {"call", "desk", "aio_call", "aio", "crossing", "io_plane", "io_connection", "io_loop", "io"}
 NEEDS_OPENSSL = {"tls"}
 DEBUG = os.environ.get("AIORCH_DEBUG", "") not in ("", "0")
 SANITIZERS = {

@@ -56,7 +56,6 @@ cdef class ConnectionProtocol(CallCarrier):
     cdef object greeting_timer
     cdef object write_timer
 
-    cdef void dispatch_ready(self)
     cdef int handle_events(self) except -1
     cdef int handle_event(self, Stream *stream, unsigned int events) except -1
     cdef int flush(self) except -1

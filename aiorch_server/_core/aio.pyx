@@ -9,26 +9,25 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport strlen
 
 from aiorch_server._core.aio_call cimport CallCarrier, StreamCall
+from aiorch_server._core.desk cimport abandon_request, dispatch_ready, settle_request
 from aiorch_server._core.h2 cimport *
-from aiorch_server._core.h2_answer cimport answer_stream, expire_stream, fail_stream, revoke_stream
+from aiorch_server._core.h2_answer cimport expire_stream, revoke_stream
 from aiorch_server._core.h2_ledger cimport ServerLedger, has_place
 from aiorch_server._core.h2_life cimport ConnectionRules, balance_books, begin_life, next_tending, tend_due
-from aiorch_server._core.h2_request cimport make_slow, take_event, take_ready
+from aiorch_server._core.h2_request cimport take_event
 from aiorch_server._core.h2_stream cimport *
 from aiorch_server._core.request cimport (
     CompletionSink,
     Request,
     abandon_sink,
     drain_sink,
-    free_request,
     new_sink,
     now_ns,
     release_sink,
 )
-from aiorch_server._core.routes cimport DISPATCHED, RouteReader, Router, begin_round, cancel_request, dispatch, end_round
+from aiorch_server._core.routes cimport Router, begin_round, end_round
 from aiorch_server._core.timers cimport next_due, take_due
 
 logger = logging.getLogger(__name__)
@@ -43,17 +42,6 @@ cdef enum:
     STATUS_INTERNAL = 13
 
 cdef double DRAIN_ROUND_TRIP_S = 1.0    # how long the client's answer between the two GOAWAYs is waited for
-
-
-cdef void abandon_request(Stream *stream) noexcept nogil:
-    """Cuts the tie between a stream that is over and its request in flight."""
-    cdef Request *request = <Request *> stream.request
-    stream.request = NULL
-    if cancel_request(request):
-        stream.group.in_flight -= 1
-        free_request(request)
-    else:
-        request.owner = NULL            # it comes through the sink and is freed there
 
 
 cdef str name_peer(object transport):
@@ -72,25 +60,16 @@ cdef str name_peer(object transport):
 cdef class NativeServer:
     """All connections of one loop; listening sockets are the caller's (see ``make_protocol``)."""
 
-    def __cinit__(self, loop, on_call, Router router=None, *, str fast_path="", size_t max_message_bytes=64 << 20,
-                  uint32_t max_concurrent_streams=1024, uint32_t max_header_list_bytes=16 << 10,
-                  uint32_t stream_window_bytes=8 << 20, uint32_t connection_window_bytes=16 << 20,
-                  size_t max_buffered_bytes=256 << 20, size_t max_outbound_bytes=256 << 20,
-                  size_t high_water_bytes=1 << 20, double greeting_timeout_s=20.0, double write_timeout_s=60.0,
-                  ConnectionRules rules=None, ServerLedger ledger=None, uint32_t packed_encodings=0):
-        cdef Limits limits
+    def __cinit__(self, loop, on_call, Router router=None, *, str fast_path="", double greeting_timeout_s=20.0,
+                  double write_timeout_s=60.0, ConnectionRules rules=None, ServerLedger ledger=None,
+                  uint32_t packed_encodings=0, **limits):
+        cdef SessionLimits bounds = SessionLimits(**limits)
         cdef bytes path = fast_path.encode() if router is not None else b""
-        if stream_window_bytes >= 1 << 31 or connection_window_bytes >= 1 << 31:
-            raise ValueError("HTTP/2 windows end at 2147483647 bytes")
-        limits.max_message_bytes, limits.max_concurrent_streams = max_message_bytes, max_concurrent_streams
-        limits.max_header_list_bytes, limits.stream_window_bytes = max_header_list_bytes, stream_window_bytes
-        limits.connection_window_bytes, limits.max_buffered_bytes = connection_window_bytes, max_buffered_bytes
-        limits.max_outbound_bytes, limits.high_water_bytes = max_outbound_bytes, high_water_bytes
         self.loop, self.on_call, self.router = loop, on_call, router
         self.protocols, self.dirty, self.idle_waiters = set(), [], []
         self.tick = self._tick
         self.greeting_timeout_s, self.write_timeout_s = greeting_timeout_s, write_timeout_s
-        self.group = new_group(&limits, <const uint8_t *> PyBytes_AS_STRING(path), len(path), abandon_request)
+        self.group = new_group(&bounds.limits, <const uint8_t *> PyBytes_AS_STRING(path), len(path), abandon_request)
         self.receive_buffer = <uint8_t *> malloc(RECEIVE_BYTES)
         self.send_buffer = <uint8_t *> malloc(SEND_BYTES)
         if self.group == NULL or self.receive_buffer == NULL or self.send_buffer == NULL:
@@ -217,7 +196,7 @@ cdef class NativeServer:
         for protocol in dirty:
             protocol.is_dirty = False
             if protocol.connection != NULL:
-                protocol.dispatch_ready()
+                dispatch_ready(protocol.connection, &self.reader, self.sink)
         end_round(&self.reader)
         for protocol in dirty:
             try:
@@ -240,7 +219,7 @@ cdef class NativeServer:
         """Answers have come: moves each to its stream and writes once per connection."""
         cdef Request *request
         cdef Request *following
-        cdef Stream *stream
+        cdef Connection *connection
         cdef ConnectionProtocol protocol
         if self.sink == NULL:
             return
@@ -248,23 +227,12 @@ cdef class NativeServer:
         self.group.now_ns = now_ns()
         while request != NULL:
             following = request.next
-            self.group.in_flight -= 1
-            stream = <Stream *> request.owner
-            if stream != NULL:
-                stream.request = NULL
-                protocol = <ConnectionProtocol> stream.connection.owner
+            connection = settle_request(self.group, request)
+            if connection != NULL:
+                protocol = <ConnectionProtocol> connection.owner
                 if not protocol.is_dirty:
                     protocol.is_dirty = True
                     self.dirty.append(protocol)
-                if request.status != 0:
-                    fail_stream(stream, request.status, <const uint8_t *> request.error,
-                                strlen(request.error) if request.error != NULL else 0)
-                elif request.response == NULL:
-                    fail_stream(stream, STATUS_INTERNAL, NULL, 0)
-                else:
-                    answer_stream(stream, request.response, request.response_size, NULL)
-                    request.response = NULL     # it is the stream's now
-            free_request(request)
             request = following
         self.run_tick()
         if self.is_closing and self.group.in_flight == 0:
@@ -430,24 +398,6 @@ cdef class ConnectionProtocol(CallCarrier):
     # ------------------------------------------------------------------------------------------------------- the tick
     cdef int mark_dirty(self) except -1:
         return self.server.mark_dirty(self)
-
-    cdef void dispatch_ready(self):
-        """Puts complete messages into their queues; what the router declines becomes a slow call."""
-        cdef RouteReader *reader = &self.server.reader
-        cdef Group *group = self.server.group
-        cdef CompletionSink *sink = self.server.sink
-        cdef Request *request = NULL
-        cdef Stream *stream = take_ready(self.connection)
-        while stream != NULL:
-            if (stream.message != NULL and sink != NULL and dispatch(
-                    reader, stream.message, stream.message_size, NULL, stream.received_ns, stream.deadline.due_ns, sink,
-                    stream, &request) == DISPATCHED):
-                stream.message = NULL
-                stream.request = request
-                group.in_flight += 1
-            else:
-                make_slow(stream)
-            stream = take_ready(self.connection)
 
     cdef int handle_events(self) except -1:
         cdef Stream *stream

@@ -24,6 +24,17 @@ from aiorch_server._core.h2_stream cimport *
 from aiorch_server._core.timers cimport next_due, take_due
 
 
+_SMALL_LIMITS = {
+    "max_message_bytes": 1 << 20,
+    "max_concurrent_streams": 100,
+    "stream_window_bytes": 1 << 20,
+    "connection_window_bytes": 1 << 21,
+    "max_buffered_bytes": 1 << 22,
+    "max_outbound_bytes": 1 << 22,
+    "high_water_bytes": 65536,
+}
+
+
 cdef void abandon_probed(Stream *stream) noexcept nogil:
     stream.request = NULL
     stream.group.in_flight -= 1
@@ -47,18 +58,10 @@ cdef class SessionProbe:
     cdef size_t rest_at
     cdef bint is_closed
 
-    def __cinit__(self, *, bytes fast_path=b"/fast/Call", size_t max_message_bytes=1 << 20,
-                  uint32_t max_concurrent_streams=100, uint32_t max_header_list_bytes=16384,
-                  uint32_t stream_window_bytes=1 << 20, uint32_t connection_window_bytes=1 << 21,
-                  size_t max_buffered_bytes=1 << 22, size_t max_outbound_bytes=1 << 22,
-                  size_t high_water_bytes=65536, ConnectionRules rules=None, ServerLedger ledger=None,
-                  uint32_t packed_encodings=0, size_t rest_at=0):
-        cdef Limits limits
-        limits.max_message_bytes, limits.max_concurrent_streams = max_message_bytes, max_concurrent_streams
-        limits.max_header_list_bytes, limits.stream_window_bytes = max_header_list_bytes, stream_window_bytes
-        limits.connection_window_bytes, limits.max_buffered_bytes = connection_window_bytes, max_buffered_bytes
-        limits.max_outbound_bytes, limits.high_water_bytes = max_outbound_bytes, high_water_bytes
-        self.group = new_group(&limits, <const uint8_t *> PyBytes_AS_STRING(fast_path), len(fast_path),
+    def __cinit__(self, *, bytes fast_path=b"/fast/Call", ConnectionRules rules=None, ServerLedger ledger=None,
+                  uint32_t packed_encodings=0, size_t rest_at=0, **limits):
+        cdef SessionLimits bounds = SessionLimits(**{**_SMALL_LIMITS, **limits})
+        self.group = new_group(&bounds.limits, <const uint8_t *> PyBytes_AS_STRING(fast_path), len(fast_path),
                                abandon_probed)
         if self.group == NULL:
             raise MemoryError

@@ -268,3 +268,8 @@ cdef inline size_t held_bytes(Connection *connection) noexcept nogil:
 
 cdef inline bint takes_answers(Stream *stream) noexcept nogil:
     return stream.connection != NULL and not stream.is_finished
+
+
+# The limits of a server's sessions as Python gives them; keywords are the fields' names.
+cdef class SessionLimits:
+    cdef Limits limits

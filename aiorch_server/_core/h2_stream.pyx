@@ -210,3 +210,19 @@ cdef void detach_owner(Stream *stream) noexcept nogil:
 cdef void free_message(Message *message) noexcept nogil:
     drop_buffer(message.data)
     free(message)
+
+
+cdef class SessionLimits:
+    """The limits of a server's sessions, see Limits in h2_stream.pxd; ValueError for a window beyond HTTP/2's."""
+
+    def __cinit__(self, *, size_t max_message_bytes=64 << 20, uint32_t max_concurrent_streams=1024,
+                  uint32_t max_header_list_bytes=16 << 10, uint32_t stream_window_bytes=8 << 20,
+                  uint32_t connection_window_bytes=16 << 20, size_t max_buffered_bytes=256 << 20,
+                  size_t max_outbound_bytes=256 << 20, size_t high_water_bytes=1 << 20):
+        cdef Limits *limits = &self.limits
+        if stream_window_bytes >= 1 << 31 or connection_window_bytes >= 1 << 31:
+            raise ValueError("HTTP/2 windows end at 2147483647 bytes")
+        limits.max_message_bytes, limits.max_concurrent_streams = max_message_bytes, max_concurrent_streams
+        limits.max_header_list_bytes, limits.stream_window_bytes = max_header_list_bytes, stream_window_bytes
+        limits.connection_window_bytes, limits.max_buffered_bytes = connection_window_bytes, max_buffered_bytes
+        limits.max_outbound_bytes, limits.high_water_bytes = max_outbound_bytes, high_water_bytes

@@ -22,7 +22,7 @@ from aiorch_server._core.h2_stream cimport (
     EVENT_MESSAGE,
     EVENT_OVER,
     EVENT_WRITABLE,
-    Limits,
+    SessionLimits,
 )
 from aiorch_server._core.io_loop cimport add_listener, close_listeners, free_io, new_io, run_loop, settle_late
 from aiorch_server._core.transport cimport PeerIdentity, PortSecurity
@@ -38,23 +38,14 @@ cdef class IoThread:
     All methods belong to the loop's thread. A slow call is started with ``on_call(call)``.
     """
 
-    def __cinit__(self, loop, on_call, Router router=None, *, str fast_path="", size_t max_message_bytes=64 << 20,
-                  uint32_t max_concurrent_streams=1024, uint32_t max_header_list_bytes=16 << 10,
-                  uint32_t stream_window_bytes=8 << 20, uint32_t connection_window_bytes=16 << 20,
-                  size_t max_buffered_bytes=256 << 20, size_t max_outbound_bytes=256 << 20,
-                  size_t high_water_bytes=1 << 20, double greeting_timeout_s=20.0, double write_timeout_s=60.0,
-                  ConnectionRules rules=None, ServerLedger ledger=None, uint32_t packed_encodings=0):
-        cdef Limits limits
+    def __cinit__(self, loop, on_call, Router router=None, *, str fast_path="", double greeting_timeout_s=20.0,
+                  double write_timeout_s=60.0, ConnectionRules rules=None, ServerLedger ledger=None,
+                  uint32_t packed_encodings=0, **limits):
+        cdef SessionLimits bounds = SessionLimits(**limits)
         cdef bytes path = fast_path.encode() if router is not None else b""
-        if stream_window_bytes >= 1 << 31 or connection_window_bytes >= 1 << 31:
-            raise ValueError("HTTP/2 windows end at 2147483647 bytes")
-        limits.max_message_bytes, limits.max_concurrent_streams = max_message_bytes, max_concurrent_streams
-        limits.max_header_list_bytes, limits.stream_window_bytes = max_header_list_bytes, stream_window_bytes
-        limits.connection_window_bytes, limits.max_buffered_bytes = connection_window_bytes, max_buffered_bytes
-        limits.max_outbound_bytes, limits.high_water_bytes = max_outbound_bytes, high_water_bytes
         self.loop, self.on_call = loop, on_call
         self.open_calls, self.idle_waiters = set(), []
-        self.state = new_io(&limits, <const uint8_t *> PyBytes_AS_STRING(path), len(path),
+        self.state = new_io(&bounds.limits, <const uint8_t *> PyBytes_AS_STRING(path), len(path),
                             router.state if router is not None else NULL,
                             <int64_t> (greeting_timeout_s * 1e9), <int64_t> (write_timeout_s * 1e9))
         if self.state == NULL:

@@ -12,7 +12,5 @@ cdef int open_io_connection(IoState *io, int fd, PortSecurity *security, const s
                             socklen_t peer_size, int64_t now) noexcept nogil
 # Reads what is there, but not for ever, and feeds the session: big messages of plaintext straight into their place.
 cdef void receive(IoConnection *connection, int64_t now) noexcept nogil
-# Puts complete messages into their queues; what the router declines becomes a slow call.
-cdef void dispatch_ready(IoConnection *connection) noexcept nogil
 # The last step of a round: tells the asyncio plane, writes, and closes the connection if it must go.
 cdef void end_turn(IoConnection *connection) noexcept nogil

@@ -12,13 +12,11 @@ from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_ledger cimport has_place
 from aiorch_server._core.h2_life cimport balance_books, begin_life
 from aiorch_server._core.h2_landing cimport *
-from aiorch_server._core.h2_request cimport make_slow, take_ready
-from aiorch_server._core.h2_stream cimport Limits, Outlet, Stream
+from aiorch_server._core.h2_stream cimport Limits, Outlet
 from aiorch_server._core.loans cimport drop_loan
 from aiorch_server._core.io_plane cimport tell_events
 from aiorch_server._core.io_state cimport *
-from aiorch_server._core.request cimport Request, now_ns
-from aiorch_server._core.routes cimport DISPATCHED, dispatch
+from aiorch_server._core.request cimport now_ns
 from aiorch_server._core.timers cimport clear_timer, set_timer
 from aiorch_server._core.transport cimport NOTHING_YET, WIRE_SLACK_BYTES, PortSecurity, Transport
 
@@ -404,23 +402,6 @@ cdef void watch_connection(IoConnection *connection) noexcept nogil:
         connection.interest = interest
         if watch(connection.io, &connection.watched, interest, EPOLL_CTL_MOD) < 0:
             connection.must_close = True
-
-
-cdef void dispatch_ready(IoConnection *connection) noexcept nogil:
-    """Puts complete messages into their queues; what the router declines becomes a slow call."""
-    cdef IoState *io = connection.io
-    cdef Request *request = NULL
-    cdef Stream *stream = take_ready(connection.session)
-    while stream != NULL:
-        if stream.message != NULL and dispatch(
-                &io.reader, stream.message, stream.message_size, &stream.rest, stream.received_ns, stream.deadline.due_ns, io.sink,
-                stream, &request) == DISPATCHED:
-            stream.message = stream.rest.buffer = NULL
-            stream.request = request
-            io.group.in_flight += 1
-        else:
-            make_slow(stream)
-        stream = take_ready(connection.session)
 
 
 cdef void end_turn(IoConnection *connection) noexcept nogil:

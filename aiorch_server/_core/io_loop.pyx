@@ -3,19 +3,19 @@
 from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, errno
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport strlen
 
 from aiorch_server._core.buffers cimport Place
 from aiorch_server._core.crossing cimport *
+from aiorch_server._core.desk cimport abandon_request, dispatch_ready, settle_request
 from aiorch_server._core.h2 cimport *
-from aiorch_server._core.h2_answer cimport answer_stream, expire_stream, fail_stream, revoke_stream
+from aiorch_server._core.h2_answer cimport expire_stream, revoke_stream
 from aiorch_server._core.h2_life cimport next_tending, tend_due
 from aiorch_server._core.h2_stream cimport Connection, Stream
-from aiorch_server._core.io_connection cimport dispatch_ready, end_turn, open_io_connection, receive
+from aiorch_server._core.io_connection cimport end_turn, open_io_connection, receive
 from aiorch_server._core.io_plane cimport carry_out, post
 from aiorch_server._core.io_state cimport *
-from aiorch_server._core.request cimport Request, abandon_sink, drain_sink, free_request, new_sink, now_ns, release_sink
-from aiorch_server._core.routes cimport begin_round, cancel_request, end_round, place_tensor, release_router, retain_router
+from aiorch_server._core.request cimport Request, abandon_sink, drain_sink, new_sink, now_ns, release_sink
+from aiorch_server._core.routes cimport begin_round, end_round, place_tensor, release_router, retain_router
 from aiorch_server._core.wire cimport find_tensor
 from aiorch_server._core.timers cimport free_timers, next_due, take_due
 from aiorch_server._core.transport cimport WIRE_SLACK_BYTES, PortSecurity, release_security, retain_security
@@ -29,7 +29,6 @@ cdef extern from "<unistd.h>" nogil:
     int close(int fd)
 
 cdef enum:
-    STATUS_INTERNAL = 13
     EVENTS_PER_ROUND = 128
     ACCEPTS_PER_ROUND = 64
     HANDSHAKES_PER_ROUND = 4            # a signature may take a millisecond: the others' calls come in between
@@ -38,17 +37,6 @@ cdef enum:
 
 
 # ---------------------------------------------------------------------------------------------------- life of the state
-cdef void abandon_request(Stream *stream) noexcept nogil:
-    """Cuts the tie between a stream that is over and its request in flight."""
-    cdef Request *request = <Request *> stream.request
-    stream.request = NULL
-    if cancel_request(request):
-        stream.group.in_flight -= 1
-        free_request(request)
-    else:
-        request.owner = NULL            # it comes through the sink and is freed there
-
-
 cdef bint place_rest(Stream *stream, const uint8_t *head, size_t size, size_t message_size, Place *place) noexcept nogil:
     cdef IoState *io = (<IoConnection *> stream.connection.owner).io
     return io.router != NULL and place_tensor(io.router, head, size, message_size, place)
@@ -185,24 +173,12 @@ cdef void settle(IoState *io) noexcept nogil:
     """Answers have come: moves each to its stream."""
     cdef Request *request = drain_sink(io.sink)
     cdef Request *following
-    cdef Stream *stream
+    cdef Connection *session
     while request != NULL:
         following = request.next
-        io.group.in_flight -= 1
-        stream = <Stream *> request.owner
-        if stream != NULL:
-            stream.request = NULL
-            mark_dirty(<IoConnection *> stream.connection.owner)
-            if request.status != 0:
-                fail_stream(stream, request.status, <const uint8_t *> request.error,
-                            strlen(request.error) if request.error != NULL else 0)
-            elif request.response == NULL:
-                fail_stream(stream, STATUS_INTERNAL, NULL, 0)
-            else:
-                answer_stream(stream, request.response, request.response_size, request.lent)
-                request.response = NULL     # both are the stream's now
-                request.lent = NULL
-        free_request(request)
+        session = settle_request(io.group, request)
+        if session != NULL:
+            mark_dirty(<IoConnection *> session.owner)
         request = following
 
 
@@ -381,7 +357,7 @@ cdef void run_round(IoState *io, epoll_event *events, int n) noexcept nogil:
     connection = io.dirty
     while connection != NULL:
         if not connection.must_close:
-            dispatch_ready(connection)
+            dispatch_ready(connection.session, &io.reader, io.sink)
         connection = connection.next_dirty
     end_round(&io.reader)
     end_turns(io)

@@ -1,0 +1,57 @@
+"""The way between sessions and queues; see desk.pxd."""
+
+from libc.stdint cimport uint8_t
+from libc.string cimport strlen
+
+from aiorch_server._core.h2_answer cimport answer_stream, fail_stream
+from aiorch_server._core.h2_request cimport make_slow, take_ready
+from aiorch_server._core.request cimport free_request
+from aiorch_server._core.routes cimport DISPATCHED, cancel_request, dispatch
+
+cdef enum:
+    STATUS_INTERNAL = 13
+
+
+cdef void abandon_request(Stream *stream) noexcept nogil:
+    cdef Request *request = <Request *> stream.request
+    stream.request = NULL
+    if cancel_request(request):
+        stream.group.in_flight -= 1
+        free_request(request)
+    else:
+        request.owner = NULL            # it comes through the sink and is freed there
+
+
+cdef void dispatch_ready(Connection *connection, RouteReader *reader, CompletionSink *sink) noexcept nogil:
+    cdef Request *request = NULL
+    cdef Stream *stream = take_ready(connection)
+    while stream != NULL:
+        if (stream.message != NULL and sink != NULL and dispatch(
+                reader, stream.message, stream.message_size, &stream.rest, stream.received_ns, stream.deadline.due_ns,
+                sink, stream, &request) == DISPATCHED):
+            stream.message = stream.rest.buffer = NULL
+            stream.request = request
+            connection.group.in_flight += 1
+        else:
+            make_slow(stream)
+        stream = take_ready(connection)
+
+
+cdef Connection *settle_request(Group *group, Request *request) noexcept nogil:
+    cdef Stream *stream = <Stream *> request.owner
+    cdef Connection *connection = NULL
+    group.in_flight -= 1
+    if stream != NULL:
+        connection = stream.connection
+        stream.request = NULL
+        if request.status != 0:
+            fail_stream(stream, request.status, <const uint8_t *> request.error,
+                        strlen(request.error) if request.error != NULL else 0)
+        elif request.response == NULL:
+            fail_stream(stream, STATUS_INTERNAL, NULL, 0)
+        else:
+            answer_stream(stream, request.response, request.response_size, request.lent)
+            request.response = NULL     # both are the stream's now
+            request.lent = NULL
+    free_request(request)
+    return connection
