@@ -19,6 +19,7 @@ from aiorch_server.config.server import GrpcConfig, ServerConfig, TlsConfig, Tra
 from aiorch_server.controlplane import EXTENSIONS, ControlPlane
 from aiorch_server.dataplane import DataPlane
 from aiorch_server.exchange import SharedRegions
+from aiorch_server.execution.model_calls import ModelCalls
 from aiorch_server.lifecycle.backends import BackendRegistry
 from aiorch_server.lifecycle.loader import Loader
 from aiorch_server.lifecycle.manager import LifecycleManager
@@ -131,6 +132,7 @@ class Application:
     def _build(self) -> None:
         config = self.config
         self.router = Router()
+        calls = ModelCalls()
         self.manager = LifecycleManager(
             FilesystemRepository(config.repository.paths),
             Loader(
@@ -141,6 +143,7 @@ class Application:
                 default_queue_size=config.limits.max_queue_size,
                 startup_timeout_s=config.lifecycle.load_timeout_secs,
                 concurrency=config.lifecycle.concurrent_loads,
+                calls=calls,
             ),
             self.router,
             control_mode=config.lifecycle.control_mode,
@@ -153,6 +156,7 @@ class Application:
         memory = config.shared_memory
         regions = SharedRegions(memory.keys, max_regions=memory.max_regions, max_bytes=memory.max_bytes)
         self.dataplane = DataPlane(self.manager, self._mailbox, regions)
+        calls.attach(asyncio.get_running_loop(), self.dataplane.stream)
         extensions = (*EXTENSIONS, "binary_tensor_data") if config.http.enabled else EXTENSIONS
         self.controlplane = ControlPlane(
             self.manager,

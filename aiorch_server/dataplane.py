@@ -19,6 +19,7 @@ from aiorch_server.errors import (
     UnsupportedRequest,
 )
 from aiorch_server.exchange import Exchange, SharedRegions
+from aiorch_server.execution.callers import check_callers
 from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.execution.response_channel import ResponseChannel
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse, Parameter, Tensor
@@ -81,6 +82,7 @@ class DataPlane:
             with _name_request(request), Exchange(self._regions, request, servable.signature) as exchange:
                 brought = await exchange.bring()
                 terms = check_request(brought, name, servable.signature)
+                check_callers(name, servable.instances.alive)
                 channel = ResponseChannel(asyncio.get_running_loop())
                 details = RequestDetails.of(brought, terms.sequence, timeout_us=terms.timeout_us, channel=channel)
                 end = self._submit(servable, brought, terms, deadline_ns, details)
@@ -116,9 +118,11 @@ class DataPlane:
             if servable.ensemble is not None:
                 return await servable.ensemble.run(request, self, deadline_ns=deadline_ns, leases=leases)
             if servable.sequencer is not None:
+                check_callers(servable.name, servable.instances.alive)
                 return await servable.sequencer.infer(request, terms, self._mailbox, deadline_ns=deadline_ns)
             if servable.signature.is_decoupled:
                 raise UnsupportedRequest(f"model '{servable.name}' is decoupled: it does not give exactly one answer")
+            check_callers(servable.name, servable.instances.alive)
             details = RequestDetails.of(request, terms.sequence, timeout_us=terms.timeout_us)
             answer = self._submit(servable, request, terms, deadline_ns, details)
             try:

@@ -38,6 +38,26 @@ def detach(Batch batch not None):
     return members
 
 
+def list_attachments(Batch batch not None):
+    """What came from Python with the selected members that are not settled; for the thread that has the batch."""
+    return [
+        <object> batch._members[i].attachment
+        for i in range(batch._first, batch._last)
+        if batch._members[i] != NULL and batch._members[i].attachment != NULL
+    ]
+
+
+def is_unwanted(Batch batch not None):
+    """Whether nobody waits for any of the selected members any more; for the thread that has the batch."""
+    cdef bint is_anybody = False
+    for i in range(batch._first, batch._last):
+        if batch._members[i] != NULL:
+            is_anybody = True
+            if not is_cancelled(batch._members[i]):
+                return False
+    return is_anybody
+
+
 def count_run(Batch batch not None, int64_t rows, int64_t input_ns, int64_t infer_ns):
     """Counts one execution of a batch whose members were taken out."""
     cdef Counters *counters = &batch._state.counters

@@ -12,6 +12,7 @@ import numpy as np
 
 from aiorch_server._core import Member, encode_parameters
 from aiorch_server.errors import AiorchError, Code, ModelExecutionError
+from aiorch_server.execution.callers import Callers
 from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.execution.response_counts import ResponseCounts
 from aiorch_server.types import (
@@ -82,6 +83,11 @@ class HeldRequest:
     def __del__(self) -> None:
         if hasattr(self, "_wanted") and not self._is_ended:
             self.abandon(int(Code.INTERNAL), self._describe_unanswered())
+
+    @property
+    def callers(self) -> Callers:
+        """The models whose code asked for it."""
+        return self._details.callers
 
     @property
     def id(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from aiorch_server.execution.callers import Callers, current_callers
 from aiorch_server.execution.response_channel import ResponseChannel
 from aiorch_server.types import InferenceRequest, Parameter, SequencePlace
 
@@ -21,6 +22,7 @@ class RequestDetails:
     """Goes with a request as its attachment.
 
     ``channel`` is set for decoupled models. ``answer_parameters`` is the way back of an ordinary answer's parameters.
+    ``callers`` are the models whose code asked for it.
     """
 
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
@@ -28,6 +30,7 @@ class RequestDetails:
     timeout_us: int = 0
     channel: ResponseChannel | None = None
     answer_parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    callers: Callers = ()
 
     @classmethod
     def of(
@@ -48,4 +51,5 @@ class RequestDetails:
             sequence,
             timeout_us,
             channel,
+            callers=current_callers.get(),
         )

@@ -10,6 +10,7 @@ from typing import Final
 
 from aiorch_server._core import Batch, Member, Scheduler, count_run, detach
 from aiorch_server.backend import RequestInstance
+from aiorch_server.execution.callers import Callers
 from aiorch_server.execution.held_request import HeldRequest, RequestOwner
 
 #: Requests that one instance holds unanswered; with so many it takes no further batch.
@@ -41,6 +42,7 @@ class RequestLoop:
         self._log = log
         self._changed = threading.Condition()
         self._n_open = 0
+        self._current: Sequence[HeldRequest] = ()
         # Weak: a request that the model lets go of has to notice.
         self._open: weakref.WeakSet[HeldRequest] = weakref.WeakSet()
 
@@ -58,6 +60,14 @@ class RequestLoop:
         except BaseException as error:
             self.fail_open(*self._answer(error))
             raise
+
+    def read_callers(self) -> Callers:
+        """Who called what runs now; on the instance's thread."""
+        return max((request.callers for request in self._current), key=len, default=())
+
+    def is_unwanted(self) -> bool:
+        """Whether nobody waits for what runs now; on the instance's thread."""
+        return bool(self._current) and all(request.is_cancelled() for request in self._current)
 
     def fail_open(self, code: int, text: str) -> None:
         """Fails every request that the model still holds; what it sends from then on is refused."""
@@ -96,7 +106,7 @@ class RequestLoop:
 
     def _execute(self, requests: Sequence[HeldRequest]) -> None:
         try:
-            self._instance.execute_requests(requests)
+            self._hand_over(requests)
         except Exception as error:
             self._log(error)
             is_untouched = not any(request.is_ended for request in requests)
@@ -107,9 +117,16 @@ class RequestLoop:
             for request in requests:
                 request.abandon(*self._answer(error))
 
+    def _hand_over(self, requests: Sequence[HeldRequest]) -> None:
+        self._current = list(requests)
+        try:
+            self._instance.execute_requests(requests)
+        finally:
+            self._current = ()
+
     def _execute_alone(self, request: HeldRequest) -> None:
         try:
-            self._instance.execute_requests([request])
+            self._hand_over([request])
         except Exception as error:
             request.abandon(*self._answer(error))
 

@@ -13,12 +13,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from aiorch_server._core import Batch, Scheduler, serve_compiled
+from aiorch_server._core import Batch, Scheduler, is_unwanted, list_attachments, serve_compiled
 from aiorch_server.backend import Backend, LoadContext, ModelInstance, RequestInstance
 from aiorch_server.errors import AiorchError, Code, ModelExecutionError, ModelLoadError
+from aiorch_server.execution.callers import Callers
 from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.heap import trim_heap
 from aiorch_server.execution.held_request import RequestOwner
+from aiorch_server.execution.model_calls import InstanceCalls
+from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.execution.request_loop import RequestLoop
 from aiorch_server.execution.response_counts import ResponseCounts
 from aiorch_server.execution.warmup import WarmupSample, warm_up
@@ -52,6 +55,11 @@ def _read_code(error: AiorchError) -> int:
         return int(Code(error.code))
     except ValueError:  # a model's own class of error, with a code that there is not
         return int(Code.INTERNAL)
+
+
+def _read_callers(batch: Batch) -> Callers:
+    details = list_attachments(batch)
+    return max((each.callers for each in details if isinstance(each, RequestDetails)), key=len, default=())
 
 
 class FailureLog:
@@ -223,7 +231,7 @@ class _InstanceThread(threading.Thread):
             )
 
     def _serve(self, instance: ModelInstance) -> None:
-        scheduler = self._group.scheduler
+        scheduler, calls = self._group.scheduler, self._context.call_model
         own = scheduler.members[self.index] if isinstance(scheduler, SchedulerGroup) else scheduler
         if isinstance(instance, RequestInstance):
             self._loop = RequestLoop(
@@ -234,9 +242,13 @@ class _InstanceThread(threading.Thread):
                 answer=self._answer,
                 log=self._group.failures.write,
             )
+            if isinstance(calls, InstanceCalls):
+                calls.follow(self._loop.read_callers, self._loop.is_unwanted)
             self._loop.serve()
             return
         batch = Batch(own)
+        if isinstance(calls, InstanceCalls):
+            calls.follow(lambda: _read_callers(batch), lambda: is_unwanted(batch))
         execute, compiled = instance.execute, instance.compiled
         try:
             while True:

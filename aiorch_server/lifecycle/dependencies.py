@@ -159,8 +159,7 @@ class Dependencies:
     def _find_unfit(self, name: str, graph: EnsembleGraph, signature: ModelSignature) -> Iterator[str]:
         found = {key: servable for key in graph.models if (servable := self._find(key)) is not None}
         for key, servable in found.items():
-            policy = servable.config.model_transaction_policy
-            if policy is not None and policy.decoupled:
+            if servable.signature.is_decoupled:
                 yield (f"in ensemble {name}, model {key[0]} is decoupled; a step gives exactly one answer to a request")
         yield from graph.find_mismatches(name, signature, {key: each.signature for key, each in found.items()})
 

@@ -14,6 +14,7 @@ from aiorch_server.backend import Backend, DeclaredSignature, LoadContext
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import AiorchError, ModelLoadError
 from aiorch_server.execution.group import SchedulerGroup
+from aiorch_server.execution.model_calls import InstanceCalls, ModelCalls
 from aiorch_server.execution.placement import Place, count_cpus, place_instances
 from aiorch_server.execution.thread_executor import InstanceGroup, describe_error
 from aiorch_server.execution.warmup import make_samples
@@ -70,6 +71,7 @@ class Loader:
         default_queue_size: int = 0,
         startup_timeout_s: float = STARTUP_TIMEOUT_S,
         concurrency: int = CONCURRENT_LOADS,
+        calls: ModelCalls | None = None,
     ) -> None:
         self._backends = backends
         self._default_max_batch_size = default_max_batch_size
@@ -77,6 +79,7 @@ class Loader:
         self._allow_code = allow_code
         self.default_queue_size = default_queue_size
         self._startup_timeout_s = startup_timeout_s
+        self._calls = calls or ModelCalls()
         self._slots = asyncio.Semaphore(concurrency)
 
     async def load(self, source: Source, version: int, fingerprint: str) -> Servable:
@@ -146,6 +149,7 @@ class Loader:
                 is_requested=model.is_requested,
                 default_max_batch_size=self._default_max_batch_size,
                 config=model.config.to_dict(),
+                call_model=InstanceCalls(self._calls, model.name),
             )
             for index, place in enumerate(places)
         ]

@@ -16,6 +16,7 @@ from typing import Generic, Protocol, TypeVar
 
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import AiorchError, DeadlineExpired, InternalError, QueueFull, RequestError, error_from_code
+from aiorch_server.execution.response_counts import ResponseCounts
 from aiorch_server.scheduling.ensemble_counters import EnsembleCounters
 from aiorch_server.scheduling.ensemble_graph import EnsembleGraph, ModelKey, Plan, Step, convert_shape
 from aiorch_server.types import (
@@ -26,6 +27,9 @@ from aiorch_server.types import (
     SchedulerCounters,
     Tensor,
 )
+
+#: What a queue of the core holds where nothing else is configured.
+DEFAULT_MAX_REQUESTS = 16384
 
 
 class StepServable(Protocol):
@@ -90,7 +94,8 @@ class _Run(Generic[Held]):
 class EnsembleScheduler:
     """One version of an ensemble: takes requests as a scheduler does, but has neither queue nor instances.
 
-    ``max_requests`` bounds those under way; each step's ``max_inflight_requests`` is shared by all of them.
+    ``max_requests`` (0: the bound of a queue) bounds those under way; each step's ``max_inflight_requests`` is shared by
+    all of them.
     """
 
     def __init__(
@@ -103,8 +108,9 @@ class EnsembleScheduler:
         self.ended.set_running_or_notify_cancel()
         self._version = str(version)
         self._signature = signature
-        self._max_requests = max_requests
+        self._max_requests = max_requests or DEFAULT_MAX_REQUESTS
         self._counters = EnsembleCounters()
+        self.responses = ResponseCounts()
         self._requests: dict[asyncio.Task[object], int] = {}
         self._abandoned: set[asyncio.Task[object]] = set()
         self._refusal: AiorchError = InternalError("never abandoned")

@@ -1,0 +1,256 @@
+"""Calls from models' code to other models: begun on any thread, run on the server's event loop, answers handed back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from typing import Final, Protocol
+
+from aiorch_server.errors import AiorchError, InternalError, QueueFull, RequestCancelled, RequestError, ServerStopping
+from aiorch_server.execution.callers import Caller, Callers, current_callers
+from aiorch_server.types import InferenceRequest, InferenceResponse
+
+#: Calls under way in the whole server, and answers that wait for one caller.
+MAX_CALLS: Final = 4096
+MAX_WAITING: Final = 64
+#: A call of a model that waits for an earlier call of the same model ends by itself: others may do the same at once.
+REENTRANT_TIMEOUT_S: Final = 60.0
+#: How often a waiting thread looks whether its own caller is still there.
+LOOK_INTERVAL_S: Final = 0.05
+_STOPPING: Final = "the server is stopping"
+
+
+class Stream(Protocol):
+    """How a request is run: ``DataPlane.stream``."""
+
+    def __call__(self, request: InferenceRequest, *, deadline_ns: int = 0) -> AsyncGenerator[InferenceResponse, None]:
+        """The answers as they come."""
+        ...
+
+
+class ModelCalls:
+    """All calls of one server; made before there is an event loop, and of no use until ``attach``."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stream: Stream | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def attach(self, loop: asyncio.AbstractEventLoop, stream: Stream) -> None:
+        """From now on calls are run by ``stream`` on ``loop``."""
+        self._loop, self._stream = loop, stream
+
+    def start(
+        self, request: InferenceRequest, callers: Callers, timeout_s: float | None, is_unwanted: Callable[[], bool]
+    ) -> PendingCall:
+        """Begins a call; ``is_unwanted`` is asked while the caller's thread waits. Never blocks."""
+        if self._loop is None:
+            raise ServerStopping("the server is not ready for calls between models")
+        if timeout_s is not None and not timeout_s >= 0:
+            raise RequestError(f"the timeout of a call must not be negative, got {timeout_s} s")
+        deadline_ns = 0 if timeout_s is None else time.monotonic_ns() + int(min(timeout_s, 1e9) * 1e9)
+        exchange = _Exchange(self._loop)
+        context = contextvars.Context()
+        context.run(current_callers.set, callers)
+        try:
+            self._loop.call_soon_threadsafe(self._begin, request, deadline_ns, exchange, context)
+        except RuntimeError:  # the loop is closed
+            exchange.end(ServerStopping(_STOPPING))
+        return PendingCall(exchange, is_unwanted)
+
+    def _begin(
+        self, request: InferenceRequest, deadline_ns: int, exchange: _Exchange, context: contextvars.Context
+    ) -> None:
+        assert self._loop is not None
+        if len(self._tasks) >= MAX_CALLS:
+            exchange.end(QueueFull(f"{MAX_CALLS} calls between models are under way, which is the bound"))
+            return
+        task = self._loop.create_task(self._run(request, deadline_ns, exchange), context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        # Also where it never ran: who waits for it must hear.
+        task.add_done_callback(lambda _: exchange.end(RequestCancelled("the call was cancelled")))
+        exchange.run_by(task)
+
+    async def _run(self, request: InferenceRequest, deadline_ns: int, exchange: _Exchange) -> None:
+        assert self._stream is not None
+        try:
+            async with contextlib.aclosing(self._stream(request, deadline_ns=deadline_ns)) as answers:
+                async for answer in answers:
+                    await exchange.put(answer)
+        except AiorchError as error:
+            exchange.end(error)
+        except Exception as error:
+            exchange.end(InternalError(f"the call failed: {type(error).__name__}: {error}"))
+        else:
+            exchange.end(None)
+
+
+class _Exchange:
+    """The answers between the event loop, which puts, and one caller on another thread, who takes."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._lock = threading.Lock()
+        self._answers: deque[InferenceResponse] = deque()
+        self._is_ended = False
+        self._error: AiorchError | None = None
+        self._is_cancelled = False
+        self._waiter: Future[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._room = asyncio.Event()
+
+    # the loop's side
+
+    def run_by(self, task: asyncio.Task[None]) -> None:
+        """Who fills it; cancelled at once if the caller has cancelled meanwhile."""
+        with self._lock:
+            self._task = task
+            is_cancelled = self._is_cancelled
+        if is_cancelled:
+            task.cancel()
+
+    async def put(self, answer: InferenceResponse) -> None:
+        """Adds an answer; waits while the caller is too slow."""
+        while len(self._answers) >= MAX_WAITING:
+            self._room.clear()
+            await self._room.wait()
+        with self._lock:
+            self._answers.append(answer)
+            waiter, self._waiter = self._waiter, None
+        _wake(waiter)
+
+    def end(self, error: AiorchError | None) -> None:
+        """No more answers come; only the first call counts."""
+        with self._lock:
+            if self._is_ended:
+                return
+            self._is_ended, self._error = True, error
+            waiter, self._waiter = self._waiter, None
+        _wake(waiter)
+
+    # the caller's side
+
+    def take(self) -> tuple[InferenceResponse | None, Future[None] | None]:
+        """An answer, or what to wait for before asking again; neither: the end. Raises what ended the call."""
+        with self._lock:
+            if self._answers:
+                answer = self._answers.popleft()
+            elif self._is_ended:
+                if self._error is not None:
+                    raise self._error
+                return None, None
+            else:
+                self._waiter = Future()
+                return None, self._waiter
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(self._room.set)
+        return answer, None
+
+    def cancel(self) -> None:
+        with self._lock:
+            was_cancelled, self._is_cancelled = self._is_cancelled or self._is_ended, True
+            task = self._task
+        if task is not None and not was_cancelled:
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(task.cancel)
+
+
+def _wake(waiter: Future[None] | None) -> None:
+    # A coroutine that gave up waiting has cancelled it.
+    if waiter is not None and waiter.set_running_or_notify_cancel():
+        waiter.set_result(None)
+
+
+class PendingCall:
+    """One call in its caller's hands; see ``backend.ModelCall``. Dropping it cancels what is not ended."""
+
+    def __init__(self, exchange: _Exchange, is_unwanted: Callable[[], bool]) -> None:
+        self._exchange = exchange
+        self._is_unwanted = is_unwanted
+
+    def __del__(self) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Any thread, any number of times."""
+        self._exchange.cancel()
+
+    def __iter__(self) -> Iterator[InferenceResponse]:
+        """Blocks the calling thread; RequestCancelled once the caller's own callers are all gone."""
+        if _is_running(self._exchange.loop):
+            raise InternalError("a call between models cannot block the server's event loop; iterate it with async for")
+        while True:
+            answer, waiter = self._exchange.take()
+            if answer is not None:
+                yield answer
+            elif waiter is None:
+                return
+            else:
+                self._wait(waiter)
+
+    def _wait(self, waiter: Future[None]) -> None:
+        while True:
+            try:
+                return waiter.result(LOOK_INTERVAL_S)
+            except TimeoutError:
+                if self._is_unwanted():
+                    self.cancel()
+                    raise RequestCancelled("the call was cancelled: nobody waits for its caller any more") from None
+
+    async def __aiter__(self) -> AsyncIterator[InferenceResponse]:
+        """On whichever event loop the coroutine runs."""
+        try:
+            while True:
+                answer, waiter = self._exchange.take()
+                if answer is not None:
+                    yield answer
+                elif waiter is None:
+                    return
+                else:
+                    await asyncio.wrap_future(waiter)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+
+
+def _is_running(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
+class InstanceCalls:
+    """The calls of one instance: what ``LoadContext.call_model`` is. Any thread of the model's may call."""
+
+    def __init__(self, calls: ModelCalls, model_name: str) -> None:
+        self._calls = calls
+        self._model_name = model_name
+        self._thread: int | None = None
+        self._read_callers: Callable[[], Callers] = tuple
+        self._is_unwanted: Callable[[], bool] = lambda: False
+        self._last: Callers = ()
+
+    def follow(self, read_callers: Callable[[], Callers], is_unwanted: Callable[[], bool]) -> None:
+        """Called by the instance's thread before it serves: who calls, and whether nobody waits any more.
+
+        Both are only asked on that thread.
+        """
+        self._read_callers, self._is_unwanted, self._thread = read_callers, is_unwanted, threading.get_ident()
+
+    def __call__(self, request: InferenceRequest, *, timeout_s: float | None = None) -> PendingCall:
+        """See ``backend.CallModel``."""
+        is_own_thread = threading.get_ident() == self._thread
+        if is_own_thread:
+            self._last = self._read_callers()
+        callers = (*self._last, Caller(self._model_name, is_own_thread))
+        if any(caller.model == self._model_name for caller in self._last):
+            timeout_s = REENTRANT_TIMEOUT_S if timeout_s is None else min(timeout_s, REENTRANT_TIMEOUT_S)
+        return self._calls.start(request, callers, timeout_s, self._is_unwanted if is_own_thread else lambda: False)
