@@ -158,6 +158,9 @@ class HttpListener:
             found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             family, _, _, _, address = found[0]
             listener = socket.create_server((address[0], address[1]), family=family, backlog=_BACKLOG)
+            # Inherited by connections. asyncio sets it only for sockets that name their protocol, as these do not, and
+            # the second part of an answer would wait for the client's delayed acknowledgement of the first.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             raise OSError(error.errno, f"cannot listen on {self._host}:{self._port}: {error.strerror}") from None
         listener.setblocking(False)

@@ -88,6 +88,18 @@ async def test_pipelined_requests_are_answered_in_order(door):
     writer.close()
 
 
+async def test_answers_do_not_wait_for_acknowledgements(door):
+    """A head and a body leave at once; without TCP_NODELAY the body waits 40 ms for the client to acknowledge."""
+    loop = asyncio.get_running_loop()
+    took_s = []
+    async with httpx.AsyncClient(base_url=f"http://{door.url}") as client:
+        for _ in range(30):
+            start_s = loop.time()
+            await client.get("/v2")
+            took_s.append(loop.time() - start_s)
+    assert min(took_s[20:]) < 0.03, took_s  # the first ones are acknowledged at once anyway
+
+
 async def test_garbage_instead_of_http(door):
     reader, writer = await asyncio.open_connection("127.0.0.1", door.port)
     writer.write(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
