@@ -77,7 +77,7 @@ class InferRoute:
         header_length = find_header(headers, b"inference-header-content-length")
         async with receive_body(receive, headers, limits, self._budget) as body:
             call = parse_infer(body, header_length, model_name, model_version, limits.max_json_bytes)
-            response = await self._infer(call.request, receive)
+            response = await self.infer(call.request, receive)
         if count_json_bytes(response, call) > _LARGEST_INLINE_BYTES:
             answer, json_bytes = await asyncio.to_thread(render_infer, response, call)
         else:
@@ -90,7 +90,7 @@ class InferRoute:
             answer_headers.append((b"content-encoding", coding.encode("ascii")))
         return answer, answer_headers
 
-    async def _infer(self, request: InferenceRequest, receive: Receive) -> InferenceResponse:
+    async def infer(self, request: InferenceRequest, receive: Receive) -> InferenceResponse:
         """Waits for the answer or for the client to go away, which takes the request back from the data plane."""
         if self._is_abandoned:
             raise ServerStopping("Server is stopping and has stopped accepting new inference requests")

@@ -15,6 +15,7 @@ from aiorch_server.types import (
     InferenceResponse,
     ModelIndexEntry,
     ModelMetadata,
+    ModelSignature,
     ModelStatistics,
     ServerMetadata,
 )
@@ -66,6 +67,14 @@ class ManagementPlane(Protocol):
 
     def model_config(self, name: str, version: str) -> JsonConfig:
         """The completed configuration of a loaded version."""
+        ...
+
+    def find_signature(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
+        """The version that a request would get now, and what it takes and gives."""
+        ...
+
+    def find_labelled(self, name: str, label: str) -> int:
+        """The version that the model's configuration gives ``label``."""
         ...
 
     def statistics(self, name: str = "", version: str = "") -> Sequence[ModelStatistics]:

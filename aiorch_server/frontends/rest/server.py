@@ -12,6 +12,8 @@ from aiorch_server.frontends.rest.listener import HttpListener
 from aiorch_server.frontends.rest.planes import InferencePlane, ManagementPlane, RestLimits
 from aiorch_server.frontends.unpacking import UnpackBudget
 
+#: TensorFlow Serving's protocol, whose paths do not mind the case.
+_SERVING_PATH = re.compile(r"/v1/models(?:[/:]|$)", re.IGNORECASE)
 _INFER_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
 
 
@@ -34,6 +36,9 @@ class RestServer:
         limits = limits or RestLimits()
         budget = UnpackBudget()
         self._infer = InferRoute(dataplane, limits, budget)
+        from aiorch_server.frontends.tfserving.rest import ServingRoute  # which is built on modules of this package
+
+        self._serving = ServingRoute(controlplane, self._infer, limits, budget)
         self._control = ControlRoutes(controlplane, limits, budget).build_app()
         self._listener = HttpListener(
             self._serve, host, port, max_connections=max_connections, patience=limits.patience
@@ -57,5 +62,7 @@ class RestServer:
         matched = _INFER_PATH.fullmatch(scope["path"])
         if matched is not None:
             await self._infer(scope, receive, send, matched[1], matched[2] or "")
+        elif _SERVING_PATH.match(scope["path"]) is not None:
+            await self._serving(scope, receive, send)
         else:
             await self._control(scope, receive, send)

@@ -148,6 +148,8 @@ def _gather(signature: ModelSignature, spec: TensorSpec, features: Sequence[Mapp
             )
         kinds.add(kind)
         rows.append(getattr(row[spec.name], kind).value)
+    if kinds == {"float_list", "int64_list"} and spec.datatype in FLOATS:
+        kinds = {"float_list"}  # JSON does not tell 5 and 5.0 apart
     if len(kinds) != 1:
         raise RequestError(f"Feature {spec.name} is of different types: {', '.join(sorted(kinds))}")
     return _stack(signature, spec, rows, _KINDS[kinds.pop()])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aiorch_proto.tfserving import serving_pb2 as pb
 from aiorch_proto.tfserving.service import METHODS, SERVICE_NAMES
@@ -36,6 +36,7 @@ CLASSIFY: Final = "tensorflow/serving/classify"
 REGRESS: Final = "tensorflow/serving/regress"
 #: From this size on messages are taken apart and put together on another thread: lists of numbers take their time.
 _LARGE_BYTES: Final = 1 << 16
+_Result = TypeVar("_Result")
 
 
 class ServingServicer:
@@ -57,12 +58,10 @@ class ServingServicer:
         if not is_known_signature(wanted):
             raise UnknownSignature(f'Serving signature key "{wanted.signature}" not found.')
         check_names(model.signature, request.inputs, request.output_filter)
-        size = tensors.measure_tensors(request.inputs, self._max_tensor_bytes)
-        async with self._reserving(size - request.ByteSize()):
-            if size < _LARGE_BYTES:
-                inputs = tensors.decode_tensors(request.inputs)
-            else:
-                inputs = await asyncio.to_thread(tensors.decode_tensors, request.inputs)
+        sent = request.ByteSize()
+        size = await _run_sized(sent, tensors.measure_tensors, request.inputs, self._max_tensor_bytes)
+        async with self._reserving(size - sent):
+            inputs = await _run_sized(size, tensors.decode_tensors, request.inputs)
             answer = await model.run(self._bind(context), inputs, request.output_filter)
 
         def encode() -> pb.PredictResponse:
@@ -72,9 +71,7 @@ class ServingServicer:
                 tensors.encode_tensor(output, response.outputs[output.name])
             return response
 
-        if sum(len(output.data or b"") for output in answer.outputs) < _LARGE_BYTES:
-            return encode()
-        return await asyncio.to_thread(encode)
+        return await _run_sized(sum(len(output.data or b"") for output in answer.outputs), encode)
 
     async def Classify(self, request: pb.ClassificationRequest, context: Any) -> pb.ClassificationResponse:
         """Classes and scores for examples."""
@@ -160,6 +157,11 @@ class ServingServicer:
             yield
         finally:
             self._budget.release(size)
+
+
+async def _run_sized(size: int, work: Callable[..., _Result], *arguments: Any) -> _Result:
+    """The result of ``work`` on ``size`` bytes; on another thread if they are many."""
+    return work(*arguments) if size < _LARGE_BYTES else await asyncio.to_thread(work, *arguments)
 
 
 def add_serving_services(servicer: ServingServicer, server: Any) -> None:

@@ -199,7 +199,8 @@ def _read_values(name: str, values: Sequence[Any], datatype: DataType, count: in
         return join_elements(values) + join_elements((last,)) * (count - given)
     array = np.zeros(count, dtype)
     for start in range(0, given, _CHUNK):
-        array[start : start + _CHUNK] = values[start : min(start + _CHUNK, given)]
+        part = values[start : start + _CHUNK]
+        array[start : start + len(part)] = part
     if given:
         array[given:] = array[given - 1]
     if datatype.itemsize == dtype.itemsize:

@@ -1,0 +1,134 @@
+"""/v1/models/...: TensorFlow Serving's REST protocol as a bare ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from http import HTTPStatus
+from typing import Any, Final
+from urllib.parse import unquote
+
+from aiorch_server.errors import AiorchError, InternalError, RequestError
+from aiorch_server.frontends.rest.body import (
+    ClientGone,
+    Receive,
+    Send,
+    choose_coding,
+    encode_body,
+    find_header,
+    receive_body,
+)
+from aiorch_server.frontends.rest.infer import InferRoute
+from aiorch_server.frontends.rest.infer_json import parse_document
+from aiorch_server.frontends.rest.planes import RestLimits
+from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
+from aiorch_server.frontends.tfserving import examples, json_answer, json_request
+from aiorch_server.frontends.tfserving.information import find_status
+from aiorch_server.frontends.tfserving.models import (
+    Infer,
+    ModelCatalogue,
+    Wanted,
+    find_example_model,
+    find_model,
+    is_known_signature,
+)
+from aiorch_server.frontends.unpacking import UnpackBudget
+from aiorch_server.types import InferenceRequest, InferenceResponse
+
+logger = logging.getLogger(__name__)
+
+#: Where the paths of this protocol begin.
+PREFIX: Final = "/v1/models"
+_VERSION: Final = r"(?:/versions/([0-9]+)|/labels/([^/:]+))?"
+_CALL: Final = re.compile(rf"{PREFIX}/([^/:]+){_VERSION}:(predict|classify|regress)", re.IGNORECASE)
+_QUESTION: Final = re.compile(rf"{PREFIX}(?:/([^/:]+))?{_VERSION}(/metadata)?", re.IGNORECASE)
+#: No version has more digits; longer ones are told apart from versions before they are counted.
+_MOST_DIGITS: Final = 19
+#: Above, requests are packed and answers written on a thread.
+_LARGEST_INLINE_BYTES: Final = 64 * 1024
+
+
+class ServingRoute:
+    """Answers the paths below PREFIX; every request is answered once, unless its client went away."""
+
+    def __init__(self, catalogue: ModelCatalogue, route: InferRoute, limits: RestLimits, budget: UnpackBudget) -> None:
+        self._catalogue = catalogue
+        self._route = route
+        self._limits = limits
+        self._budget = budget
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """Reads the request, answers it or sends the error document."""
+        headers: list[tuple[bytes, bytes]] = [(b"content-type", b"application/json")]
+        status: int = HTTPStatus.OK
+        try:
+            body = await self._answer(scope, receive)
+            body, coding = await encode_body(body, choose_coding(find_header(scope["headers"], b"accept-encoding")))
+            if coding is not None:
+                headers.append((b"content-encoding", coding.encode("ascii")))
+        except ClientGone:
+            return
+        except AiorchError as error:
+            status, body = status_of(error), error_body(str(error))
+            headers.extend((key.encode("ascii"), value.encode("ascii")) for key, value in headers_of(error).items())
+        except Exception:
+            logger.exception("%s %s failed on a fault of this server", scope["method"], scope["path"])
+            fault = InternalError("internal error while serving the request; the server's log says more")
+            status, body = status_of(fault), error_body(str(fault))
+        headers.append((b"content-length", b"%d" % len(body)))
+        await send({"type": "http.response.start", "status": int(status), "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _answer(self, scope: Mapping[str, Any], receive: Receive) -> bytes:
+        method, path = scope["method"], scope["raw_path"].decode("latin-1")
+        if method == "POST" and (matched := _CALL.fullmatch(path)) is not None:
+            wanted = _read_target(*matched.groups()[:3])
+            async with receive_body(receive, scope["headers"], self._limits, self._budget) as body:
+                return await self._call(matched[4].lower(), wanted, body, receive)
+        if method == "GET" and (matched := _QUESTION.fullmatch(path)) is not None:
+            if not matched[1]:
+                raise RequestError("Missing model name in request.")
+            wanted = _read_target(*matched.groups()[:3])
+            if matched[4]:
+                return json_answer.render_metadata(find_model(self._catalogue, wanted))
+            return json_answer.render_status(find_status(self._catalogue, wanted))
+        raise RequestError(f"Malformed request: {method} {path}")
+
+    async def _call(self, method: str, wanted: Wanted, body: bytes, receive: Receive) -> bytes:
+        if not body:
+            raise RequestError("JSON Parse error: The document is empty")
+        document = parse_document(body, self._limits.max_json_bytes)
+        wanted = replace(wanted, signature=json_request.read_signature_name(document))
+
+        async def infer(request: InferenceRequest) -> InferenceResponse:
+            return await self._route.infer(request, receive)
+
+        if method == "predict":
+            return await self._predict(wanted, document, len(body), infer)
+        rows = json_request.read_examples(document, method)
+        model = find_example_model(self._catalogue, wanted)
+        if method == "classify":
+            return json_answer.render_classes(await examples.classify(model, rows, infer))
+        return json_answer.render_values(await examples.regress(model, rows, infer))
+
+    async def _predict(self, wanted: Wanted, document: Mapping[str, Any], body_bytes: int, infer: Infer) -> bytes:
+        model = find_model(self._catalogue, wanted)
+        if not is_known_signature(wanted):
+            raise RequestError(f'Serving signature name: "{wanted.signature}" not found in signature def')
+        if body_bytes > _LARGEST_INLINE_BYTES:
+            call = await asyncio.to_thread(json_request.read_predict, document, model.signature)
+        else:
+            call = json_request.read_predict(document, model.signature)
+        outputs = (await model.run(infer, call.inputs)).outputs
+        if sum(len(output.data or b"") for output in outputs) > _LARGEST_INLINE_BYTES:
+            return await asyncio.to_thread(json_answer.render_predict, outputs, is_by_rows=call.is_by_rows)
+        return json_answer.render_predict(outputs, is_by_rows=call.is_by_rows)
+
+
+def _read_target(name: str, version: str | None, label: str | None) -> Wanted:
+    """What the parts of a path name; they are percent-encoded."""
+    number = None if version is None else int(version[: _MOST_DIGITS + 1])
+    return Wanted(unquote(name), number, unquote(label or ""))
