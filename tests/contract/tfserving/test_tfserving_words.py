@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,7 +14,7 @@ from aiorch_proto.tfserving import core_pb2
 from aiorch_proto.tfserving import serving_pb2 as pb
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_site import TIMEOUT_S, Site
+from serving_site import TIMEOUT_S, Site, serve_here
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -371,3 +372,16 @@ async def test_any_document(site: Site, key: str, value: Any, model: str, method
     answer = await site.http.post(f"/v1/models/{model}:{method}", content=body, timeout=TIMEOUT_S)
     assert answer.status_code in (200, 400), (body, answer.text)
     assert answer.status_code == 200 or list(json.loads(answer.text)) == ["error"]
+
+
+async def test_stopping(site: Site, repository: Path) -> None:
+    """What runs is answered, and so is what comes until the end; states are not told any more."""
+    async with serve_here(repository, "native-1") as other:
+        running = asyncio.create_task(other.http.post("/v1/models/slow:predict", json={"inputs": [[1.0]]}))
+        while not any(servable.pending for servable in other.application.manager.servables()):
+            await asyncio.sleep(0.01)
+        other.application.manager.announce_stop()
+        assert (await other.predict("pair", BOTH)).outputs["x"] == A
+        answer = await other.http.get("/v1/models/pair")
+        assert (answer.status_code, answer.json()) == (503, {"error": "Server not ready"})
+        assert (await running).json() == {"outputs": [[1.0]]}
