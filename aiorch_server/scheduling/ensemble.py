@@ -94,8 +94,8 @@ class _Run(Generic[Held]):
 class EnsembleScheduler:
     """One version of an ensemble: takes requests as a scheduler does, but has neither queue nor instances.
 
-    ``max_requests`` (0: the bound of a queue) bounds those under way; each step's ``max_inflight_requests`` is shared by
-    all of them.
+    ``max_requests`` (0: the bound of a queue) bounds those under way; each step's ``max_inflight_requests`` is shared
+    by all of them.
     """
 
     def __init__(

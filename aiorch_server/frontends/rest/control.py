@@ -42,13 +42,6 @@ _FILE_PREFIX = "file:"
 _MAX_DOCUMENT_BYTES = 64 * 1024
 #: Bound of the arrays, objects and their elements in a load request.
 _MAX_LOAD_ELEMENTS = 100_000
-#: Paths of Triton that this server knows, but does not serve: the answer is 501 with a text instead of a bare 404.
-_UNSUPPORTED_PATHS = {
-    "/v2/models/{model}/generate": "the generate extension",
-    "/v2/models/{model}/versions/{version:version}/generate": "the generate extension",
-    "/v2/models/{model}/generate_stream": "the generate extension",
-    "/v2/models/{model}/versions/{version:version}/generate_stream": "the generate extension",
-}
 
 
 class VersionConvertor(StringConvertor):
@@ -94,8 +87,6 @@ class ControlRoutes:
             *SettingRoutes(self._controlplane, self._read_document).list_routes(),
         ):
             routes += [Route(path, _guard(endpoint), methods=[method]) for path in paths]
-        for path, what in _UNSUPPORTED_PATHS.items():
-            routes.append(Route(path, _guard(_refuse(what)), methods=["GET", "POST"]))
         app = Starlette(routes=routes, exception_handlers={HTTPException: _show_http_error})
         app.router.redirect_slashes = False
         return app
@@ -188,13 +179,6 @@ def _guard(endpoint: Endpoint) -> Endpoint:
             return Response(error_body(str(fault)), status_of(fault), media_type="application/json")
 
     return serve
-
-
-def _refuse(what: str) -> Endpoint:
-    async def refuse(request: Request) -> Response:
-        raise UnsupportedRequest(f"{what} is not supported by this server")
-
-    return refuse
 
 
 async def _named_repository(request: Request) -> Response:

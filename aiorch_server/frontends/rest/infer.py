@@ -25,10 +25,10 @@ from aiorch_server.frontends.unpacking import UnpackBudget
 from aiorch_server.types import InferenceRequest, InferenceResponse
 
 logger = logging.getLogger(__name__)
-_JSON = (b"content-type", b"application/json")
+JSON = (b"content-type", b"application/json")
 _BINARY = (b"content-type", b"application/octet-stream")
 #: Above, tensors are written as JSON on a thread: a megabyte takes a fifth of a second.
-_LARGEST_INLINE_BYTES = 64 * 1024
+LARGEST_INLINE_BYTES = 64 * 1024
 
 
 class InferRoute:
@@ -45,24 +45,19 @@ class InferRoute:
         self, scope: Mapping[str, Any], receive: Receive, send: Send, model_name: str, model_version: str
     ) -> None:
         """Reads the request, has it inferred and sends the answer or the error document."""
-        headers: list[tuple[bytes, bytes]] = [_JSON]
+        headers: list[tuple[bytes, bytes]] = [JSON]
         try:
             if scope["method"] != "POST":
                 headers.append((b"allow", b"POST"))
-                await _respond(send, HTTPStatus.METHOD_NOT_ALLOWED, headers, error_body("Method Not Allowed"))
+                await respond(send, HTTPStatus.METHOD_NOT_ALLOWED, headers, error_body("Method Not Allowed"))
                 return
             body, headers = await self._answer(scope["headers"], receive, model_name, model_version)
             status: int = HTTPStatus.OK
         except ClientGone:
             return
-        except AiorchError as error:
-            status, body = status_of(error), error_body(str(error))
-            headers.extend((key.encode("ascii"), value.encode("ascii")) for key, value in headers_of(error).items())
-        except Exception:
-            logger.exception("inference over REST failed on a fault of this server")
-            fault = InternalError("internal error while serving the request; the server's log says more")
-            status, body = status_of(fault), error_body(str(fault))
-        await _respond(send, status, headers, body)
+        except Exception as error:
+            status, body, headers = describe_failure(error)
+        await respond(send, status, headers, body)
 
     def abandon(self) -> None:
         """Answers everything that is still running with ServerStopping; for the end of a drain's patience."""
@@ -78,12 +73,12 @@ class InferRoute:
         async with receive_body(receive, headers, limits, self._budget) as body:
             call = parse_infer(body, header_length, model_name, model_version, limits.max_json_bytes)
             response = await self.infer(call.request, receive)
-        if count_json_bytes(response, call) > _LARGEST_INLINE_BYTES:
+        if count_json_bytes(response, call) > LARGEST_INLINE_BYTES:
             answer, json_bytes = await asyncio.to_thread(render_infer, response, call)
         else:
             answer, json_bytes = render_infer(response, call)
         answer, coding = await encode_body(answer, choose_coding(find_header(headers, b"accept-encoding")))
-        answer_headers = [_JSON if json_bytes is None else _BINARY]
+        answer_headers = [JSON if json_bytes is None else _BINARY]
         if json_bytes is not None:
             answer_headers.append((b"inference-header-content-length", b"%d" % json_bytes))
         if coding is not None:
@@ -124,7 +119,17 @@ def _take_outcome(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
-async def _respond(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+def describe_failure(error: Exception) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+    """Status, document and headers that tell a client about ``error``; a fault of ours is logged and not shown."""
+    if not isinstance(error, AiorchError):
+        logger.error("inference over REST failed on a fault of this server", exc_info=error)
+        error = InternalError("internal error while serving the request; the server's log says more")
+    more = ((key.encode("ascii"), value.encode("ascii")) for key, value in headers_of(error).items())
+    return status_of(error), error_body(str(error)), [JSON, *more]
+
+
+async def respond(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    """Sends a whole answer."""
     headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": int(status), "headers": headers})
     await send({"type": "http.response.body", "body": body})

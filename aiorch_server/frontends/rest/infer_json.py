@@ -84,13 +84,13 @@ def parse_infer(
     is_binary: dict[str, bool] = {}
     for index, item in enumerate(_check_count(_find(document, "outputs", list, "") or [], "outputs")):
         path = f"outputs[{index}]"
-        name = _check_text(_require(_check(item, dict, path), "name", str, path), f"{path}.name")
+        name = check_text(_require(_check(item, dict, path), "name", str, path), f"{path}.name")
         options = _parse_parameters(item, f"{path}.parameters")
         if "shared_memory_region" in options and options.get("binary_data") is True:
             raise RequestError("Output can't set both 'shared_memory_region' and 'binary_data'")
         is_binary[name] = _pop_flag(options, "binary_data", f"{path}.parameters", is_binary_by_default)
         outputs.append(RequestedOutput(name, options))
-    request_id = _check_text(_find(document, "id", str, "") or "", "id")
+    request_id = check_text(_find(document, "id", str, "") or "", "id")
     request = InferenceRequest(model_name, model_version, inputs, outputs, request_id, parameters)
     return InferCall(request, is_binary_by_default, is_binary)
 
@@ -160,7 +160,7 @@ def _parse_header_length(header_length: str | None, body_bytes: int) -> int:
 def _parse_input(item: object, path: str, rest: memoryview, model_name: str) -> tuple[Tensor, int]:
     """One input, and how many bytes of ``rest`` belong to it."""
     document = _check(item, dict, path)
-    name = _check_text(_require(document, "name", str, path), f"{path}.name")
+    name = check_text(_require(document, "name", str, path), f"{path}.name")
     spelling = _require(document, "datatype", str, path)
     datatype = _DATATYPES.get(spelling)
     if datatype is None:
@@ -218,9 +218,9 @@ def _parse_shape(items: list[Any], path: str) -> tuple[int, ...]:
 def _parse_parameters(document: Mapping[str, Any], path: str) -> dict[str, Parameter]:
     parameters: dict[str, Parameter] = _find(document, "parameters", dict, path.rpartition(".")[0]) or {}
     for key, value in _check_count(parameters, path).items():
-        _check_text(key, path)
+        check_text(key, path)
         if type(value) is str:
-            _check_text(value, f"{path}.{key}")
+            check_text(value, f"{path}.{key}")
         elif type(value) is int:
             if not -_INT64_MAX - 1 <= value <= _UINT64_MAX:
                 raise RequestError(f"{path}.{key}: {_shorten(value)} does not fit into 64 bits")
@@ -261,7 +261,8 @@ def _check_count(items: _Items, path: str) -> _Items:
     return items
 
 
-def _check_text(value: str, path: str) -> str:
+def check_text(value: str, path: str) -> str:
+    """``value`` if UTF-8 can hold it, else RequestError led by ``path``."""
     if not value.isascii():
         try:
             value.encode("utf-8")

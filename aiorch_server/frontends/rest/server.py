@@ -7,6 +7,7 @@ from typing import Any
 
 from aiorch_server.frontends.rest.body import Receive, Send
 from aiorch_server.frontends.rest.control import ControlRoutes
+from aiorch_server.frontends.rest.generate import GenerateRoute, GenerateStreamRoute
 from aiorch_server.frontends.rest.infer import InferRoute
 from aiorch_server.frontends.rest.listener import HttpListener
 from aiorch_server.frontends.rest.planes import InferencePlane, ManagementPlane, RestLimits
@@ -14,7 +15,7 @@ from aiorch_server.frontends.unpacking import UnpackBudget
 
 #: TensorFlow Serving's protocol, whose paths do not mind the case.
 _SERVING_PATH = re.compile(r"/v1/models(?:[/:]|$)", re.IGNORECASE)
-_INFER_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
+_INFER_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([0-9]+))?/(infer|generate|generate_stream)")
 
 
 class RestServer:
@@ -35,10 +36,15 @@ class RestServer:
     ) -> None:
         limits = limits or RestLimits()
         budget = UnpackBudget()
-        self._infer = InferRoute(dataplane, limits, budget)
+        infer = InferRoute(dataplane, limits, budget)
+        self._inference = {
+            "infer": infer,
+            "generate": GenerateRoute(dataplane, controlplane, limits, budget),
+            "generate_stream": GenerateStreamRoute(dataplane, controlplane, limits, budget),
+        }
         from aiorch_server.frontends.tfserving.rest import ServingRoute  # which is built on modules of this package
 
-        self._serving = ServingRoute(controlplane, self._infer, limits, budget)
+        self._serving = ServingRoute(controlplane, infer, limits, budget)
         self._control = ControlRoutes(controlplane, limits, budget).build_app()
         self._listener = HttpListener(
             self._serve, host, port, max_connections=max_connections, patience=limits.patience
@@ -55,13 +61,17 @@ class RestServer:
 
     async def stop(self, grace_s: float = 30.0) -> None:
         """Takes no new requests and answers the running ones, at the end of ``grace_s`` with 503."""
-        await self._listener.stop(grace_s, self._infer.abandon)
+        await self._listener.stop(grace_s, self._abandon)
+
+    def _abandon(self) -> None:
+        for route in self._inference.values():
+            route.abandon()
 
     async def _serve(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         # Inference goes past the framework: routing tables and middleware cost as much as the whole request.
         matched = _INFER_PATH.fullmatch(scope["path"])
         if matched is not None:
-            await self._infer(scope, receive, send, matched[1], matched[2] or "")
+            await self._inference[matched[3]](scope, receive, send, matched[1], matched[2] or "")
         elif _SERVING_PATH.match(scope["path"]) is not None:
             await self._serving(scope, receive, send)
         else:

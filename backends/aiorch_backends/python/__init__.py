@@ -23,9 +23,10 @@ quick: it also runs when the file is only inspected. ``context`` is the ``LoadCo
 anew under a name of its own, so neither two models nor two instances share module variables; files beside ``model.py``
 are reached by relative imports (``from . import vocabulary``).
 
-A model may ask other models of the server: keep ``context`` in ``load``, then ``aiorch_backends.python.calling.call`` (or
-``call_async`` in coroutines) takes and gives arrays; ``context.call_model`` itself gives the answers of decoupled models one
-by one. A call ends with the caller's request, at its own timeout, and, where a model would wait for itself, at once.
+A model may ask other models of the server: keep ``context`` in ``load``, then ``aiorch_backends.python.calling.call``
+(or ``call_async`` in coroutines) takes and gives arrays; ``context.call_model`` itself gives the answers of decoupled
+models one by one. A call ends with the caller's request, at its own timeout, and, where a model would wait for itself,
+at once.
 
 BYTES tensors are ``object`` arrays of ``bytes`` (outputs may hold ``str``, sent as UTF-8), BF16 tensors are ``uint16``
 bit patterns. Input arrays may not be kept beyond the call. What ``execute`` raises fails the batch with INTERNAL, and

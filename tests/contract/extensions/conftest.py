@@ -23,6 +23,17 @@ MODELS = {
         backend: "identity" max_batch_size: 0
         input { name: "INPUT0" data_type: TYPE_STRING dims: [-1] }
         output { name: "OUTPUT0" data_type: TYPE_STRING dims: [-1] }""",
+    **{
+        name: f"""
+        backend: "identity" max_batch_size: 8
+        input {{ name: "INPUT0" data_type: TYPE_INT32 dims: [{size}] }}
+        output {{ name: "OUTPUT0" data_type: TYPE_INT32 dims: [{size}] }}"""
+        for name, size in (("column", 1), ("pairs", 2))
+    },
+    "to_half": """
+        backend: "python" max_batch_size: 0
+        input { name: "INPUT0" data_type: TYPE_FP32 dims: [1] }
+        output { name: "OUTPUT0" data_type: TYPE_FP16 dims: [1] }""",
 }
 NUMERIC = ("UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BF16")
 MODELS |= {
@@ -32,6 +43,13 @@ MODELS |= {
         output {{ name: "OUTPUT0" data_type: TYPE_{datatype} dims: [-1, -1] label_filename: "labels.txt" }}"""
     for datatype in (*NUMERIC, "BOOL", "STRING")
 }
+TO_HALF = """
+class Model:
+    inputs, outputs, max_batch_size = [("INPUT0", "FP32", [1])], [("OUTPUT0", "FP16", [1])], 0
+
+    def execute(self, inputs):
+        return {"OUTPUT0": inputs["INPUT0"].astype("float16")}
+"""
 LABELS = "null\neins\nzwei: blau\ndrei\n"
 
 
@@ -39,6 +57,8 @@ def write_models(root: Path, models: dict[str, str]) -> Path:
     for name, config in models.items():
         (root / name / "1").mkdir(parents=True)
         (root / name / "config.pbtxt").write_text(config)
+        if name == "to_half":
+            (root / name / "1" / "model.py").write_text(TO_HALF)
         if "label_filename" in config:
             (root / name / "labels.txt").write_text(LABELS)
     return root
@@ -51,7 +71,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def site(models: Path) -> Iterator[Site]:
-    opened = Site(models, io_threads=1, shared_memory={"keys": "on", "max_bytes": 8 << 20, "max_regions": 16})
+    opened = Site(
+        models,
+        io_threads=1,
+        shared_memory={"keys": "on", "max_bytes": 8 << 20, "max_regions": 16},
+        execution={"backends": ["aiorch_backends.identity:IdentityBackend", "aiorch_backends.python:PythonBackend"]},
+    )
     yield opened
     opened.close()
 

@@ -43,7 +43,7 @@ async def test_a_broken_body_is_no_fault(door, caplog, path):
 
 
 async def test_bodies_that_never_end_share_a_bound(door, monkeypatch):
-    bodies = door.server._infer._limits.bodies
+    bodies = door.server._inference["infer"]._limits.bodies
     monkeypatch.setattr(bodies, "limit_bytes", 120_000)  # the doors of these tests share their limits
     head = b"POST /v2/models/echo/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n"
     clients = [await asyncio.open_connection("127.0.0.1", door.port) for _ in range(5)]
@@ -70,7 +70,7 @@ async def test_bodies_that_never_end_share_a_bound(door, monkeypatch):
 async def test_compressed_requests_share_a_budget(door):
     """Each is within the body's limit, all together unpack to far more than they are."""
     budget = UnpackBudget(200 << 10, patience_s=0.5)
-    route = door.server._infer
+    route = door.server._inference["infer"]
     route._budget = budget
     padded = gzip.compress(BODY + b" " * (60 << 10))
     door.plane.gate = asyncio.Event()

@@ -1,0 +1,85 @@
+"""POST /v2/models/{model}[/versions/{version}]/generate and generate_stream as bare ASGI applications."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any
+
+from aiorch_server.frontends.rest.body import ClientGone, Receive, Send, receive_body
+from aiorch_server.frontends.rest.generate_json import parse_generate, render_generate
+from aiorch_server.frontends.rest.infer import JSON, LARGEST_INLINE_BYTES, InferRoute, describe_failure, respond
+from aiorch_server.frontends.rest.planes import InferencePlane, ManagementPlane, RestLimits
+from aiorch_server.frontends.unpacking import UnpackBudget
+from aiorch_server.types import InferenceRequest, InferenceResponse
+
+_EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
+
+
+class GenerateRoute(InferRoute):
+    """One JSON document in, one out."""
+
+    def __init__(
+        self, dataplane: InferencePlane, controlplane: ManagementPlane, limits: RestLimits, budget: UnpackBudget
+    ) -> None:
+        super().__init__(dataplane, limits, budget)
+        self._controlplane = controlplane
+
+    async def _answer(
+        self, headers: list[tuple[bytes, bytes]], receive: Receive, model_name: str, model_version: str
+    ) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+        request = await self._read(headers, receive, model_name, model_version)
+        return await _render(await self.infer(request, receive)), [JSON]
+
+    async def _read(
+        self, headers: list[tuple[bytes, bytes]], receive: Receive, model_name: str, model_version: str
+    ) -> InferenceRequest:
+        limits = self._limits
+        async with receive_body(receive, headers, limits, self._budget) as body:
+            model = self._controlplane.model_metadata(model_name, model_version)
+            return parse_generate(body, model, model_version, limits.max_json_bytes)
+
+
+class GenerateStreamRoute(GenerateRoute):
+    """One JSON document in, a server-sent event for each answer out.
+
+    What goes wrong before the first answer has its status; later it is an event with an ``error``.
+    """
+
+    async def __call__(
+        self, scope: Mapping[str, Any], receive: Receive, send: Send, model_name: str, model_version: str
+    ) -> None:
+        """Reads the request and sends an event for each answer as it comes."""
+        if scope["method"] != "POST":
+            await super().__call__(scope, receive, send, model_name, model_version)
+            return
+        has_begun = False
+        try:
+            request = await self._read(scope["headers"], receive, model_name, model_version)
+            async with aclosing(self._follow(request, receive)) as answers:
+                async for answer in answers:
+                    event = b"data: " + await _render(answer) + b"\n\n"
+                    if not has_begun:
+                        has_begun = True
+                        await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": [_EVENTS]})
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        except ClientGone:
+            return
+        except Exception as error:
+            status, body, headers = describe_failure(error)
+            if not has_begun:
+                await respond(send, status, headers, body)
+                return
+            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _follow(self, request: InferenceRequest, receive: Receive) -> AsyncGenerator[InferenceResponse, None]:
+        yield await self.infer(request, receive)
+
+
+async def _render(response: InferenceResponse) -> bytes:
+    if sum(len(tensor.data or b"") for tensor in response.outputs) > LARGEST_INLINE_BYTES:
+        return await asyncio.to_thread(render_generate, response)
+    return render_generate(response)
