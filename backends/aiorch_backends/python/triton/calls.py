@@ -12,9 +12,12 @@ from aiorch_backends.python.triton import messages
 from aiorch_backends.python.triton.failures import TritonError, TritonModelException, to_triton_error
 from aiorch_backends.python.triton.messages import InferenceResponse
 from aiorch_backends.python.triton.tensors import Tensor, deserialize_bytes_tensor, serialize_byte_tensor
-from aiorch_server import types
 from aiorch_server.backend import CallModel, ModelCall
 from aiorch_server.errors import AiorchError
+from aiorch_server.types import FINAL_RESPONSE, DataType, Parameter, RequestedOutput
+from aiorch_server.types import InferenceRequest as CallRequest
+from aiorch_server.types import InferenceResponse as CallAnswer
+from aiorch_server.types import Tensor as CallTensor
 
 _MANY_ANSWERS = (
     "exec was called for one answer, but model '{}' is decoupled and gave more; call exec(decoupled=True) and iterate"
@@ -26,7 +29,7 @@ class ResponseIterator:
 
     def __init__(self, call: ModelCall) -> None:
         self._call = call
-        self._answers: Iterator[types.InferenceResponse] | None = None
+        self._answers: Iterator[CallAnswer] | None = None
         self._is_over = False
 
     def __iter__(self) -> ResponseIterator:
@@ -92,8 +95,8 @@ class InferenceRequest(messages.InferenceRequest):
             call.cancel()
             raise
 
-    def _take_only(self, call: ModelCall, answer: types.InferenceResponse) -> InferenceResponse:
-        if answer.parameters.get(types.FINAL_RESPONSE):
+    def _take_only(self, call: ModelCall, answer: CallAnswer) -> InferenceResponse:
+        if answer.parameters.get(FINAL_RESPONSE):
             return _to_response(answer)
         call.cancel()
         return InferenceResponse(error=TritonError(_MANY_ANSWERS.format(self._model_name), TritonError.UNSUPPORTED))
@@ -104,47 +107,45 @@ class InferenceRequest(messages.InferenceRequest):
             raise TritonModelException("Models cannot be called from here: this backend runs without a server.")
         if self._sender is not None:
             raise TritonModelException("A request that came to this model cannot be executed, make a new one.")
-        parameters: dict[str, types.Parameter] = dict(self._parameters)
+        parameters: dict[str, Parameter] = dict(self._parameters)
         if self._timeout_us:
             parameters["timeout"] = self._timeout_us
         if self._correlation_id:
             parameters["sequence_id"] = self._correlation_id
             parameters["sequence_start"] = bool(self._flags & messages.REQUEST_FLAG_SEQUENCE_START)
             parameters["sequence_end"] = bool(self._flags & messages.REQUEST_FLAG_SEQUENCE_END)
-        request = types.InferenceRequest(
+        request = CallRequest(
             self._model_name,
             "" if self._model_version == -1 else str(self._model_version),
             [_to_wire(tensor) for tensor in self._inputs],
-            [types.RequestedOutput(name) for name in self._wanted],
+            [RequestedOutput(name) for name in self._wanted],
             self._id,
             parameters,
         )
         return call_model(request)
 
 
-def _to_wire(tensor: Tensor) -> types.Tensor:
+def _to_wire(tensor: Tensor) -> CallTensor:
     array, datatype = tensor._array, tensor._datatype
     data: bytes | memoryview
-    if datatype is types.DataType.BYTES:
+    if datatype is DataType.BYTES:
         text = array.astype(np.object_) if array.dtype.kind == "U" else array
         data = serialize_byte_tensor(text) or b""
     else:
         data = array.tobytes()
-    return types.Tensor(tensor.name(), datatype.value, tuple(array.shape), data)
+    return CallTensor(tensor.name(), datatype.value, tuple(array.shape), data)
 
 
-def _to_response(answer: types.InferenceResponse) -> InferenceResponse:
+def _to_response(answer: CallAnswer) -> InferenceResponse:
     if isinstance(answer.error, AiorchError):
         return InferenceResponse(error=to_triton_error(answer.error))
-    parameters = {name: value for name, value in answer.parameters.items() if name != types.FINAL_RESPONSE}
+    parameters = {name: value for name, value in answer.parameters.items() if name != FINAL_RESPONSE}
     return InferenceResponse([_from_wire(tensor) for tensor in answer.outputs], parameters=parameters)
 
 
-def _from_wire(tensor: types.Tensor) -> Tensor:
-    datatype = types.DataType(tensor.datatype)
+def _from_wire(tensor: CallTensor) -> Tensor:
+    datatype = DataType(tensor.datatype)
     data = tensor.data if tensor.data is not None else b""
-    if datatype is types.DataType.BYTES:
-        array = deserialize_bytes_tensor(bytes(data))
-    else:
-        array = np.frombuffer(data, datatype.numpy)
+    is_bytes = datatype is DataType.BYTES
+    array = deserialize_bytes_tensor(bytes(data)) if is_bytes else np.frombuffer(data, datatype.numpy)
     return Tensor._of(tensor.name, array.reshape(tensor.shape), datatype)
