@@ -24,6 +24,7 @@ from aiorch_server.lifecycle.backends import BackendRegistry
 from aiorch_server.lifecycle.loader import Loader
 from aiorch_server.lifecycle.manager import LifecycleManager
 from aiorch_server.lifecycle.model import Observer
+from aiorch_server.observability.model_metrics import ModelMetrics
 from aiorch_server.repository import FilesystemRepository
 from aiorch_server.types import ModelIndexEntry
 
@@ -66,6 +67,7 @@ class Application:
         self._metrics: Any = None
         self._health: Any = None
         self._health_task: asyncio.Task[None] | None = None
+        self._model_metrics = ModelMetrics()
         self._changed = asyncio.Event()
         self._stop_task: asyncio.Task[None] | None = None
 
@@ -141,6 +143,7 @@ class Application:
                 default_instances=config.execution.instances,
                 allow_code=config.execution.allow_code,
                 default_queue_size=config.limits.max_queue_size,
+                declare_metric=self._model_metrics.declare,
                 startup_timeout_s=config.lifecycle.load_timeout_secs,
                 concurrency=config.lifecycle.concurrent_loads,
                 calls=calls,
@@ -173,7 +176,11 @@ class Application:
         from aiorch_server.frontends.metrics import MetricsServer
 
         self._metrics = MetricsServer(
-            self.manager.servables, list_ledgers=self._list_ledgers, host=config.host, port=config.port
+            self.manager.servables,
+            list_ledgers=self._list_ledgers,
+            own=[self._model_metrics],
+            host=config.host,
+            port=config.port,
         )
         self.metrics_port = await self._metrics.start()
 

@@ -277,7 +277,7 @@ class ModelStatistics:
     ``inference_count`` counts rows, ``success.count`` requests, ``execution_count`` batches; ``last_inference_ms`` is
     milliseconds since the epoch, 0 for never. ``failures`` splits ``fail.count`` by reason: REJECTED, CANCELED,
     BACKEND, OTHER. ``pending`` is the number of requests queued now. ``responses`` are those of a decoupled model, by
-    their place in the stream ("0" is the first).
+    their place in the stream ("0" is the first); ``first_response`` says how long the first ones took.
     """
 
     name: str
@@ -295,6 +295,7 @@ class ModelStatistics:
     failures: Mapping[str, int] = field(default_factory=dict)
     pending: int = 0
     responses: Mapping[str, ResponseStatistics] = field(default_factory=dict)
+    first_response: PhaseHistogram | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
-from prometheus_client.registry import CollectorRegistry
+from prometheus_client.registry import Collector, CollectorRegistry
 
 from aiorch_server.frontends.rest.body import Receive, Send, choose_coding, encode_body, find_header
 from aiorch_server.frontends.rest.listener import HttpListener
@@ -32,7 +32,7 @@ _MAX_CONNECTIONS = 64
 class MetricsServer:
     """Serves the metrics of ``list_models()`` and ``list_ledgers()`` on ``host``:``port`` in the running event loop.
 
-    Port 0 picks a free one.
+    ``own`` are collectors that are shown as well. Port 0 picks a free one.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class MetricsServer:
         list_models: Callable[[], Iterable[MeasuredModel]],
         *,
         list_ledgers: Callable[[], Iterable[DoorLedger]] = tuple,
+        own: Iterable[Collector] = (),
         host: str = "127.0.0.1",
         port: int = 8002,
     ) -> None:
@@ -49,6 +50,8 @@ class MetricsServer:
         self.registry.register(DoorCollector(list_ledgers))
         self.registry.register(CopyCollector())
         self.registry.register(MachineCollector())
+        for collector in own:
+            self.registry.register(collector)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self._listener = HttpListener(self._serve, host, port, max_connections=_MAX_CONNECTIONS)

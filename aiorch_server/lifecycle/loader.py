@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 
 from aiorch_server._core import ModelSpec, Scheduler
-from aiorch_server.backend import Backend, DeclaredSignature, LoadContext
+from aiorch_server.backend import Backend, DeclaredSignature, DeclareMetric, LoadContext
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import AiorchError, ModelLoadError
 from aiorch_server.execution.group import SchedulerGroup
@@ -69,6 +69,7 @@ class Loader:
         default_instances: int = 1,
         allow_code: bool = False,
         default_queue_size: int = 0,
+        declare_metric: DeclareMetric | None = None,
         startup_timeout_s: float = STARTUP_TIMEOUT_S,
         concurrency: int = CONCURRENT_LOADS,
         calls: ModelCalls | None = None,
@@ -78,6 +79,7 @@ class Loader:
         self._default_instances = default_instances
         self._allow_code = allow_code
         self.default_queue_size = default_queue_size
+        self._declare_metric = declare_metric
         self._startup_timeout_s = startup_timeout_s
         self._calls = calls or ModelCalls()
         self._slots = asyncio.Semaphore(concurrency)
@@ -150,6 +152,7 @@ class Loader:
                 default_max_batch_size=self._default_max_batch_size,
                 config=model.config.to_dict(),
                 call_model=InstanceCalls(self._calls, model.name),
+                declare_metric=self._declare_metric,
             )
             for index, place in enumerate(places)
         ]

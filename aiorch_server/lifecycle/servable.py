@@ -151,7 +151,8 @@ class Servable:
             batches=counters.batch_sizes,
             failures=counters.failures,
             pending=counters.pending,
-            responses=self.instances.responses.read(),
+            responses=self.instances.responses.read() if self.signature.is_decoupled else {},
+            first_response=self.instances.responses.read_first() if self.signature.is_decoupled else None,
         )
 
     def phase_histograms(self) -> Mapping[str, PhaseHistogram]:

@@ -68,6 +68,7 @@ _FAILURE = "nv_inference_request_failure"
 _REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 _PENDING = "nv_inference_pending_request_count"
 _PHASES = "aiorch_request_phase_seconds"
+_FIRST = "nv_inference_first_response_histogram_ms"
 _COPIED = "aiorch_copied_bytes_total"
 
 
@@ -123,6 +124,7 @@ class ModelCollector(Collector):
         failures: dict[Labels, float] = {}
         pending: dict[Labels, float] = {}
         phases: dict[Labels, PhaseHistogram] = {}
+        firsts: dict[Labels, PhaseHistogram] = {}
         for model in tuple(self._list_models()):
             try:
                 statistics, histograms = model.statistics(), model.phase_histograms()
@@ -135,6 +137,8 @@ class ModelCollector(Collector):
             for reason in (*_REASONS, *sorted(statistics.failures.keys() - set(_REASONS))):
                 _add(failures, (*labels, ("reason", reason)), statistics.failures.get(reason, 0))
             _add(pending, labels, statistics.pending)
+            if (first := statistics.first_response) is not None:
+                firsts[labels] = _sum_histograms(firsts[labels], first) if labels in firsts else first
             for phase, histogram in histograms.items():
                 key = (*labels, ("phase", phase))
                 phases[key] = _sum_histograms(phases[key], histogram) if key in phases else histogram
@@ -143,6 +147,8 @@ class ModelCollector(Collector):
         yield _family(_FAILURE, "Number of failed inference requests by reason", "counter", failures)
         yield _family(_PENDING, "Number of requests that wait for execution now", "gauge", pending)
         yield _histogram_family(phases)
+        if firsts:
+            yield _first_response_family(firsts)
 
 
 class DoorCollector(Collector):
@@ -230,6 +236,19 @@ def _histogram_family(phases: Mapping[Labels, PhaseHistogram]) -> Metric:
             family.add_sample(f"{_PHASES}_bucket", {**named, "le": _show_bound(bound_s)}, cumulative)
         family.add_sample(f"{_PHASES}_sum", named, histogram.sum_s)
         family.add_sample(f"{_PHASES}_count", named, cumulative)
+    return family
+
+
+def _first_response_family(firsts: Mapping[Labels, PhaseHistogram]) -> Metric:
+    family = Metric(_FIRST, "Duration from request to first response in milliseconds", "histogram")
+    for labels, histogram in firsts.items():
+        cumulative = 0
+        for bound_s, count in zip((*histogram.bounds_s, float("inf")), histogram.counts, strict=True):
+            cumulative += count
+            bound = "+Inf" if bound_s == float("inf") else f"{bound_s * 1e3:g}"
+            family.add_sample(f"{_FIRST}_bucket", {**dict(labels), "le": bound}, cumulative)
+        family.add_sample(f"{_FIRST}_sum", dict(labels), histogram.sum_s * 1e3)
+        family.add_sample(f"{_FIRST}_count", dict(labels), cumulative)
     return family
 
 

@@ -6,6 +6,7 @@ plane's to say.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from aiorch_server.types import (
     ModelStatistics,
     Parameter,
     RequestedOutput,
+    ResponseStatistics,
     ServerMetadata,
     Tensor,
     TensorMetadata,
@@ -328,6 +330,13 @@ def _encode_model_statistics(statistics: ModelStatistics) -> Message:
             cache_miss=_encode_duration(Duration()),
         ),
         batch_stats=map(_encode_batch_statistics, statistics.batches),
+        response_stats={place: _encode_responses(each) for place, each in statistics.responses.items()},
+    )
+
+
+def _encode_responses(responses: ResponseStatistics) -> Message:
+    return inference_pb2.InferResponseStatistics(
+        **{each.name: _encode_duration(getattr(responses, each.name)) for each in dataclasses.fields(responses)}
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -85,7 +86,10 @@ def _show_model_statistics(model: ModelStatistics) -> Document:
             "cache_hit": _show_duration(Duration()),
             "cache_miss": _show_duration(Duration()),
         },
-        "response_stats": {},
+        "response_stats": {
+            place: {each.name: _show_duration(getattr(responses, each.name)) for each in dataclasses.fields(responses)}
+            for place, responses in model.responses.items()
+        },
         "batch_stats": [
             {
                 "batch_size": batch.batch_size,

@@ -167,9 +167,17 @@ def read_signature(context: LoadContext, model_class: type) -> ModelSignature:
     for kind in ("input", "output"):
         if not completed.get(kind):
             raise refuse(context, f"neither the configuration nor auto_complete_config declares an {kind}")
+    # The declaration has more than these lists where the server adds tensors, such as a sequence's controls.
+    written = {tensor["name"] for kind in ("input", "output") for tensor in completed[kind]}
     return ModelSignature(
-        tuple(_read_spec(context, "input", tensor) for tensor in completed["input"]),
-        tuple(_read_spec(context, "output", tensor) for tensor in completed["output"]),
+        (
+            *(_read_spec(context, "input", tensor) for tensor in completed["input"]),
+            *(spec for spec in context.declared.inputs if spec.name not in written),
+        ),
+        (
+            *(_read_spec(context, "output", tensor) for tensor in completed["output"]),
+            *(spec for spec in context.declared.outputs if spec.name not in written),
+        ),
         _read_batch_size(context, completed.get("max_batch_size")),
         using_decoupled_model_transaction_policy(completed),
     )
