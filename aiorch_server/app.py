@@ -167,6 +167,7 @@ class Application:
             extensions=extensions,
             regions=regions,
             log_settings=self._log_settings,
+            server_id=config.id,
         )
 
     async def _open_metrics(self) -> None:

@@ -25,7 +25,16 @@ from aiorch_server.types import (
 
 SERVER_NAME = "aiorchestrator"
 #: The protocol's extensions that work through every door.
-EXTENSIONS = ("classification", "model_configuration", "model_repository", "schedule_policy", "sequence", "statistics")
+EXTENSIONS = (
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "schedule_policy",
+    "sequence",
+    "sequence(string_id)",
+    "statistics",
+)
 
 
 class ControlPlane:
@@ -44,11 +53,13 @@ class ControlPlane:
         regions: SharedRegions | None = None,
         trace_settings: TraceSettings | None = None,
         log_settings: LogSettings | None = None,
+        server_id: str = SERVER_NAME,
     ) -> None:
         self._manager = manager
         self.regions = regions or SharedRegions()
         self._traces = trace_settings or TraceSettings()
         self._logs = log_settings
+        self._server_id = server_id
         self._is_strict = config.is_readiness_strict
         self._extensions = tuple(extensions)
 
@@ -60,7 +71,7 @@ class ControlPlane:
             "logging": self._logs is not None,
         }
         extensions = (*self._extensions, *(name for name, works in optional.items() if works))
-        return ServerMetadata(SERVER_NAME, __version__, extensions)
+        return ServerMetadata(self._server_id, __version__, extensions)
 
     def is_live(self) -> bool:
         """True while the server runs; ServerStopping once it drains."""

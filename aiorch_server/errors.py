@@ -8,6 +8,7 @@
     |  |- PayloadTooLarge         a message or an expansion passed its limit
     |  |- RequestCancelled        the caller took the request back
     |  |- LoadNotAllowed          the server's control mode leaves loading to the repository
+    |  |- OverrideRefused         a load request's own configuration or files make no model
     |  |- DeviceMissing           it needs a device that this machine does not have
     |  |- AlreadyExists           the name is taken
     |  `- InvalidSettings         the server was started with settings that are wrong
@@ -92,6 +93,12 @@ class LoadNotAllowed(RequestError):
     """Models are not loaded or unloaded by request in this control mode; Triton answers UNAVAILABLE."""
 
     code = Code.UNAVAILABLE
+
+
+class OverrideRefused(RequestError):
+    """The configuration or files in a load request make no model; INTERNAL, because Triton's programs check that."""
+
+    code = Code.INTERNAL
 
 
 class DeviceMissing(RequestError):

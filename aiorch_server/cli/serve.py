@@ -50,6 +50,7 @@ def serve(
     model_load_thread_count: Annotated[
         int | None, typer.Option(help="Models that load at the same time; default 4.")
     ] = None,
+    id: Annotated[str | None, typer.Option(help="The name in the server's metadata; default aiorchestrator.")] = None,
     allow_grpc: Annotated[
         str | None, typer.Option(metavar=_BOOLEAN, help="Whether to listen for gRPC; default true.")
     ] = None,
@@ -151,6 +152,7 @@ def serve(
         "exit_timeout_secs": exit_timeout_secs,
         "model_load_timeout_secs": model_load_timeout_secs,
         "model_load_thread_count": model_load_thread_count,
+        "id": id,
         "allow_grpc": allow_grpc,
         "grpc_address": grpc_address,
         "grpc_port": grpc_port,

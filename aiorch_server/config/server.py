@@ -285,8 +285,12 @@ class LogConfig(Section):
 
 
 class ServerConfig(Section):
-    """Everything the server can be told; every value has a default that is safe on a laptop."""
+    """Everything the server can be told; every value has a default that is safe on a laptop.
 
+    ``id`` is the name that ServerMetadata gives.
+    """
+
+    id: Annotated[str, Field(min_length=1, max_length=200)] = "aiorchestrator"
     grpc: GrpcConfig = GrpcConfig()
     http: HttpConfig = HttpConfig()
     metrics: MetricsConfig = MetricsConfig()

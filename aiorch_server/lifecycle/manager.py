@@ -15,6 +15,7 @@ from aiorch_server.errors import (
     LoadNotAllowed,
     ModelLoadError,
     ModelNotReady,
+    OverrideRefused,
     RequestError,
     ServerStopping,
     UnknownModel,
@@ -182,7 +183,8 @@ class LifecycleManager:
         """Loads or reloads a model as the repository, or the given configuration and files, say.
 
         Only in explicit mode (LoadNotAllowed). Raises BackendError when there is no such model, ModelLoadError with the
-        reasons when a version does not load (what served before goes on serving), RequestError for a bad name.
+        reasons when a version does not load (what served before goes on serving), OverrideRefused when the given
+        configuration or files make no model, RequestError for a bad name.
         """
         self._check_explicit()
         await self._run(self._load(name, config_override, files or {}, is_asked=True))
@@ -324,7 +326,12 @@ class LifecycleManager:
             )
         except UnknownModel:
             raise BackendError(f"failed to load '{name}', failed to poll from model repository") from None
-        except ModelLoadError as error:
+        except (ModelLoadError, RequestError) as error:
+            if config_json is not None:
+                text = f"failed to load '{name}', failed to poll from model repository: {error}"
+                raise OverrideRefused(text) from error
+            if isinstance(error, RequestError):
+                raise
             raise ModelLoadError(f"load failed for model '{name}': {error}") from error
         snapshot, policy = opened.snapshot, opened.config.version_policy
         prefix = snapshot.fingerprint

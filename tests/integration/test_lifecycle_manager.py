@@ -27,6 +27,7 @@ from aiorch_server.errors import (
     LoadNotAllowed,
     ModelLoadError,
     ModelNotReady,
+    OverrideRefused,
     RequestError,
     ServerStopping,
     UnknownModel,
@@ -599,7 +600,7 @@ async def test_a_configuration_and_files_in_the_request_replace_what_is_stored(t
         await eventually(lambda: not folder.exists())
         with pytest.raises(RequestError, match="config"):
             await rig.manager.load("m", None, {"1/model.json": b"{}"})
-        with pytest.raises(ModelLoadError, match="max_batch_size"):
+        with pytest.raises(OverrideRefused, match="max_batch_size"):
             await rig.manager.load("m", json.dumps({"max_batch_size": -3}))
         assert await rig.infer("m", 2) == 4
 

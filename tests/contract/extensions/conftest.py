@@ -19,6 +19,20 @@ MODELS = {
     # a request waits here until a second one comes, or its caller gives up
     "gate": f"""backend: "identity" max_batch_size: 2 {FP32}
         dynamic_batching {{ preferred_batch_size: [2] max_queue_delay_microseconds: 60000000 }}""",
+    "impatient": f"""backend: "identity" max_batch_size: 2 {FP32}
+        dynamic_batching {{
+            preferred_batch_size: [2] max_queue_delay_microseconds: 60000000
+            priority_levels: 1 default_priority_level: 1
+            default_queue_policy {{ allow_timeout_override: true }} }}""",
+    "inner": f'backend: "identity" max_batch_size: 8 {FP32}',
+    "outer": f"""platform: "ensemble" max_batch_size: 8 {FP32}
+        ensemble_scheduling {{ step {{
+            model_name: "inner" model_version: -1
+            input_map {{ key: "INPUT0" value: "INPUT0" }} output_map {{ key: "OUTPUT0" value: "OUTPUT0" }} }} }}""",
+    # gives the value, and 100 more at the start of a sequence
+    "steps": f"""backend: "python" max_batch_size: 8 {FP32.replace("[-1]", "[1]")}
+        sequence_batching {{ control_input {{
+            name: "START" control {{ kind: CONTROL_SEQUENCE_START fp32_false_true: [0, 1] }} }} }}""",
     "text": """
         backend: "identity" max_batch_size: 0
         input { name: "INPUT0" data_type: TYPE_STRING dims: [-1] }
@@ -43,13 +57,20 @@ MODELS |= {
         output {{ name: "OUTPUT0" data_type: TYPE_{datatype} dims: [-1, -1] label_filename: "labels.txt" }}"""
     for datatype in (*NUMERIC, "BOOL", "STRING")
 }
-TO_HALF = """
+FILES = {
+    "to_half": """
 class Model:
     inputs, outputs, max_batch_size = [("INPUT0", "FP32", [1])], [("OUTPUT0", "FP16", [1])], 0
 
     def execute(self, inputs):
         return {"OUTPUT0": inputs["INPUT0"].astype("float16")}
-"""
+""",
+    "steps": """
+class Model:
+    def execute(self, inputs):
+        return {"OUTPUT0": inputs["INPUT0"] + 100 * inputs["START"].reshape(inputs["INPUT0"].shape)}
+""",
+}
 LABELS = "null\neins\nzwei: blau\ndrei\n"
 
 
@@ -57,8 +78,8 @@ def write_models(root: Path, models: dict[str, str]) -> Path:
     for name, config in models.items():
         (root / name / "1").mkdir(parents=True)
         (root / name / "config.pbtxt").write_text(config)
-        if name == "to_half":
-            (root / name / "1" / "model.py").write_text(TO_HALF)
+        if name in FILES:
+            (root / name / "1" / "model.py").write_text(FILES[name])
         if "label_filename" in config:
             (root / name / "labels.txt").write_text(LABELS)
     return root
