@@ -206,14 +206,12 @@ class Application:
         from aiorch_server.frontends.grpc.health import add_health_service
         from aiorch_server.frontends.grpc.reflection import add_reflection_service
         from aiorch_server.frontends.grpc.servicer import InferenceServicer, add_inference_service
-        from aiorch_server.frontends.tfserving.service import ServingServicer, add_serving_services
+        from aiorch_server.frontends.tfserving.registration import add_serving_services
 
         server = self._grpc = self._make_grpc_server(config)
         self.grpc_port = _bind(server, config)
         add_inference_service(InferenceServicer(self.dataplane, self.controlplane), server)
-        add_serving_services(
-            ServingServicer(self.dataplane, self.controlplane, max_tensor_bytes=config.max_message_bytes), server
-        )
+        add_serving_services(server, self.dataplane, self.controlplane, max_tensor_bytes=config.max_message_bytes)
         add_reflection_service(server)
         self._health = await add_health_service(server)
         return server

@@ -13,8 +13,18 @@ from served import serve
 FRAMEWORKS = ("torch", "tensorflow", "sklearn", "skops", "joblib", "pandas", "scipy", "fastapi", "onnx", "tritonclient")
 #: The compiled instance opens ONNX Runtime's shared library without the Python package, and the native door speaks
 #: gRPC without grpc's; the client and its commands belong to other processes.
-#: What terminals, YAML files and reflection need is imported when there is one.
-NEEDLESS = (*FRAMEWORKS, "onnxruntime", "grpc", "aiorch_client", "rich", "yaml", "grpc_reflection")
+#: What terminals, YAML files, reflection and TensorFlow Serving's clients need is imported when there is one.
+NEEDLESS = (
+    *FRAMEWORKS,
+    "aiorch_server.frontends.tfserving.service",
+    "aiorch_server.frontends.tfserving.rest",
+    "onnxruntime",
+    "grpc",
+    "aiorch_client",
+    "rich",
+    "yaml",
+    "grpc_reflection",
+)
 #: Measured 98 to 100 MB; what the kernel maps of libraries beside the pages that are read varies by 2 MB.
 MOST_RESIDENT_BYTES = 105_000_000
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from aiorch_server.frontends.rest.body import Receive, Send
 from aiorch_server.frontends.rest.control import ControlRoutes
@@ -12,6 +13,9 @@ from aiorch_server.frontends.rest.infer import InferRoute
 from aiorch_server.frontends.rest.listener import HttpListener
 from aiorch_server.frontends.rest.planes import InferencePlane, ManagementPlane, RestLimits
 from aiorch_server.frontends.unpacking import UnpackBudget
+
+if TYPE_CHECKING:
+    from aiorch_server.frontends.tfserving.rest import ServingRoute
 
 #: TensorFlow Serving's protocol, whose paths do not mind the case.
 _SERVING_PATH = re.compile(r"/v1/models(?:[/:]|$)", re.IGNORECASE)
@@ -42,13 +46,18 @@ class RestServer:
             "generate": GenerateRoute(dataplane, controlplane, limits, budget),
             "generate_stream": GenerateStreamRoute(dataplane, controlplane, limits, budget),
         }
-        from aiorch_server.frontends.tfserving.rest import ServingRoute  # which is built on modules of this package
-
-        self._serving = ServingRoute(controlplane, infer, limits, budget)
+        self._serving_parts = (controlplane, infer, limits, budget)
         self._control = ControlRoutes(controlplane, limits, budget).build_app()
         self._listener = HttpListener(
             self._serve, host, port, max_connections=max_connections, patience=limits.patience
         )
+
+    @cached_property
+    def _serving(self) -> ServingRoute:
+        """Imported with the first request: most servers never meet one."""
+        from aiorch_server.frontends.tfserving.rest import ServingRoute
+
+        return ServingRoute(*self._serving_parts)
 
     @property
     def connections(self) -> int:

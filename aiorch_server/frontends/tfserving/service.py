@@ -8,11 +8,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aiorch_proto.tfserving import serving_pb2 as pb
-from aiorch_proto.tfserving.service import METHODS, SERVICE_NAMES
 
 from aiorch_server.errors import CapacityError, RequestError, UnsupportedRequest
-from aiorch_server.frontends.grpc.methods import add_methods
-from aiorch_server.frontends.grpc.unary import build_unary_method, read_deadline_ns
+from aiorch_server.frontends.grpc.unary import read_deadline_ns
 from aiorch_server.frontends.tfserving import examples, information, tensors
 from aiorch_server.frontends.tfserving.models import (
     SIGNATURE,
@@ -40,7 +38,7 @@ _Result = TypeVar("_Result")
 
 
 class ServingServicer:
-    """The RPCs over the two planes, one method each; what they raise becomes a status in ``add_serving_services``.
+    """The RPCs over the two planes, one method each; what they raise becomes a status where they are registered.
 
     ``max_tensor_bytes`` bounds what the inputs of one request hold: a few bytes of a message can stand for a lot.
     """
@@ -162,14 +160,3 @@ class ServingServicer:
 async def _run_sized(size: int, work: Callable[..., _Result], *arguments: Any) -> _Result:
     """The result of ``work`` on ``size`` bytes; on another thread if they are many."""
     return work(*arguments) if size < _LARGE_BYTES else await asyncio.to_thread(work, *arguments)
-
-
-def add_serving_services(servicer: ServingServicer, server: Any) -> None:
-    """Registers both services with ``server``, a ``grpc.aio.Server`` or one with its surface, at the standard paths."""
-    for service in SERVICE_NAMES:
-        methods = {
-            name: build_unary_method(getattr(servicer, name), method.request)
-            for name, method in METHODS.items()
-            if method.service == service
-        }
-        add_methods(server, service, methods)

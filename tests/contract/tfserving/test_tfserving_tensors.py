@@ -87,7 +87,7 @@ def same(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> bool:
     return found.shape == wanted.shape and found.tobytes() == wanted.tobytes()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(tensor=tensors(), form=st.sampled_from(["list", "content"]))
 async def test_round_trip(site: Site, tensor: tuple[DataType, np.ndarray[Any, Any]], form: str) -> None:
     datatype, array = tensor
@@ -225,7 +225,7 @@ async def test_few_bytes_that_stand_for_many(site: Site, model: str, number: int
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(noise=st.binary(max_size=200), at=st.integers(0, 200), length=st.integers(0, 20))
 async def test_damaged_messages(site: Site, noise: bytes, at: int, length: int) -> None:
     """Each is answered, and nothing of it stays behind (the fixture looks)."""

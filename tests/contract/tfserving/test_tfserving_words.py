@@ -359,7 +359,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     key=st.sampled_from(["instances", "inputs", "examples", "context", "signature_name"]),
     value=JSON_VALUES,
