@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +10,7 @@ from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import unquote
 
-from aiorch_server.errors import AiorchError, InternalError, RequestError
+from aiorch_server.errors import RequestError
 from aiorch_server.frontends.rest.body import (
     ClientGone,
     Receive,
@@ -21,10 +20,9 @@ from aiorch_server.frontends.rest.body import (
     find_header,
     receive_body,
 )
-from aiorch_server.frontends.rest.infer import InferRoute
+from aiorch_server.frontends.rest.infer import InferRoute, describe_failure, respond
 from aiorch_server.frontends.rest.infer_json import parse_document
 from aiorch_server.frontends.rest.planes import RestLimits
-from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
 from aiorch_server.frontends.tfserving import examples, json_answer, json_request
 from aiorch_server.frontends.tfserving.information import find_status
 from aiorch_server.frontends.tfserving.models import (
@@ -37,8 +35,6 @@ from aiorch_server.frontends.tfserving.models import (
 )
 from aiorch_server.frontends.unpacking import UnpackBudget
 from aiorch_server.types import InferenceRequest, InferenceResponse
-
-logger = logging.getLogger(__name__)
 
 #: Where the paths of this protocol begin.
 PREFIX: Final = "/v1/models"
@@ -71,16 +67,9 @@ class ServingRoute:
                 headers.append((b"content-encoding", coding.encode("ascii")))
         except ClientGone:
             return
-        except AiorchError as error:
-            status, body = status_of(error), error_body(str(error))
-            headers.extend((key.encode("ascii"), value.encode("ascii")) for key, value in headers_of(error).items())
-        except Exception:
-            logger.exception("%s %s failed on a fault of this server", scope["method"], scope["path"])
-            fault = InternalError("internal error while serving the request; the server's log says more")
-            status, body = status_of(fault), error_body(str(fault))
-        headers.append((b"content-length", b"%d" % len(body)))
-        await send({"type": "http.response.start", "status": int(status), "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        except Exception as error:
+            status, body, headers = describe_failure(error)
+        await respond(send, status, headers, body)
 
     async def _answer(self, scope: Mapping[str, Any], receive: Receive) -> bytes:
         method, path = scope["method"], scope["raw_path"].decode("latin-1")

@@ -269,6 +269,7 @@ async def test_refused_json(site: Site, number: int) -> None:
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
     answer = await site.http.post(f"/v1/models/{model}:predict", content=body)
     assert answer.status_code == status, answer.text
+    assert answer.headers.get_list("content-type") == ["application/json"]
     assert list(answer.json()) == ["error"]
     assert text in answer.json()["error"]
 
