@@ -16,6 +16,7 @@ import pytest
 import tritonclient.grpc as triton
 from ensembles import tensors, write_ensemble, write_model
 from running_site import Site
+from sequence_models import write_tally
 from tritonclient.utils import InferenceServerException
 
 from aiorch_server._core import read_copied_bytes
@@ -88,6 +89,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     write_ensemble(root, "nested_failing", (("failing", {"IN": "IN"}, {"OUT": "OUT"}),))
     write_ensemble(root, "texts", (("upper", {"X": "IN"}, {"Y": "OUT"}),), datatype="TYPE_STRING")
     write_ensemble(root, "echoes", (("echo_one", {"X": "IN"}, {"Y": "t"}), ("echo_two", {"X": "t"}, {"Y": "OUT"})))
+    write_tally(root, "tally")
+    tally = (("tally", {"value": "IN"}, {"total": "OUT"}),)
+    write_ensemble(root, "sequences", tally, datatype="TYPE_INT64", dims="[1]", size=4)
     site = Site(root, io_threads=1)
     yield site
     site.close()
@@ -305,6 +309,21 @@ def test_a_model_without_batches_takes_the_whole_tensor_or_a_single_row(client: 
 
 def test_an_ensemble_may_be_a_step(client: Any) -> None:
     np.testing.assert_array_equal(ask(client, "nested", IN=row(1)).as_numpy("OUT"), row(7))
+
+
+def test_a_sequence_model_as_a_step_gets_the_requests_place_in_its_sequence(client: Any) -> None:
+    def send(sequence: int, value: int, **place: bool) -> int:
+        tensor = triton.InferInput("IN", [1, 1], "INT64")
+        tensor.set_data_from_numpy(np.array([[value]], np.int64))
+        answer = client.infer("sequences", [tensor], sequence_id=sequence, client_timeout=TIMEOUT_S, **place)
+        return int(answer.as_numpy("OUT")[0, 0])
+
+    with pytest.raises(
+        InferenceServerException, match=r"^\[.*\] in ensemble 'sequences', .*must specify the START flag"
+    ):
+        send(5, 1)
+    assert [send(6, 1, sequence_start=True), send(7, 10, sequence_start=True)] == [1, 10]
+    assert [send(6, 2), send(7, 20), send(6, 3, sequence_end=True), send(7, 30, sequence_end=True)] == [3, 30, 6, 60]
 
 
 @pytest.mark.parametrize("size", [1, 30_000])

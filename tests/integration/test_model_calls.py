@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import ensemble_gates as gates
@@ -32,6 +33,40 @@ class Base:
         return call(self.context, model, {"X": array}, **more)["Y"]
 """
 GATES = "import ensemble_gates as gates"
+#: Triton's way: calls the model that stands in its parameter ``to``, all requests at once where it is ``together``.
+TRITON = """
+import asyncio
+import json
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def initialize(self, args):
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.to = parameters["to"]["string_value"]
+        self.is_together = "together" in parameters
+
+    def make(self, request):
+        given = pb_utils.get_input_tensor_by_name(request, "X")
+        return pb_utils.InferenceRequest(model_name=self.to, requested_output_names=["Y"], inputs=[given])
+
+    def answer(self, found):
+        if found.has_error():
+            return pb_utils.InferenceResponse(error=found.error())
+        return pb_utils.InferenceResponse([pb_utils.get_output_tensor_by_name(found, "Y")])
+
+    def execute(self, requests):
+        if self.is_together:
+            return asyncio.run(self.ask_together(requests))
+        return [self.answer(self.make(request).exec()) for request in requests]
+
+    async def ask_together(self, requests):
+        return [self.answer(each) for each in await asyncio.gather(*(self.make(r).async_exec() for r in requests))]
+"""
+
+
+def write_triton(root: Path, name: str, to: str, more: str = "") -> None:
+    write_model(root, name, more=f'parameters {{ key: "to" value {{ string_value: "{to}" }} }} {more}')
+    (root / name / "1" / "model.py").write_text(TRITON)
 
 
 def write_caller(root: Any, name: str, code: str, **more: Any) -> None:
@@ -88,6 +123,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         outputs=("Y",),
     )
     write_caller(root, "to_ensemble", "return {'Y': self.ask('whole', i['X'])}")
+    write_triton(root, "triton", "caller")
+    write_triton(root, "triton_together", "double", 'parameters { key: "together" value { string_value: "1" } }')
+    write_triton(root, "triton_to_refuse", "refuse")
+    write_triton(root, "triton_itself", "triton_itself")
     site = Site(root, io_threads=1)
     yield site
     site.close()
@@ -141,6 +180,8 @@ def read_failures(site: Site, model: str) -> dict[str, int]:
             "-> itself_twice -> itself_twice: all of its 2 instances wait",
         ),
         ("ping", "INVALID_ARGUMENT", "model 'ping' cannot be called by a call of its own, ping -> pong -> ping"),
+        ("triton_to_refuse", "INTERNAL", "ValueError: no"),
+        ("triton_itself", "INVALID_ARGUMENT", "model 'triton_itself' cannot be called by a call of its own"),
         ("deep_0", "INVALID_ARGUMENT", "calls between models are more than 16 deep: deep_0 -> deep_1"),
     ],
 )
@@ -197,6 +238,11 @@ def test_a_model_calls_another_and_both_count(client: Any) -> None:
 def test_coroutines_and_threads_of_a_model_call_too(client: Any) -> None:
     assert ask(client, "gathered", 1) == [203]
     assert ask(client, "threaded", 3) == [6]
+
+
+def test_tritons_models_call_with_exec_and_async_exec(client: Any) -> None:
+    assert ask(client, "triton", 4) == [9]
+    assert ask(client, "triton_together", 4) == [8]
 
 
 def test_an_ensemble_may_call_and_be_called(client: Any) -> None:
