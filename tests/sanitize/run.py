@@ -150,9 +150,9 @@ def read_line(*command: str) -> str:
 
 
 def read_commit() -> str:
-    """What was compiled; with a plus where it differs from what is committed."""
+    """The last commit to what is compiled; with a plus where there are changes since."""
     changed = read_line("git", "status", "--porcelain", "-uno", "--", *PACKAGES)
-    return read_line("git", "rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    return read_line("git", "log", "-1", "--format=%h", "--", *PACKAGES) + ("+" if changed else "")
 
 
 def add_result(file: Path, kind: str, path: str, row: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def run(kind: str, place: Path, logs: Path, path: str, arguments: list[str]) -> 
     print(f"== {path}", flush=True)
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
-    started = time.monotonic()
+    commit, started = read_commit(), time.monotonic()
     command = [*make_prefix(kind), sys.executable, "-m", "pytest", path, "-q", "-p", "no:cacheprovider"]
     command += [f"--timeout={TEST_LIMIT_S}", *arguments]
     environment = make_environment(kind, place, logs)
@@ -176,7 +176,7 @@ def run(kind: str, place: Path, logs: Path, path: str, arguments: list[str]) -> 
     for finding in findings:
         print(f"\n{finding}")
     return {
-        "commit": read_commit(),
+        "commit": commit,
         "compiler": f"gcc {read_line('gcc', '-dumpfullversion')}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "exit": done.returncode,
