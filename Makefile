@@ -127,6 +127,7 @@ $(CACHE)/test: pyproject.toml setup.py $(CACHE)/base
 	$(PIP) --no-deps "tensorflow-serving-api>=2.21,<3"
 	@command -v prometheus >/dev/null && command -v h2load >/dev/null && command -v curl >/dev/null \
 	    || deploy/install-packages prometheus nghttp2-client curl
+	@command -v espeak-ng >/dev/null || deploy/install-packages espeak-ng
 	@command -v node >/dev/null && command -v npm >/dev/null || deploy/install-packages nodejs npm
 	@touch $@ $(CACHE)/examples $(CACHE)/compiled
 

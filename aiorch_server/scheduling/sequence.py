@@ -89,6 +89,7 @@ class SequenceScheduler:
         self._mailbox: Mailbox | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0
+        self._wakes: dict[int, int] = {}  # when an instance is to be fed again though nothing changes
 
     @property
     def live(self) -> int:
@@ -187,9 +188,13 @@ class SequenceScheduler:
     def _pump(self) -> None:
         """Feeds every instance where something has changed, until nothing more can be handed over."""
         now_ns = time.monotonic_ns()
-        wake_ns = self._table.expire(now_ns)
+        expiry_ns = self._table.expire(now_ns)
+        for instance, at_ns in self._wakes.items():
+            if at_ns <= now_ns:
+                self._table.touch(instance)
         while due := self._table.instances_due():
             for instance in due:
+                self._wakes.pop(instance, None)
                 if self._mailbox is None:
                     continue
                 try:
@@ -197,8 +202,9 @@ class SequenceScheduler:
                 except CapacityError as error:
                     self._lose(instance, error)
                 else:
-                    wake_ns = min(filter(None, (wake_ns, at_ns)), default=0)
-        self._arm(wake_ns)
+                    if at_ns:
+                        self._wakes[instance] = at_ns
+        self._arm(min(filter(None, (expiry_ns, *self._wakes.values())), default=0))
 
     def _arm(self, wake_ns: int) -> None:
         if not wake_ns or (self._timer is not None and self._timer_ns <= wake_ns):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from aiorch_server._core import Mailbox, Scheduler, encode_request, walk_elements
 from aiorch_server.config.sequence import SequenceDirect
 from aiorch_server.errors import CapacityError
+from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.scheduling.sequence_job import Job, Settle, describe_loss, job_of, read_outcome
 from aiorch_server.scheduling.sequence_table import Member, SequenceTable
 from aiorch_server.scheduling.sequence_tensors import Row, StepTensors, encode_absent, encode_control
@@ -106,8 +107,10 @@ class DirectFeeder:
         first = job_of(members[0]).request
         outputs = dict.fromkeys(name for member in members for name in job_of(member).outputs)
         inputs = self._compose(members)
-        message = encode_request(first.model_name, first.model_version, "", inputs, list(outputs))
-        return mailbox.submit(self._scheduler, message)
+        contents = [each[3] for each in inputs]
+        heads = [(name, datatype, shape, b"") for name, datatype, shape, _ in inputs]
+        message = encode_request(first.model_name, first.model_version, "", heads, list(outputs))
+        return mailbox.submit(self._scheduler, message, contents, attachment=RequestDetails())
 
     def _compose(self, members: Sequence[Member]) -> list[_Input]:
         signature, plan = self._steps.signature, self._steps.plan

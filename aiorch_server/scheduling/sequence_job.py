@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from aiorch_server._core import decode_response
 from aiorch_server.errors import CapacityError, InternalError
+from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.scheduling.sequence_table import Member
 from aiorch_server.types import InferenceRequest, InferenceResponse, ModelSignature, SequencePlace, Tensor
 
@@ -19,7 +20,7 @@ Settle = Callable[[Member, Outcome], None]
 class Job:
     """A request, the outputs to ask the model for, and the future of who sent it."""
 
-    __slots__ = ("deadline_ns", "future", "n_bytes", "outputs", "place", "request", "wanted")
+    __slots__ = ("deadline_ns", "details", "future", "n_bytes", "outputs", "place", "request", "wanted")
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class Job:
         self.outputs = outputs
         self.wanted = frozenset(output.name for output in request.outputs)
         self.deadline_ns = deadline_ns
+        self.details = RequestDetails.of(request, place)
         self.n_bytes = sum(memoryview(tensor.data or b"").nbytes for tensor in request.inputs)
         self.future: asyncio.Future[InferenceResponse] = loop.create_future()
 
@@ -49,6 +51,7 @@ class Job:
             model_version=str(version),
             outputs=[tensor for tensor in outputs if tensor.name in shown],
             id=self.request.id,
+            parameters=self.details.answer_parameters,
         )
 
 

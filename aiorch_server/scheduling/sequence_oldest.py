@@ -9,10 +9,12 @@ from functools import partial
 
 from aiorch_server._core import Mailbox, Scheduler, encode_request
 from aiorch_server.errors import CapacityError
-from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.scheduling.sequence_job import Settle, describe_loss, job_of, read_outcome
 from aiorch_server.scheduling.sequence_table import Member, SequenceTable
 from aiorch_server.scheduling.sequence_tensors import StepTensors
+
+#: From here on tensors stay where they are; below, putting them into the message costs less than holding them.
+_CONTENTS_FROM_BYTES = 16384
 
 
 class OldestFeeder:
@@ -58,15 +60,25 @@ class OldestFeeder:
     def _submit(self, mailbox: Mailbox, member: Member) -> asyncio.Future[memoryview]:
         job = job_of(member)
         tensors = [*job.request.inputs, *self._steps.add_own(job.place, self._steps.recall(member))]
+        contents = [tensor.data or b"" for tensor in tensors]
+        is_big = job.n_bytes >= _CONTENTS_FROM_BYTES
         message = encode_request(
             job.request.model_name,
             job.request.model_version,
             job.request.id if job.request.id.isascii() else "",
-            [(tensor.name, tensor.datatype, tensor.shape, tensor.data or b"") for tensor in tensors],
+            [
+                (tensor.name, tensor.datatype, tensor.shape, b"" if is_big else data)
+                for tensor, data in zip(tensors, contents, strict=True)
+            ],
             job.outputs,
         )
-        details = RequestDetails.of(job.request, job.place)
-        return mailbox.submit(self._scheduler, message, deadline_ns=job.deadline_ns, attachment=details)
+        return mailbox.submit(
+            self._scheduler,
+            message,
+            contents if is_big else None,
+            deadline_ns=job.deadline_ns,
+            attachment=job.details,
+        )
 
     def _on_answer(self, member: Member, answer: asyncio.Future[memoryview]) -> None:
         if not self._keeps_order:

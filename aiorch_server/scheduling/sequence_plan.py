@@ -97,6 +97,11 @@ class SequencePlan:
             inputs=tuple(spec for spec in whole.inputs if spec.name not in hidden_inputs),
             outputs=tuple(spec for spec in whole.outputs if spec.name not in hidden_outputs),
         )
+        if whole.is_decoupled:
+            raise ModelLoadError(
+                f"sequence_batching of model '{self.model}' is not supported for a decoupled model, whose requests "
+                "have any number of answers; write model_transaction_policy { decoupled: false }"
+            )
         if not public.inputs or not public.outputs:
             missing = "input" if not public.inputs else "output"
             raise ModelLoadError(f"sequence_batching of model '{self.model}' leaves no {missing} for clients")

@@ -87,6 +87,36 @@ def write_tally(repository: Path, name: str, **fields: str) -> None:
     (repository / name / "config.pbtxt").write_text(config)
 
 
+GROWING_MODEL = """
+import numpy as np
+
+class Model:
+    def execute(self, inputs):
+        text, before = inputs["text"], inputs["said_in"]
+        after = np.concatenate([before, text], axis=1)
+        joined = np.array([[b" ".join(row)] for row in after], dtype=object)
+        return {"all": joined, "said_out": after}
+"""
+
+GROWING_CONFIG = """
+backend: "python" max_batch_size: 4
+input { name: "text" data_type: TYPE_STRING dims: [-1] }
+output { name: "all" data_type: TYPE_STRING dims: [1] }
+sequence_batching {
+  {strategy}
+  max_sequence_idle_microseconds: 20000000
+  state { input_name: "said_in" output_name: "said_out" data_type: TYPE_STRING dims: [-1] }
+}
+"""
+
+
+def write_growing(repository: Path, name: str, strategy: str) -> None:
+    """A model whose state is a list of strings that grows; it begins with one empty string."""
+    (repository / name / "1").mkdir(parents=True)
+    (repository / name / "1" / "model.py").write_text(GROWING_MODEL)
+    (repository / name / "config.pbtxt").write_text(GROWING_CONFIG.replace("{strategy}", strategy))
+
+
 def gate_of(repository: Path, name: str) -> Path:
     return repository.parent / f"{name}.gate"
 
@@ -104,6 +134,18 @@ def write_models(repository: Path) -> Path:
     write_tally(repository, "oldest_int32", corrid="TYPE_INT32")
     write_tally(repository, "oldest_alone", rows="0")
     write_tally(repository, "direct_alone", rows="0", strategy=direct)
+    write_tally(repository, "ordered", strategy="oldest { max_candidate_sequences: 4 preserve_ordering: true }")
+    patient = "direct { max_queue_delay_microseconds: 60000000 minimum_slot_utilization: 0.75 }"
+    write_tally(repository, "patient", strategy=patient)
+    brief = "direct { max_queue_delay_microseconds: 50000 minimum_slot_utilization: 1 }"
+    write_tally(repository, "brief", strategy=brief)
+    initial = 'initial_state { data_type: TYPE_INT64 dims: [1] name: "seven" data_file: "seven" }'
+    for strategy in ("oldest { max_candidate_sequences: 4 }", direct):
+        name = f"initial_{strategy.partition(' ')[0]}"
+        write_tally(repository, name, strategy=strategy, initial=initial)
+        (repository / name / "initial_state").mkdir()
+        (repository / name / "initial_state" / "seven").write_bytes((7).to_bytes(8, "little"))
+        write_growing(repository, f"growing_{strategy.partition(' ')[0]}", strategy)
     return repository
 
 

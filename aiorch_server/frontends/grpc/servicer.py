@@ -21,7 +21,7 @@ from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
 from aiorch_server.frontends.grpc.regions import SharedMemoryRpcs
 from aiorch_server.frontends.grpc.settings import SettingRpcs
 from aiorch_server.frontends.grpc.status import describe_error
-from aiorch_server.frontends.grpc.stream import Turn, run_stream
+from aiorch_server.frontends.grpc.stream import SequenceOrder, Turn, run_stream
 from aiorch_server.frontends.grpc.unary import build_unary_method, own_cancellation_only, read_deadline_ns
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse
 
@@ -92,6 +92,7 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
         """
         closes_on_error = ("triton_grpc_error", "true") in (context.invocation_metadata() or ())
         writing = asyncio.Lock()
+        sequences = SequenceOrder()
 
         async def write(response: pb.ModelStreamInferResponse, error: Exception | None) -> None:
             if error is not None:
@@ -104,21 +105,32 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
         async def respond(message: bytes, turn: Turn) -> None:
             failed = pb.ModelStreamInferResponse()
             failed.infer_response.parameters[FINAL_RESPONSE].bool_param = True
+            own_turn: Turn | None = None
             try:
                 request = convert.parse_message(pb.ModelInferRequest, message)
                 failed.infer_response.id = request.id
                 is_decoupled = self._dataplane.is_decoupled(request.model_name, request.model_version)
                 if is_decoupled:
                     turn.leave()
+                if "sequence_id" in request.parameters:
+                    own_turn = sequences.join(request.parameters["sequence_id"].SerializeToString())
+                    await own_turn.wait()
                 async with contextlib.aclosing(self._stream(request, context, is_decoupled)) as answers:
                     while (answer := await own_cancellation_only(anext(answers, None))) is not None:
+                        if own_turn is not None:
+                            own_turn.leave()
                         await turn.wait()
                         await write(_encode_answer(answer), answer.error)
             except _StreamFailed:
                 raise
             except Exception as error:
+                if own_turn is not None:
+                    own_turn.leave()
                 await turn.wait()
                 await write(failed, error)
+            finally:
+                if own_turn is not None:
+                    own_turn.leave()
 
         try:
             await run_stream(messages, respond)

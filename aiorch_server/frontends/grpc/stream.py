@@ -43,6 +43,28 @@ class Turn:
             self.over.set_result(None)
 
 
+class SequenceOrder:
+    """Whose turn it is among the requests of each sequence of one stream.
+
+    What one request needs before it enters its model's queue (unpacking it, reading shared memory) may take longer than
+    the same for the next one, and a sequence's requests are queued in the order in which they were sent.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[object, asyncio.Future[None]] = {}
+
+    def join(self, key: object) -> Turn:
+        """The turn of a request of the sequence ``key``, behind those that joined before."""
+        turn = Turn(self._last.get(key))
+        self._last[key] = turn.over
+        turn.over.add_done_callback(lambda over: self._forget(key, over))
+        return turn
+
+    def _forget(self, key: object, over: asyncio.Future[None]) -> None:
+        if self._last.get(key) is over:
+            del self._last[key]
+
+
 async def run_stream(messages: AsyncIterator[bytes], respond: Callable[[bytes, Turn], Awaitable[None]]) -> None:
     """Runs ``respond`` for each message, as many at once as the bounds allow; it writes when its turn has come.
 
