@@ -40,6 +40,7 @@ class CountingBackend(Backend):
 
     def close(self) -> None:
         self.gate.set()
+        self.held.clear()
         for thread in self.threads:
             thread.join(20)
 
