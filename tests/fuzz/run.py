@@ -47,7 +47,7 @@ SETTINGS = {
 #: These run Python, which keeps what it allocates: a look for leaks after each input would take most of the time.
 WITH_PYTHON = {"batch", "protobuf", "response"}
 #: What the committed corpus may take, of one target.
-CORPUS_BYTES, CORPUS_FILES = 26_000, 100
+CORPUS_BYTES, CORPUS_FILES = 100_000, 250
 
 
 def find_clang() -> str:
