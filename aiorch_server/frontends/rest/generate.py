@@ -8,13 +8,18 @@ from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
+from aiorch_server.errors import UnsupportedRequest
 from aiorch_server.frontends.rest.body import ClientGone, Receive, Send, receive_body
 from aiorch_server.frontends.rest.generate_json import parse_generate, render_generate
 from aiorch_server.frontends.rest.infer import JSON, LARGEST_INLINE_BYTES, InferRoute, describe_failure, respond
 from aiorch_server.frontends.rest.planes import InferencePlane, ManagementPlane, RestLimits
 from aiorch_server.frontends.unpacking import UnpackBudget
-from aiorch_server.types import InferenceRequest, InferenceResponse
+from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse
 
+_NOT_ONE = (
+    "generate expects model to produce exactly 1 response, use generate stream for model that generates various number "
+    "of responses"
+)
 _EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 
 
@@ -31,7 +36,35 @@ class GenerateRoute(InferRoute):
         self, headers: list[tuple[bytes, bytes]], receive: Receive, model_name: str, model_version: str
     ) -> tuple[bytes, list[tuple[bytes, bytes]]]:
         request = await self._read(headers, receive, model_name, model_version)
-        return await _render(await self.infer(request, receive)), [JSON]
+        answer: InferenceResponse | None = None
+        async with aclosing(self._follow(request, receive)) as answers:
+            async for each in answers:
+                if answer is not None:
+                    raise UnsupportedRequest(_NOT_ONE)
+                answer = each
+        if answer is None:
+            raise UnsupportedRequest(_NOT_ONE)
+        if answer.error is not None:
+            raise answer.error
+        return await _render(answer), [JSON]
+
+    async def _follow(self, request: InferenceRequest, receive: Receive) -> AsyncGenerator[InferenceResponse, None]:
+        """Answers as they come, but for one that only says that it is the last."""
+        async with aclosing(self._dataplane.stream(request)) as answers:
+            step: asyncio.Task[InferenceResponse | None] | None = None
+
+            async def take() -> InferenceResponse | None:
+                nonlocal step
+                step = asyncio.current_task()
+                return await anext(answers, None)
+
+            try:
+                while (answer := await self._attend(take, receive)) is not None:
+                    if answer.outputs or answer.error is not None or not answer.parameters.get(FINAL_RESPONSE):
+                        yield answer
+            finally:
+                if step is not None:  # cancelled, if it was not over: a generator is closed when nobody runs it
+                    await asyncio.wait((step,))
 
     async def _read(
         self, headers: list[tuple[bytes, bytes]], receive: Receive, model_name: str, model_version: str
@@ -60,7 +93,8 @@ class GenerateStreamRoute(GenerateRoute):
             request = await self._read(scope["headers"], receive, model_name, model_version)
             async with aclosing(self._follow(request, receive)) as answers:
                 async for answer in answers:
-                    event = b"data: " + await _render(answer) + b"\n\n"
+                    body = await _render(answer) if answer.error is None else describe_failure(answer.error)[1]
+                    event = b"data: " + body + b"\n\n"
                     if not has_begun:
                         has_begun = True
                         await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": [_EVENTS]})
@@ -73,10 +107,9 @@ class GenerateStreamRoute(GenerateRoute):
                 await respond(send, status, headers, body)
                 return
             await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": True})
+        if not has_begun:
+            await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": [_EVENTS]})
         await send({"type": "http.response.body", "body": b""})
-
-    async def _follow(self, request: InferenceRequest, receive: Receive) -> AsyncGenerator[InferenceResponse, None]:
-        yield await self.infer(request, receive)
 
 
 async def _render(response: InferenceResponse) -> bytes:

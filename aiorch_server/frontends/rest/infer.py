@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from aiorch_server.errors import AiorchError, InternalError, ServerStopping
 from aiorch_server.frontends.rest.body import (
@@ -25,6 +25,7 @@ from aiorch_server.frontends.unpacking import UnpackBudget
 from aiorch_server.types import InferenceRequest, InferenceResponse
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 JSON = (b"content-type", b"application/json")
 _BINARY = (b"content-type", b"application/octet-stream")
 #: Above, tensors are written as JSON on a thread: a megabyte takes a fifth of a second.
@@ -38,7 +39,7 @@ class InferRoute:
         self._dataplane = dataplane
         self._limits = limits
         self._budget = budget
-        self._running: set[asyncio.Future[InferenceResponse]] = set()
+        self._running: set[asyncio.Future[Any]] = set()
         self._is_abandoned = False
 
     async def __call__(
@@ -87,9 +88,13 @@ class InferRoute:
 
     async def infer(self, request: InferenceRequest, receive: Receive) -> InferenceResponse:
         """Waits for the answer or for the client to go away, which takes the request back from the data plane."""
+        return await self._attend(lambda: self._dataplane.infer(request), receive)
+
+    async def _attend(self, begin: Callable[[], Coroutine[Any, Any, _T]], receive: Receive) -> _T:
+        """The result of what ``begin`` begins; ends it when the client goes away or a drain's patience does."""
         if self._is_abandoned:
             raise ServerStopping("Server is stopping and has stopped accepting new inference requests")
-        inference = asyncio.ensure_future(self._dataplane.infer(request))
+        inference = asyncio.ensure_future(begin())
         departure = asyncio.ensure_future(_await_departure(receive))
         self._running.add(inference)
         try:

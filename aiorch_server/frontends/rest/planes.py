@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,10 @@ class InferencePlane(Protocol):
 
     async def infer(self, request: InferenceRequest, *, deadline_ns: int = 0) -> InferenceResponse:
         """Answers ``request``; ``deadline_ns`` is absolute on the monotonic clock, 0 for none."""
+        ...
+
+    def stream(self, request: InferenceRequest, *, deadline_ns: int = 0) -> AsyncGenerator[InferenceResponse, None]:
+        """The answers to ``request`` as they come; closing it takes the request back."""
         ...
 
 

@@ -29,6 +29,10 @@ MODELS = {
         ensemble_scheduling {{ step {{
             model_name: "inner" model_version: -1
             input_map {{ key: "INPUT0" value: "INPUT0" }} output_map {{ key: "OUTPUT0" value: "OUTPUT0" }} }} }}""",
+    # an answer for each element, an error for 13
+    "repeat": """backend: "python" max_batch_size: 0 model_transaction_policy { decoupled: true }
+        input { name: "INPUT0" data_type: TYPE_INT32 dims: [-1] }
+        output { name: "OUTPUT0" data_type: TYPE_INT32 dims: [1] }""",
     # gives the value, and 100 more at the start of a sequence
     "steps": f"""backend: "python" max_batch_size: 8 {FP32.replace("[-1]", "[1]")}
         sequence_batching {{ control_input {{
@@ -58,6 +62,20 @@ MODELS |= {
     for datatype in (*NUMERIC, "BOOL", "STRING")
 }
 FILES = {
+    "repeat": """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            for value in pb_utils.get_input_tensor_by_name(request, "INPUT0").as_numpy():
+                if value == 13:
+                    sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError("thirteen")))
+                else:
+                    sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT0", value.reshape(1))]))
+            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+""",
     "to_half": """
 class Model:
     inputs, outputs, max_batch_size = [("INPUT0", "FP32", [1])], [("OUTPUT0", "FP16", [1])], 0

@@ -112,6 +112,28 @@ def test_answers_that_json_cannot_hold(http: httpx.Client, route: str) -> None:
     assert "sending FP16 data via JSON is not supported" in read(response, route)["error"]
 
 
+def test_many_answers_are_many_events(http: httpx.Client) -> None:
+    """An error among them is an event like others; the end without an answer is none."""
+    with http.stream("POST", "/v2/models/repeat/generate_stream", json={"id": "r", "INPUT0": [3, 13, 5]}) as response:
+        assert response.status_code == 200
+        events = response.read().decode().removesuffix("\n\n").split("\n\n")
+    found = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert [each.get("OUTPUT0", each.get("error")) for each in found] == [3, "thirteen", 5]
+    assert found[0] == {"id": "r", "model_name": "repeat", "model_version": "1", "OUTPUT0": 3}
+    response = http.post("/v2/models/repeat/generate_stream", json={"INPUT0": []})
+    assert (response.status_code, response.text) == (200, "")
+
+
+@pytest.mark.parametrize(
+    ("values", "status", "text"),
+    [([7], 200, ""), ([7, 8], 501, "exactly 1 response"), ([], 501, "exactly 1 response"), ([13], 500, "thirteen")],
+)
+def test_generate_wants_one_answer(http: httpx.Client, values: Any, status: int, text: str) -> None:
+    response = http.post("/v2/models/repeat/generate", json={"INPUT0": values})
+    assert response.status_code == status, response.text
+    assert text in response.text and ("OUTPUT0" in response.json()) is (status == 200)
+
+
 async def test_a_client_that_leaves_takes_its_request_along(site: Site, route: str) -> None:
     async with httpx.AsyncClient(base_url=f"http://{site.http}") as client:
         waiting = asyncio.create_task(client.post(f"/v2/models/gate/{route}", json={"INPUT0": 1.0}))
