@@ -105,6 +105,12 @@ cdef class Member(Batch):
         self._was_cancelled = is_cancelled(self._members[0])
         self._is_claimed = True
 
+    def gather(self):
+        """As ``Batch.gather``; the arrays outlive the request. RuntimeError where it is settled already."""
+        if self._is_claimed:
+            raise RuntimeError("the request is settled already")
+        return Batch.gather(self)
+
     def settle(self, outputs not None, bytes extra not None=b""):
         """Answers with ``outputs``, some or all of the model's by name; those that were not asked for are left out.
 

@@ -162,6 +162,11 @@ class Loader:
         if policy is not None and policy.decoupled:
             signature = dataclasses.replace(signature, is_decoupled=True)
             public = dataclasses.replace(public, is_decoupled=True)
+        if signature.is_decoupled and plan is not None:
+            raise ModelLoadError(
+                f"'{model.name}' version {version}: model_transaction_policy.decoupled and sequence_batching do not go "
+                "together in this version; remove one of them"
+            )
         config = _complete_config(model.config, public, backend, places)
         contexts = [dataclasses.replace(context, config=config.to_dict()) for context in contexts]
         try:

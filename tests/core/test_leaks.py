@@ -11,7 +11,9 @@ import pytest
 SCRIPT = Path(__file__).parent / "leaks" / "core.py"
 
 
-@pytest.mark.parametrize("case", ["wire", "former", "histogram", "scheduler", "contents", "routes", "threads"])
+@pytest.mark.parametrize(
+    "case", ["wire", "former", "histogram", "scheduler", "contents", "members", "routes", "threads"]
+)
 def test_memory_is_given_back(case: str) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), case], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr

@@ -27,9 +27,12 @@ from aiorch_server._core import (
     Router,
     Scheduler,
     decode_response,
+    detach,
+    encode_parameters,
     encode_request,
     scan,
 )
+from aiorch_server.errors import ModelExecutionError
 
 
 def resident_kib() -> int:
@@ -90,6 +93,34 @@ def scheduler() -> None:
         futures[39].cancel()
         served.abandon(14, "gone")
         del batch
+        await asyncio.gather(*futures, return_exceptions=True)
+        mailbox.close()
+
+    asyncio.run(rounds())
+
+
+def members() -> None:
+    """Requests out of their batch: answered with fields of their own, ended, failed, refused, cancelled and dropped."""
+
+    async def rounds() -> None:
+        mailbox = Mailbox(asyncio.get_running_loop())
+        served = Scheduler(make_spec())
+        futures = [mailbox.submit(served, message(index), attachment=object()) for index in range(40)]
+        batch = Batch(served)
+        for _ in range(5):
+            served.take(batch)
+            one, two, three, four, five, *_ = detach(batch)
+            one.settle({"Y": one.gather()["X"]}, encode_parameters({"place": 1, "name": "x" * 100}))
+            two.finish()
+            with contextlib.suppress(ModelExecutionError):
+                three.settle({"Y": b"?"})
+            three.fail(3, "no")
+            futures[futures.index(next(each for each in futures if not each.done()))].cancel()
+            four.gather()
+            with contextlib.suppress(RuntimeError):
+                one.fail(3, "again")
+            del one, two, three, four, five, _
+            await asyncio.sleep(0)
         await asyncio.gather(*futures, return_exceptions=True)
         mailbox.close()
 
@@ -165,6 +196,7 @@ CASES: dict[str, tuple[Callable[[], None], int]] = {
     "histogram": (histogram, 4000),
     "scheduler": (scheduler, 300),
     "contents": (contents, 200),
+    "members": (members, 200),
     "routes": (routes, 600),
     "threads": (threads, 200),
 }

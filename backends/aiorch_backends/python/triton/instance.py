@@ -32,6 +32,7 @@ class TritonInstance(RequestInstance):
         self._owner = (context.model_name, context.model_version)
         self._name = f"{context.model_name}_0_{context.instance_index}"
         self._specs = {spec.name: spec for spec in signature.inputs}
+        self._signature = signature
         self._is_decoupled = signature.is_decoupled
         self._request_class: type[messages.InferenceRequest] = module.utilities.InferenceRequest
         self._coroutines: _CoroutineThread | None = None
@@ -43,7 +44,7 @@ class TritonInstance(RequestInstance):
         """ModelExecutionError with type and text of what the model raised."""
         if self._module is None:
             raise ModelExecutionError("the instance is closed")
-        made = [self._request_class._of(each, self._specs, self._owner, self._is_decoupled) for each in requests]
+        made = [self._request_class._of(each, self._specs, self._owner, self._signature) for each in requests]
         try:
             result = self._model.execute(made)
             if asyncio.iscoroutine(result):

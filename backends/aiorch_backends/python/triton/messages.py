@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from aiorch_backends.python.triton.failures import TritonError, TritonModelException, to_server_error
 from aiorch_backends.python.triton.tensors import Tensor
 from aiorch_server.backend import ModelRequest
 from aiorch_server.errors import ModelExecutionError
-from aiorch_server.types import Parameter, TensorSpec
+from aiorch_server.types import DataType, ModelSignature, NumpyArray, Parameter, TensorSpec
 
 REQUEST_FLAG_SEQUENCE_START: Final = 1
 REQUEST_FLAG_SEQUENCE_END: Final = 2
@@ -77,11 +79,12 @@ class InferenceResponse:
 class ResponseSender:
     """Answers one request from any thread; what it allows is what Triton's allows."""
 
-    __slots__ = ("_has_answered", "_is_closed", "_is_decoupled", "_request")
+    __slots__ = ("_has_answered", "_is_closed", "_is_decoupled", "_outputs", "_request")
 
-    def __init__(self, request: ModelRequest, is_decoupled: bool) -> None:
+    def __init__(self, request: ModelRequest, signature: ModelSignature) -> None:
         self._request = request
-        self._is_decoupled = is_decoupled
+        self._is_decoupled = signature.is_decoupled
+        self._outputs = signature.outputs
         self._has_answered = False
         self._is_closed = False
 
@@ -131,7 +134,8 @@ class ResponseSender:
             return
         error = response.error()
         if error is None:
-            outputs = {tensor.name(): tensor._array for tensor in response.output_tensors()}
+            given = {tensor.name(): tensor._array for tensor in response.output_tensors()}
+            outputs = {spec.name: fit_output(given[spec.name], spec) for spec in self._outputs if spec.name in given}
             self._request.send(outputs, response._parameters, is_final=is_final)
         elif is_final:
             self._request.fail(to_server_error(error))
@@ -157,6 +161,9 @@ class InferenceRequest:
         trace: InferenceTrace | None = None,
         parameters: Mapping[str, Parameter] | None = None,
     ) -> None:
+        # Triton takes bytes for strings as well: models pass on what they read from BYTES tensors
+        request_id, model_name = to_text(request_id), to_text(model_name)
+        requested_output_names = [to_text(name) for name in requested_output_names]
         if not isinstance(correlation_id, int | str):
             raise TritonModelException("Correlation ID must be integer or string")
         owner = f"for request with id '{request_id}' and model name '{model_name}'"
@@ -180,7 +187,11 @@ class InferenceRequest:
 
     @classmethod
     def _of(
-        cls, request: ModelRequest, specs: Mapping[str, TensorSpec], owner: tuple[str, int], is_decoupled: bool
+        cls,
+        request: ModelRequest,
+        specs: Mapping[str, TensorSpec],
+        owner: tuple[str, int],
+        signature: ModelSignature,
     ) -> InferenceRequest:
         self = cls.__new__(cls)
         self._id = request.id
@@ -196,7 +207,7 @@ class InferenceRequest:
         self._parameters = dict(request.parameters)
         self._preferred_memory = None
         self._trace = InferenceTrace()
-        self._sender = ResponseSender(request, is_decoupled)
+        self._sender = ResponseSender(request, signature)
         return self
 
     def inputs(self) -> list[Tensor]:
@@ -263,6 +274,25 @@ class InferenceRequest:
             raise TritonModelException(
                 "Requests are not rescheduled by this server, only REQUEST_RELEASE_ALL is right."
             )
+
+
+def to_text(text: Any) -> Any:
+    """``bytes`` as ``str``, anything else as it is."""
+    return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+
+
+def fit_output(array: NumpyArray, spec: TensorSpec) -> NumpyArray:
+    """``array`` in the declared type, if that is of the same kind and holds every value; else as it is.
+
+    Triton sends what the model gives, whatever is declared; here clients get the declared type.
+    """
+    wanted = spec.datatype.numpy
+    if array.dtype == wanted or spec.datatype in (DataType.BYTES, DataType.BF16):
+        return array
+    if not np.can_cast(array.dtype, wanted, "same_kind"):
+        return array
+    fitted = array.astype(wanted)
+    return fitted if wanted.kind == "f" or np.array_equal(fitted, array) else array
 
 
 def check_parameters(parameters: Mapping[str, Parameter] | None) -> dict[str, Parameter]:
