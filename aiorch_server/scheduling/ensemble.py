@@ -77,7 +77,7 @@ class _Value:
 
 
 class _Run(Generic[Held]):
-    """One request under way: the tensors so far, None where an optional one was left out."""
+    """One request under way: the tensors so far, None where an optional one was left out or nobody needs it now."""
 
     def __init__(
         self, request: InferenceRequest, plan: Plan, rows: int, deadline_ns: int, leases: Mapping[ModelKey, Held]
@@ -89,6 +89,21 @@ class _Run(Generic[Held]):
         self.leases = leases
         self.waited_ns = 0
         self.values: dict[str, _Value | None] = {}
+        self._readers = dict(plan.readers)
+
+    def share(self, name: str, tensor: Tensor, rows: int) -> _Value:
+        """``tensor`` as the ensemble's tensor of that name."""
+        data = tensor.data
+        if self.plan.readers.get(name, 0) > 1 and isinstance(data, memoryview):
+            data = data.toreadonly()  # no reader may find what another has written into it
+        return _Value(Tensor(name, tensor.datatype, tensor.shape, data), rows)
+
+    def release(self, step: Step) -> None:
+        """Lets go of the tensors that ``step`` was the last to read: in a long chain only few are held at a time."""
+        for name in step.inputs.values():
+            self._readers[name] -= 1
+            if not self._readers[name]:
+                self.values[name] = None
 
 
 class EnsembleScheduler:
@@ -228,7 +243,7 @@ class EnsembleScheduler:
         given = {tensor.name: tensor for tensor in run.request.inputs}
         for spec in self._signature.inputs:
             tensor = given.get(spec.name)
-            run.values[spec.name] = None if tensor is None else _Value(tensor, run.rows)
+            run.values[spec.name] = None if tensor is None else run.share(spec.name, tensor, run.rows)
         left = list(run.plan.steps)
         running: dict[asyncio.Task[None], Step] = {}
         try:
@@ -269,13 +284,11 @@ class EnsembleScheduler:
                 response = await host.infer_on(servable, request, deadline_ns=run.deadline_ns, leases=run.leases)
         except AiorchError as error:
             raise self._name_step(error, str(step)) from error
+        run.release(step)
         rows = inputs[0].shape[0] if is_batching else 0
         for tensor in response.outputs:
             name = wanted[tensor.name]
-            data = tensor.data
-            if run.plan.readers[name] > 1 and isinstance(data, memoryview):
-                data = data.toreadonly()  # no reader may find what another has written into it
-            run.values[name] = _Value(Tensor(name, tensor.datatype, tensor.shape, data), rows)
+            run.values[name] = run.share(name, tensor, rows)
 
     def _gather(self, run: _Run[Held], step: Step, signature: ModelSignature, is_batching: bool) -> Sequence[Tensor]:
         inputs = []

@@ -83,6 +83,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         ("add_one", {"X": "t"}, {"Y": "B"}),
     )
     write_ensemble(root, "shared", shared, outputs=("A", "B", "t"))
+    inner = (("spoil", {"X": "IN"}, {"Y": "A"}), ("add_one", {"X": "IN"}, {"Y": "B"}))
+    write_ensemble(root, "inner", inner, outputs=("A", "B"))
+    outer = (("double", {"X": "IN"}, {"Y": "t"}), ("inner", {"IN": "t"}, {"A": "A", "B": "B"}))
+    write_ensemble(root, "shared_inside", outer, outputs=("A", "B"))
     write_ensemble(root, "whole", (("sum_all", {"X": "IN"}, {"Y": "OUT"}),))
     write_ensemble(root, "vectors", (("vector", {"X": "IN"}, {"Y": "t"}), ("add_one", {"X": "t"}, {"Y": "OUT"})))
     write_ensemble(root, "nested", (("chain", {"IN": "IN"}, {"OUT": "t"}), ("chain", {"IN": "t"}, {"OUT": "OUT"}, 1)))
@@ -299,6 +303,8 @@ def test_only_the_steps_that_lead_to_the_wanted_outputs_run(client: Any) -> None
 def test_a_model_that_writes_into_its_input_spoils_no_other_readers_tensor(client: Any, width: int) -> None:
     answer = ask(client, "shared", IN=np.ones((1, width), np.float32))
     assert {name: set(answer.as_numpy(name)[0].tolist()) for name in "ABt"} == {"A": {0.0}, "B": {3.0}, "t": {2.0}}
+    answer = ask(client, "shared_inside", IN=np.ones((1, width), np.float32))
+    assert {name: set(answer.as_numpy(name)[0].tolist()) for name in "AB"} == {"A": {0.0}, "B": {3.0}}
 
 
 def test_a_model_without_batches_takes_the_whole_tensor_or_a_single_row(client: Any) -> None:
