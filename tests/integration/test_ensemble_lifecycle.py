@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -207,6 +208,36 @@ def test_a_request_under_way_is_answered_while_a_step_is_unloaded(root: Path, se
         assert answer.result(TIMEOUT_S) == 3
         unloading.result(TIMEOUT_S)
     assert "add_one" not in server.ready()
+
+
+def test_a_step_that_is_reloaded_under_load_costs_no_request(serve: Serve) -> None:
+    server = serve(load_models=("*",))
+    tensors = {
+        field: [{"name": name, "data_type": "TYPE_FP32", "dims": [-1]}]
+        for field, name in (("input", "X"), ("output", "Y"))
+    }
+    config = json.dumps({"backend": "python", "max_batch_size": 8, **tensors})
+    is_over = threading.Event()
+
+    def keep_asking() -> int:
+        client = triton.InferenceServerClient(server.site.target)
+        n_asked = 0
+        while not is_over.is_set():
+            tensor = triton.InferInput("IN", [1, 1], "FP32")
+            tensor.set_data_from_numpy(np.array([[n_asked]], np.float32))
+            assert client.infer(NAME, [tensor], client_timeout=TIMEOUT_S).as_numpy("OUT")[0, 0] == n_asked * 2 + 1
+            n_asked += 1
+        client.close()
+        return n_asked
+
+    with ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(keep_asking) for _ in range(3)]
+        try:
+            for name in ("double", "add_one") * 5:
+                server.client.load_model(name, config=config)
+        finally:
+            is_over.set()
+        assert min(future.result(TIMEOUT_S) for future in asking) > 0
 
 
 @pytest.mark.parametrize("name", ["slow", "outer"])
