@@ -14,6 +14,23 @@ from aiorch_server.types import FINAL_RESPONSE, InferenceResponse
 #: What waits for one caller; beyond it ``put`` blocks. One answer always has room, however large.
 MAX_WAITING: Final = 1024
 MAX_WAITING_BYTES: Final = 16 << 20
+#: What waits for all callers together; above it, a second answer waits for nobody.
+MAX_TOTAL_BYTES: Final = 512 << 20
+
+
+class _Ledger:
+    """Bytes that all channels hold."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.size_bytes = 0
+
+    def add(self, size_bytes: int) -> None:
+        with self._lock:
+            self.size_bytes += size_bytes
+
+
+_ledger: Final = _Ledger()
 
 
 class ResponseChannel:
@@ -45,6 +62,7 @@ class ResponseChannel:
                 return False
             self._waiting.append((response, size_bytes))
             self._waiting_bytes += size_bytes
+            _ledger.add(size_bytes)
         try:
             self._loop.call_soon_threadsafe(self._changed.set)
         except RuntimeError:  # the loop is closed: the server has ended
@@ -56,6 +74,7 @@ class ResponseChannel:
         with self._room:
             self._is_closed = True
             self._waiting.clear()
+            _ledger.add(-self._waiting_bytes)
             self._waiting_bytes = 0
             self._room.notify_all()
 
@@ -98,13 +117,18 @@ class ResponseChannel:
             raise DeadlineExpired("Deadline Exceeded") from None
 
     def _is_full(self, size_bytes: int) -> bool:
-        return len(self._waiting) >= MAX_WAITING or (
-            bool(self._waiting) and self._waiting_bytes + size_bytes > MAX_WAITING_BYTES
+        if not self._waiting:  # so each caller gets on, and makes room by that
+            return False
+        return (
+            len(self._waiting) >= MAX_WAITING
+            or self._waiting_bytes + size_bytes > MAX_WAITING_BYTES
+            or _ledger.size_bytes + size_bytes > MAX_TOTAL_BYTES
         )
 
     def _take(self) -> InferenceResponse:
         with self._room:
             response, size_bytes = self._waiting.popleft()
             self._waiting_bytes -= size_bytes
+            _ledger.add(-size_bytes)
             self._room.notify_all()
         return response
