@@ -19,7 +19,9 @@ from aiorch_server.types import InferenceRequest, InferenceResponse
 #: Calls under way in the whole server, and answers that wait for one caller.
 MAX_CALLS: Final = 4096
 MAX_WAITING: Final = 64
-#: A call of a model that waits for an earlier call of the same model ends by itself: others may do the same at once.
+#: A call without a timeout of its own: two models that call each other may wait for each other's instances.
+CALL_TIMEOUT_S: Final = 300.0
+#: And one to a model that already waits in the same chain: others may hold its other instances in the same way.
 REENTRANT_TIMEOUT_S: Final = 60.0
 #: How often a waiting thread looks whether its own caller is still there.
 LOOK_INTERVAL_S: Final = 0.05
@@ -251,6 +253,9 @@ class InstanceCalls:
         if is_own_thread:
             self._last = self._read_callers()
         callers = (*self._last, Caller(self._model_name, is_own_thread))
-        if any(caller.model == self._model_name for caller in self._last):
-            timeout_s = REENTRANT_TIMEOUT_S if timeout_s is None else min(timeout_s, REENTRANT_TIMEOUT_S)
+        if timeout_s is None:
+            timeout_s = CALL_TIMEOUT_S
+        models = [caller.model for caller in callers]
+        if request.model_name in models or len(set(models)) < len(models):
+            timeout_s = min(timeout_s, REENTRANT_TIMEOUT_S)
         return self._calls.start(request, callers, timeout_s, self._is_unwanted if is_own_thread else lambda: False)

@@ -95,6 +95,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     )
     write_caller(root, "ping", "return {'Y': self.ask('pong', i['X'])}")
     write_caller(root, "pong", "return {'Y': self.ask('ring', i['X'])}")
+    write_caller(root, "tick", "return {'Y': self.ask('tock', i['X'])}")
+    write_caller(root, "tock", "return {'Y': self.ask('tick', i['X'])}")
     write_ensemble(root, "ring", (("ping", {"X": "X"}, {"Y": "Y"}),), inputs=("X",), outputs=("Y",))
     for depth in range(20):
         write_caller(root, f"deep_{depth}", f"return {{'Y': self.ask('deep_{depth + 1}', i['X'])}}")
@@ -223,10 +225,23 @@ def test_a_call_is_cancelled_with_its_caller(client: Any, site: Site) -> None:
 
 def test_two_chains_that_wait_for_each_other_do_not_wait_for_ever(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiorch_server.execution.model_calls.REENTRANT_TIMEOUT_S", 0.2)
+    began = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(ask, client, "itself_twice", 9) for _ in range(4)]
-        errors = [future.exception(TIMEOUT_S) for future in futures]
+        errors = [future.exception(2 * TIMEOUT_S) for future in futures]
     assert all(isinstance(error, InferenceServerException) for error in errors)
+    assert time.monotonic() - began < TIMEOUT_S, "only the clients' patience ended them"
+
+
+def test_models_that_call_each_other_do_not_wait_for_ever(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each holds its only instance and waits for the other's, in two chains of which none contains a model twice."""
+    monkeypatch.setattr("aiorch_server.execution.model_calls.CALL_TIMEOUT_S", 0.5)
+    began = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(ask, client, name, 9) for name in ("tick", "tock") * 4]
+        errors = [future.exception(2 * TIMEOUT_S) for future in futures]
+    assert all(isinstance(error, InferenceServerException) for error in errors)
+    assert time.monotonic() - began < TIMEOUT_S, "only the clients' patience ended them"
 
 
 def test_a_model_calls_another_and_both_count(client: Any) -> None:
