@@ -209,18 +209,20 @@ def test_a_call_ends_at_its_own_timeout(client: Any) -> None:
 
 
 def test_a_call_is_cancelled_with_its_caller(client: Any, site: Site) -> None:
+    assert ask(client, "to_held", 1) == [2]  # and so what others asked of the only instance is over and counted
     gates.shut("callee")
-    before = read_failures(site, "held")["CANCELED"]
+    before = {name: read_failures(site, name)["CANCELED"] for name in ("held", "to_held")}
     answered: Future[Any] = Future()
     call = client.async_infer("to_held", [make_input(1)], lambda result, error: answered.set_result(error))
     gates.wait_entered("callee")
     call.cancel()
     assert "CANCELLED" in str(answered.result(TIMEOUT_S))
     # the caller's instance is free again although the called model still runs
-    wait_until(lambda: read_failures(site, "to_held")["CANCELED"] > 0)
+    wait_until(lambda: read_failures(site, "to_held")["CANCELED"] > before["to_held"])
+    assert client.is_server_live()  # by the loop, which was told of the cancellation before
     gates.open_gate("callee")
     assert ask(client, "to_held", 1) == [2]
-    assert read_failures(site, "held")["CANCELED"] == before + 1
+    assert read_failures(site, "held")["CANCELED"] == before["held"] + 1
 
 
 def test_two_chains_that_wait_for_each_other_do_not_wait_for_ever(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
