@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from aiorch_server._core import Mailbox, Router
+from aiorch_server.cache import ResponseCache, open_cache
 from aiorch_server.config.server import GrpcConfig, ServerConfig, TlsConfig, Transport
 from aiorch_server.controlplane import EXTENSIONS, ControlPlane
 from aiorch_server.dataplane import DataPlane
@@ -24,6 +25,7 @@ from aiorch_server.lifecycle.backends import BackendRegistry
 from aiorch_server.lifecycle.loader import Loader
 from aiorch_server.lifecycle.manager import LifecycleManager
 from aiorch_server.lifecycle.model import Observer
+from aiorch_server.observability.cache_metrics import CacheCollector
 from aiorch_server.observability.model_metrics import ModelMetrics
 from aiorch_server.repository import FilesystemRepository
 from aiorch_server.types import ModelIndexEntry
@@ -62,6 +64,7 @@ class Application:
         self.metrics_port: int | None = None
         self._observers: list[Observer] = [observe] if observe is not None else []
         self._mailbox: Mailbox | None = None
+        self._cache: ResponseCache | None = None
         self._grpc: Any = None
         self._rest: Any = None
         self._metrics: Any = None
@@ -135,6 +138,7 @@ class Application:
         config = self.config
         self.router = Router()
         calls = ModelCalls()
+        cache = self._cache = open_cache(config.cache)
         self.manager = LifecycleManager(
             FilesystemRepository(config.repository.paths),
             Loader(
@@ -154,13 +158,15 @@ class Application:
             poll_interval_s=config.lifecycle.poll_secs,
             drain_timeout_s=config.lifecycle.exit_timeout_secs,
             observe=self._observe,
+            cache=cache,
         )
         self._mailbox = Mailbox(asyncio.get_running_loop())
         memory = config.shared_memory
         regions = SharedRegions(memory.keys, max_regions=memory.max_regions, max_bytes=memory.max_bytes)
         self.dataplane = DataPlane(self.manager, self._mailbox, regions)
         calls.attach(asyncio.get_running_loop(), self.dataplane.stream)
-        extensions = (*EXTENSIONS, "binary_tensor_data") if config.http.enabled else EXTENSIONS
+        optional = {"binary_tensor_data": config.http.enabled, "response_cache": cache is not None}
+        extensions = (*EXTENSIONS, *(name for name, works in optional.items() if works))
         self.controlplane = ControlPlane(
             self.manager,
             config.lifecycle,
@@ -179,7 +185,7 @@ class Application:
         self._metrics = MetricsServer(
             self.manager.servables,
             list_ledgers=self._list_ledgers,
-            own=[self._model_metrics],
+            own=[self._model_metrics, *self._list_cache_collectors()],
             host=config.host,
             port=config.port,
         )
@@ -254,6 +260,9 @@ class Application:
             interceptors=interceptors,
         )
 
+    def _list_cache_collectors(self) -> list[CacheCollector]:
+        return [] if self._cache is None else [CacheCollector(self._cache.read_use)]
+
     def _list_ledgers(self) -> list[ServerLedger]:
         ledger = getattr(self._grpc, "ledger", None)  # grpcio's server has none
         return [] if ledger is None else [ledger]
@@ -293,6 +302,8 @@ class Application:
         problems = await asyncio.gather(*jobs, return_exceptions=True)
         left_s = max(0.0, until - asyncio.get_running_loop().time())
         problems += await asyncio.gather(self.manager.stop(left_s), return_exceptions=True)
+        if self._cache is not None:
+            problems += await asyncio.gather(self._cache.close(), return_exceptions=True)
         # Metrics last: the drain can be watched.
         if self._metrics is not None:
             problems += await asyncio.gather(self._metrics.stop(1.0), return_exceptions=True)

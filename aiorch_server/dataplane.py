@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -115,21 +115,38 @@ class DataPlane:
         """Runs one request on a servable that the caller holds a lease on; ``leases``: and what its steps need."""
         with _name_request(request):
             terms = check_request(request, servable.name, servable.signature)
-            if servable.ensemble is not None:
-                return await servable.ensemble.run(request, self, deadline_ns=deadline_ns, leases=leases)
-            if servable.sequencer is not None:
-                check_callers(servable.name, servable.instances.alive)
-                return await servable.sequencer.infer(request, terms, self._mailbox, deadline_ns=deadline_ns)
-            if servable.signature.is_decoupled:
-                raise UnsupportedRequest(f"model '{servable.name}' is decoupled: it does not give exactly one answer")
+            if servable.cache is not None:
+
+                def run() -> Awaitable[InferenceResponse]:
+                    return self._run(servable, request, terms, deadline_ns, leases)
+
+                return await servable.cache.infer(request, terms.sequence, run, deadline_ns=deadline_ns)
+            return await self._run(servable, request, terms, deadline_ns, leases)
+
+    async def _run(
+        self,
+        servable: Servable,
+        request: InferenceRequest,
+        terms: QueueTerms,
+        deadline_ns: int,
+        leases: Mapping[ModelKey, Servable] | None,
+    ) -> InferenceResponse:
+        """Runs a checked request on whatever the servable is."""
+        if servable.ensemble is not None:
+            return await servable.ensemble.run(request, self, deadline_ns=deadline_ns, leases=leases)
+        if servable.sequencer is not None:
             check_callers(servable.name, servable.instances.alive)
-            details = RequestDetails.of(request, terms.sequence, timeout_us=terms.timeout_us)
-            answer = self._submit(servable, request, terms, deadline_ns, details)
-            try:
-                async with asyncio.timeout_at(deadline_ns / 1e9 if deadline_ns else None):
-                    return _decode(await answer, request.id, details.answer_parameters)
-            except TimeoutError:
-                raise DeadlineExpired("Deadline Exceeded") from None
+            return await servable.sequencer.infer(request, terms, self._mailbox, deadline_ns=deadline_ns)
+        if servable.signature.is_decoupled:
+            raise UnsupportedRequest(f"model '{servable.name}' is decoupled: it does not give exactly one answer")
+        check_callers(servable.name, servable.instances.alive)
+        details = RequestDetails.of(request, terms.sequence, timeout_us=terms.timeout_us)
+        answer = self._submit(servable, request, terms, deadline_ns, details)
+        try:
+            async with asyncio.timeout_at(deadline_ns / 1e9 if deadline_ns else None):
+                return _decode(await answer, request.id, details.answer_parameters)
+        except TimeoutError:
+            raise DeadlineExpired("Deadline Exceeded") from None
 
     def _submit(
         self,

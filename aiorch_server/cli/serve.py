@@ -126,6 +126,22 @@ def serve(
             help="Whether clients may register system shared memory: none, any, or keys with this prefix; default off.",
         ),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="off|local|NAME|MODULE:ATTRIBUTE",
+            help="Where answers of models with response_cache are kept; default off.",
+        ),
+    ] = None,
+    cache_size_bytes: Annotated[
+        int | None, typer.Option(help="Bytes that the cache may hold; default 67108864.")
+    ] = None,
+    cache_ttl_secs: Annotated[
+        float | None, typer.Option(help="Seconds that an answer stays in the cache, 0: any time; default 0.")
+    ] = None,
+    cache_config: Annotated[
+        list[str] | None, typer.Option(help="Triton's form: local,size=BYTES; other settings are refused.")
+    ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="The least severe records to write; default info.")] = None,
     log_verbose: Annotated[int | None, typer.Option(help="Above 0: the same as --log-level debug.")] = None,
     log_format: Annotated[
@@ -181,6 +197,9 @@ def serve(
         "backends": backend,
         "allow_code": allow_code,
         "shared_memory": shared_memory,
+        "cache": cache,
+        "cache_size_bytes": cache_size_bytes,
+        "cache_ttl_secs": cache_ttl_secs,
         "log_level": log_level,
         "log_format": log_format,
     }
@@ -192,6 +211,7 @@ def serve(
             use_ssl=grpc_use_ssl,
             log_verbose=log_verbose,
             backend_config=backend_config or [],
+            cache_config=cache_config or [],
             others=setting or [],
         )
         _run(server_config, Announcer(output))

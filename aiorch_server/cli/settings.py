@@ -22,18 +22,20 @@ def build_config(
     use_ssl: str | None,
     log_verbose: int | None,
     backend_config: Sequence[str],
+    cache_config: Sequence[str] = (),
     others: Sequence[str],
 ) -> ServerConfig:
     """The server's configuration from all sources; UsageError with every problem.
 
     ``options`` are settings by name, None where not given. The others are options of Triton that have no setting of
     their own: ``use_ssl`` false leaves the TLS files unused, ``log_verbose`` above 0 means level debug,
-    ``backend_config`` entries are refused unless there is a setting that means the same. ``others`` are NAME=VALUE.
+    ``backend_config`` and ``cache_config`` entries are refused unless there is a setting that means the same.
+    ``others`` are NAME=VALUE.
     """
     settings = {name: value for name, value in options.items() if value is not None and value != []}
     known = setting_names()
     given = {known[name]: name for name in settings}
-    for written, value in [*_split(others, "--set"), *_translate(backend_config)]:
+    for written, value in [*_split(others, "--set"), *_translate(backend_config), *_translate_cache(cache_config)]:
         name = written.lstrip("-").replace("-", "_").replace(".", "_")
         name = given.setdefault(known.get(name, (name,)), name)
         if str(settings.setdefault(name, value)) != value:
@@ -67,6 +69,21 @@ def _translate(entries: Sequence[str]) -> list[tuple[str, str]]:
                 "into the model's configuration (parameters), or use --backend-config default-max-batch-size=N"
             )
         translated.append(("default_max_batch_size", value))
+    return translated
+
+
+def _translate_cache(entries: Sequence[str]) -> list[tuple[str, str]]:
+    """Entries of ``--cache-config``: the cache's name and one of its settings."""
+    translated = []
+    for entry in entries:
+        name, separator, setting = entry.partition(",")
+        key, _, value = setting.partition("=")
+        if not separator or name != "local" or key != "size" or not value:
+            raise UsageError(
+                f"--cache-config {entry}: expected local,size=BYTES; for other caches and settings write --cache NAME, "
+                "--cache-size-bytes and --cache-ttl-secs"
+            )
+        translated += [("cache", name), ("cache_size_bytes", value)]
     return translated
 
 

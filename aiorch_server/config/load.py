@@ -60,6 +60,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "backends": ("execution", "backends"),
     "allow_client_shm": ("shared_memory", "keys"),
     "shared_memory": ("shared_memory", "keys"),
+    "cache": ("cache", "kind"),
 }
 # Read elsewhere: by setup.py, and by this module for the file's name.
 _OTHER_VARIABLES = {CONFIG_VARIABLE, "AIORCH_DEBUG", "AIORCH_SANITIZE"}

@@ -126,6 +126,11 @@ class ModelConfig(Section):
         """A dict that protobuf's JSON parser reads as ModelConfig: proto field names, enum names, plain numbers."""
         return self.model_dump(mode="json", exclude_none=True, by_alias=True)
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether answers are to be kept for equal requests."""
+        return self.response_cache is not None and self.response_cache.enable
+
     def to_strings(self) -> dict[str, str]:
         """The ``parameters`` as plain strings, as backends get them."""
         return {name: parameter.string_value for name, parameter in self.parameters.items()}
@@ -208,6 +213,20 @@ class ModelConfig(Section):
         yield from find_ensemble_problems(self)
         yield from self._find_batching_problems()
         yield from self._find_sequence_problems()
+        yield from self._find_cache_problems()
+
+    def _find_cache_problems(self) -> Iterator[Problem]:
+        if not self.is_cached:
+            return
+        policy, location = self.model_transaction_policy, ("response_cache", "enable")
+        if self.sequence_batching is not None:
+            yield Problem(
+                location, "found true beside sequence_batching; answers that depend on earlier requests differ"
+            )
+        if policy is not None and policy.decoupled:
+            yield Problem(
+                location, "found true with model_transaction_policy.decoupled; only single answers are cached"
+            )
 
     def _find_sequence_problems(self) -> Iterator[Problem]:
         sequences = self.sequence_batching

@@ -20,6 +20,7 @@ from aiorch_server.config.section import Flag, Number, Section, Whole
 LOOPBACK = "127.0.0.1"
 DEFAULT_MESSAGE_BYTES = 64 * 1024 * 1024
 _KEY_PREFIX = re.compile(r"/[^/\0]{1,200}")
+_CACHE_NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
 _PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.ASCII)
 
 
@@ -277,6 +278,24 @@ class SharedMemoryConfig(Section):
     max_bytes: Annotated[Whole, Field(ge=1, le=2**48)] = 1 << 30
 
 
+def _check_cache(text: str) -> str:
+    if not _CACHE_NAME.fullmatch(text) and not _PLUGIN.fullmatch(text):
+        raise ValueError("should be off, local, the name of an installed cache, or 'module:attribute'")
+    return text
+
+
+class CacheConfig(Section):
+    """Where answers of models with ``response_cache { enable: true }`` are kept, for all of them together.
+
+    ``kind`` is ``off``, ``local`` (this process's memory), the name of an installed cache, or ``module:attribute``.
+    ``ttl_secs`` 0 means that answers do not age.
+    """
+
+    kind: Annotated[str, BeforeValidator(_read_keys), AfterValidator(_check_cache)] = "off"
+    size_bytes: Annotated[Whole, Field(ge=1024, le=2**48)] = 64 * 1024 * 1024
+    ttl_secs: Seconds = 0.0
+
+
 class LogConfig(Section):
     """What the server writes about itself, to standard error."""
 
@@ -299,6 +318,7 @@ class ServerConfig(Section):
     execution: ExecutionConfig = ExecutionConfig()
     limits: LimitsConfig = LimitsConfig()
     shared_memory: SharedMemoryConfig = SharedMemoryConfig()
+    cache: CacheConfig = CacheConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

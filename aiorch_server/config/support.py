@@ -33,7 +33,6 @@ REFUSED: tuple[Restriction, ...] = (
     Restriction("sequence_batching.iterative_sequence", "a request is run once; write false"),
     Restriction("batch_input", "generated batch inputs are not supported; give the tensors as inputs"),
     Restriction("batch_output", "batch outputs are not supported; give equal shapes per request"),
-    Restriction("response_cache.enable", "the response cache is not part of this version; write false or remove it"),
     Restriction("model_repository_agents.agents", "repository agents are not supported; prepare the folder before"),
     Restriction("model_operations.op_library_filename", "custom operation libraries are not loaded; remove it"),
     Restriction("cc_model_filenames", "artefacts per compute capability are not supported; use default_model_filename"),

@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from aiorch_server._core import Router, Scheduler
+from aiorch_server.cache import ResponseCache
 from aiorch_server.config.server import ControlMode
 from aiorch_server.errors import (
     AiorchError,
@@ -21,6 +22,7 @@ from aiorch_server.errors import (
     UnknownModel,
     UnknownVersion,
 )
+from aiorch_server.lifecycle.caching import attach_cache, check_caching
 from aiorch_server.lifecycle.dependencies import Dependencies, list_requirements
 from aiorch_server.lifecycle.loader import Loader, Source
 from aiorch_server.lifecycle.model import STOPPING_TEXT, ManagedModel, Observer
@@ -67,7 +69,9 @@ class LifecycleManager:
         poll_interval_s: float = 15.0,
         drain_timeout_s: float = 30.0,
         observe: Observer | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
+        self._cache = cache
         self.control_mode = ControlMode(control_mode)
         self._repository = repository
         self._loader = loader
@@ -280,9 +284,14 @@ class LifecycleManager:
             failures: dict[str, str] = {}
 
             async def load(version: int, fingerprint: str) -> Servable:
+                check_caching(opened.config, self._cache)
+                limit = self._loader.default_queue_size
                 if opened.config.ensemble_scheduling is None:
-                    return await self._loader.load(source, version, fingerprint)
-                return self._dependencies.build(opened, version, fingerprint, self._loader.default_queue_size, failures)
+                    servable = await self._loader.load(source, version, fingerprint)
+                else:
+                    servable = self._dependencies.build(opened, version, fingerprint, limit, failures)
+                attach_cache(servable, self._cache, limit)
+                return servable
 
             try:
                 model.requires = list_requirements(opened.config)
@@ -432,9 +441,13 @@ class LifecycleManager:
 def _find_plain(servables: Mapping[int, Servable]) -> dict[int, Scheduler]:
     """The schedulers that the compiled desk may use by itself; a model with others too is left to the data plane.
 
-    Decoupled models answer over streams only, which the compiled desk does not carry.
+    Decoupled models answer over streams only, which the compiled desk does not carry; nor does it look into a cache.
     """
-    plain = {version: each.plain_scheduler for version, each in servables.items() if not each.signature.is_decoupled}
+    plain = {
+        version: each.plain_scheduler
+        for version, each in servables.items()
+        if not each.signature.is_decoupled and each.cache is None
+    }
     return {version: scheduler for version, scheduler in plain.items() if scheduler is not None}
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from types import TracebackType
 
 from aiorch_server._core import ModelSpec, Scheduler
+from aiorch_server.cache import VersionCache
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import Code, ModelNotReady
 from aiorch_server.execution.group import SchedulerGroup
@@ -52,6 +53,8 @@ class Servable:
         self.instances = instances
         self.sequencer = sequencer
         self.ensemble = ensemble
+        #: Set before it is published, where its answers are cached.
+        self.cache: VersionCache | None = None
         self.fingerprint = fingerprint
         self.load_seconds = load_seconds
         self._lock = threading.Lock()
@@ -136,7 +139,7 @@ class Servable:
         counters = self.scheduler.counters()
         if self.sequencer is not None:
             counters = self.sequencer.count(counters)
-        return ModelStatistics(
+        statistics = ModelStatistics(
             name=self.name,
             version=str(self.version),
             last_inference_ms=counters.last_inference_ms,
@@ -154,6 +157,7 @@ class Servable:
             responses=self.instances.responses.read() if self.signature.is_decoupled else {},
             first_response=self.instances.responses.read_first() if self.signature.is_decoupled else None,
         )
+        return statistics if self.cache is None else self.cache.add_to(statistics)
 
     def phase_histograms(self) -> Mapping[str, PhaseHistogram]:
         """How long requests spent in each phase since load; keys as in SchedulerCounters.phases."""

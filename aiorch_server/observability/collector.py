@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from aiorch_server import __version__
 from aiorch_server._core import read_copied_bytes
+from aiorch_server.observability.cache_metrics import CACHE_COUNTERS
 from aiorch_server.observability.machine import MachineProbe
 from aiorch_server.types import ModelStatistics, PhaseHistogram
 
@@ -125,6 +126,7 @@ class ModelCollector(Collector):
         pending: dict[Labels, float] = {}
         phases: dict[Labels, PhaseHistogram] = {}
         firsts: dict[Labels, PhaseHistogram] = {}
+        cached: dict[str, dict[Labels, float]] = {name: {} for name, _, _ in CACHE_COUNTERS}
         for model in tuple(self._list_models()):
             try:
                 statistics, histograms = model.statistics(), model.phase_histograms()
@@ -137,6 +139,9 @@ class ModelCollector(Collector):
             for reason in (*_REASONS, *sorted(statistics.failures.keys() - set(_REASONS))):
                 _add(failures, (*labels, ("reason", reason)), statistics.failures.get(reason, 0))
             _add(pending, labels, statistics.pending)
+            if statistics.has_cache:
+                for name, _, read in CACHE_COUNTERS:
+                    _add(cached[name], labels, read(statistics))
             if (first := statistics.first_response) is not None:
                 firsts[labels] = _sum_histograms(firsts[labels], first) if labels in firsts else first
             for phase, histogram in histograms.items():
@@ -144,6 +149,9 @@ class ModelCollector(Collector):
                 phases[key] = _sum_histograms(phases[key], histogram) if key in phases else histogram
         for name, documentation, _ in _COUNTERS:
             yield _family(name, documentation, "counter", counters[name])
+        for name, documentation, _ in CACHE_COUNTERS:
+            if cached[name]:
+                yield _family(name, documentation, "counter", cached[name])
         yield _family(_FAILURE, "Number of failed inference requests by reason", "counter", failures)
         yield _family(_PENDING, "Number of requests that wait for execution now", "gauge", pending)
         yield _histogram_family(phases)

@@ -22,6 +22,7 @@ LEVELS = {
     "repository": 1,
     "observability": 1,
     "exchange": 1,
+    "cache": 1,
     "execution": 1,
     "scheduling": 2,
     "lifecycle": 3,

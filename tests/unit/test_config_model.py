@@ -119,7 +119,6 @@ ASKING: dict[str, dict[str, Any]] = {
     "sequence_batching.iterative_sequence": {"sequence_batching": {"iterative_sequence": True}},
     "batch_input": {"batch_input": [{"data_type": "TYPE_FP32"}]},
     "batch_output": {"batch_output": [{"target_name": ["y"]}]},
-    "response_cache.enable": {"response_cache": {"enable": True}},
     "model_repository_agents.agents": {"model_repository_agents": {"agents": [{"name": "a"}]}},
     "model_operations.op_library_filename": {"model_operations": {"op_library_filename": ["a.so"]}},
     "cc_model_filenames": {"cc_model_filenames": {"8.0": "m.plan"}},
@@ -222,7 +221,7 @@ def test_frozen_and_checked_when_built_directly() -> None:
     with pytest.raises(ValidationError):
         config.max_batch_size = 2  # type: ignore[misc]
     with pytest.raises(ValidationError):
-        ModelConfig(name="m", response_cache={"enable": True})  # type: ignore[arg-type]
+        ModelConfig(name="m", cc_model_filenames={"7.0": "x"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,8 @@ def _show_model_statistics(model: ModelStatistics) -> Document:
             "compute_input": _show_duration(model.compute_input),
             "compute_infer": _show_duration(model.compute_infer),
             "compute_output": _show_duration(model.compute_output),
-            "cache_hit": _show_duration(Duration()),
-            "cache_miss": _show_duration(Duration()),
+            "cache_hit": _show_duration(model.cache_hit),
+            "cache_miss": _show_duration(model.cache_miss),
         },
         "response_stats": {
             place: {each.name: _show_duration(getattr(responses, each.name)) for each in dataclasses.fields(responses)}
