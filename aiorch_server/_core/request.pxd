@@ -58,13 +58,17 @@ cdef struct Request:
     int64_t deadline_ns     # the caller's own deadline (gRPC)
     int64_t expires_ns      # the queue policy's time limit
     # place in the queue: written by queue.pyx only
-    uint32_t level          # priority level, 1 is served first
+    uint32_t level          # twice the priority level, 1 is served first; odd: delayed behind the others of its level
     int64_t urgency_ns      # order within the level
     uint64_t sequence
     Py_ssize_t heap_index
     void *bucket
     Request *older
     Request *newer
+    # place among all that arrived and have not left: written by scheduler.pyx only, where answers leave in that order
+    Request *sooner
+    Request *later
+    bint is_settled
     void *scheduler         # SchedulerState that took it, from enqueue until free_request: it holds a reference,
     void (*drop_scheduler)(void *scheduler) noexcept nogil      # ... which this gives back
     RequestState state      # guarded by the scheduler's lock from enqueue on

@@ -61,6 +61,15 @@ cdef struct Counters:
     int64_t n_batch_sizes
 
 
+# What holds for the requests of one priority level.
+cdef struct LevelPolicy:
+    int64_t expiry_ns       # 0: none
+    int64_t max_requests    # 0: none but the queue's own
+    bint allows_override    # a request may bring a shorter time
+    bint delays             # who waited too long is served after the others of its level, not refused
+    int64_t n               # that wait now; counted only where `has_bounded_levels`
+
+
 cdef struct SchedulerState:
     int references
     pthread_mutex_t lock            # guards everything down to `waiting`; held for a few hundred nanoseconds
@@ -71,14 +80,19 @@ cdef struct SchedulerState:
     int64_t in_flight               # queued + running
     int64_t max_requests
     int64_t max_bytes
-    int64_t default_expiry_ns       # queue policy; 0: none
-    bint allow_expiry_override
+    LevelPolicy *levels             # owned: n_levels + 1 of them; the first is for where priorities are not used
+    bint has_bounded_levels
+    bint has_delays                 # some level delays
     uint64_t n_levels               # 0: priorities are not used
     uint64_t default_level
     bint is_closed
     int waiting                     # instances inside take
     bint takes_rows                 # its instances do not write into what they are given
     Slab slab
+    bint keeps_order                # answers leave in the order of arrival
+    Request *first_arrived          # queued, running or settled, by arrival; only where `keeps_order`
+    Request *last_arrived
+    pthread_mutex_t order_lock      # held from taking answers off that list until they are in their sinks; before `lock`
     # guarded by stats_lock
     pthread_mutex_t stats_lock
     Counters counters

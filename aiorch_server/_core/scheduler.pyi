@@ -1,4 +1,4 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from aiorch_server._core.collate import Batch
 from aiorch_server._core.spec import ModelSpec
@@ -21,6 +21,9 @@ class Scheduler:
         default_priority_level: int = 0,
         default_timeout_us: int = 0,
         allow_timeout_override: bool = False,
+        delay_expired: bool = False,
+        level_policies: Sequence[tuple[int, int, bool, bool]] = (),
+        preserve_ordering: bool = False,
     ) -> None: ...
     @property
     def pending(self) -> int: ...

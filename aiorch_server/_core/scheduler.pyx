@@ -91,6 +91,8 @@ cdef void release_scheduler(SchedulerState *state) noexcept nogil:
     pthread_mutex_destroy(&state.lock)
     pthread_mutex_destroy(&state.stats_lock)
     release_spec(state.spec)
+    pthread_mutex_destroy(&state.order_lock)
+    free(state.levels)
     free(state.counters.batch_sizes)
     free(state)
 
@@ -99,17 +101,47 @@ cdef void drop_scheduler(void *state) noexcept nogil:
     release_scheduler(<SchedulerState *> state)
 
 
+cdef inline void count_out(SchedulerState *state, const Request *request) noexcept nogil:
+    """A request is not queued any more; under the lock."""
+    if state.has_bounded_levels:
+        state.levels[request.level >> 1].n -= 1
+
+
+cdef void note_arrival(SchedulerState *state, Request *request) noexcept nogil:
+    request.later = NULL
+    request.sooner = state.last_arrived
+    if state.last_arrived != NULL:
+        state.last_arrived.later = request
+    else:
+        state.first_arrived = request
+    state.last_arrived = request
+
+
+cdef void forget_arrival(SchedulerState *state, Request *request) noexcept nogil:
+    if request.sooner != NULL:
+        request.sooner.later = request.later
+    else:
+        state.first_arrived = request.later
+    if request.later != NULL:
+        request.later.sooner = request.sooner
+    else:
+        state.last_arrived = request.sooner
+    request.sooner = request.later = NULL
+
+
 cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t priority, int64_t timeout_us,
                            int64_t now) noexcept nogil:
     cdef EnqueueResult result = ENQUEUED
+    cdef LevelPolicy *policy
     cdef int64_t expires_ns
     if state.n_levels:
         if priority > state.n_levels:
             return REFUSED_LEVEL
-        request.level = <unsigned int> (priority or state.default_level)
-    request.expires_ns = now + state.default_expiry_ns if state.default_expiry_ns else 0
+        request.level = <unsigned int> (priority or state.default_level) << 1
+    policy = &state.levels[request.level >> 1]
+    request.expires_ns = now + policy.expiry_ns if policy.expiry_ns else 0
     # Triton: a request may shorten the policy's time, never lengthen it
-    if timeout_us and state.allow_expiry_override:
+    if timeout_us and policy.allows_override:
         expires_ns = now + min(timeout_us, MAX_SPAN_US) * 1000
         if request.expires_ns == 0 or expires_ns < request.expires_ns:
             request.expires_ns = expires_ns
@@ -120,6 +152,7 @@ cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t pri
     if state.is_closed:
         result = REFUSED_CLOSED
     elif (state.queue.n >= state.max_requests
+          or policy.max_requests and policy.n >= policy.max_requests
           or state.queue.n_bytes + <int64_t> request.message_size > state.max_bytes and state.queue.n > 0
           or not push_request(&state.queue, request)):
         result = REFUSED_FULL
@@ -129,6 +162,10 @@ cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t pri
         request.drop_scheduler = drop_scheduler
         retain_scheduler(state)
         state.in_flight += 1
+        if state.has_bounded_levels:
+            policy.n += 1
+        if state.keeps_order:
+            note_arrival(state, request)
     pthread_mutex_unlock(&state.lock)
     return result
 
@@ -172,6 +209,9 @@ cdef bint cancel_request(Request *request) noexcept nogil:
     pthread_mutex_lock(&state.lock)
     if request.state == REQUEST_QUEUED:
         remove_request(&state.queue, request)
+        count_out(state, request)
+        if state.keeps_order:
+            forget_arrival(state, request)
         request.state = REQUEST_NEW
         was_queued = True
     else:
@@ -180,6 +220,8 @@ cdef bint cancel_request(Request *request) noexcept nogil:
     if was_queued:
         now = now_ns()
         count_failure(state, request, FAILURE_CANCELED, now)
+        if state.keeps_order:   # others may have waited for its answer
+            settle_in_order(state, NULL)
         leave(state, 1)
     return was_queued
 
@@ -193,10 +235,46 @@ cdef void count_failure(SchedulerState *state, const Request *request, FailureRe
 
 
 cdef void settle_chain(SchedulerState *state, Request *first) noexcept nogil:
+    retain_scheduler(state)     # the owners may free all requests, and with them the last reference, meanwhile
+    if state.keeps_order:
+        settle_in_order(state, first)
+    else:
+        leave(state, hand_over(first))
+    release_scheduler(state)
+
+
+cdef void settle_in_order(SchedulerState *state, Request *settled) noexcept nogil:
+    """Hands over what is settled and before which nothing is open; the rest waits. The caller holds a reference."""
+    cdef Request *first = NULL
+    cdef Request *last = NULL
+    cdef Request *request
+    cdef int64_t n
+    pthread_mutex_lock(&state.order_lock)
+    pthread_mutex_lock(&state.lock)
+    while settled != NULL:
+        settled.is_settled = True
+        settled = settled.next
+    while state.first_arrived != NULL and state.first_arrived.is_settled:
+        request = state.first_arrived
+        forget_arrival(state, request)
+        request.next = NULL
+        if last == NULL:
+            first = request
+        else:
+            last.next = request
+        last = request
+    pthread_mutex_unlock(&state.lock)
+    n = hand_over(first)
+    pthread_mutex_unlock(&state.order_lock)
+    if n:
+        leave(state, n)
+
+
+cdef int64_t hand_over(Request *first) noexcept nogil:
+    """Gives a chain to its sinks, in its order; how many they were."""
     cdef Request *last
     cdef Request *following
     cdef int64_t n = 0
-    retain_scheduler(state)     # the owners may free all requests, and with them the last reference, meanwhile
     while first != NULL:
         last = first
         n += 1
@@ -207,8 +285,7 @@ cdef void settle_chain(SchedulerState *state, Request *first) noexcept nogil:
         following = last.next
         put_settled(first.sink, first, last)
         first = following
-    leave(state, n)
-    release_scheduler(state)
+    return n
 
 
 cdef void refuse_chain(SchedulerState *state, Request *first, int status, const char *text) noexcept nogil:
@@ -229,6 +306,25 @@ cdef void refuse_chain(SchedulerState *state, Request *first, int status, const 
     settle_chain(state, first)
 
 
+cdef Request *delay_expired(SchedulerState *state, Request *expired, int64_t now) noexcept nogil:
+    """Queues again, behind the others, what its level delays; gives the rest. Under the lock."""
+    cdef Request *refused = NULL
+    cdef Request *following
+    while expired != NULL:
+        following = expired.next
+        expired.next = NULL
+        if state.levels[expired.level >> 1].delays and not (expired.deadline_ns and expired.deadline_ns <= now):
+            expired.expires_ns = 0
+            expired.level |= 1
+            if push_request(&state.queue, expired):
+                expired = following
+                continue
+        expired.next = refused
+        refused = expired
+        expired = following
+    return refused
+
+
 cdef Request *take_batch(SchedulerState *state, int *members, int64_t *rows, int64_t *free_since) noexcept nogil:
     cdef FormedBatch batch
     cdef Request *request
@@ -240,9 +336,12 @@ cdef Request *take_batch(SchedulerState *state, int *members, int64_t *rows, int
     pthread_mutex_lock(&state.lock)
     while True:
         expired = remove_expired(&state.queue, now)
+        if expired != NULL and state.has_delays:
+            expired = delay_expired(state, expired, now)
         if expired != NULL:
             request = expired
             while request != NULL:
+                count_out(state, request)
                 request.state = REQUEST_RUNNING     # no longer cancellable out of the queue
                 request = request.next
             pthread_mutex_unlock(&state.lock)
@@ -267,6 +366,7 @@ cdef Request *take_batch(SchedulerState *state, int *members, int64_t *rows, int
         now = now_ns()
     request = batch.first
     while request != NULL:
+        count_out(state, request)
         request.state = REQUEST_RUNNING
         request.taken_ns = now
         request = request.next
@@ -285,14 +385,20 @@ cdef class Scheduler:
     """Queue and batching policy of one model version; see docs/architecture.md for the Python contract.
 
     ``max_queue_size`` 0 means the default bound of 16,384 requests; messages in the queue are bounded by
-    ``max_queue_bytes`` besides. ``priority_levels`` 0 means that priorities are not used.
+    ``max_queue_bytes`` besides. ``priority_levels`` 0 means that priorities are not used. ``level_policies`` has for each
+    level, from 1 on: the requests that may wait there (0: no bound of its own), the time they may (0: any), whether they
+    may bring a shorter one, and whether they are served last, instead of refused, when it is over (``delay_expired``).
+    With ``preserve_ordering`` answers, of whatever kind, leave in the order in which the requests came.
     """
 
     def __cinit__(self, ModelSpec spec not None, *, int64_t max_queue_delay_us=0, preferred_batch_sizes=(),
                   int64_t max_queue_size=0, int64_t max_queue_bytes=0, uint64_t priority_levels=0,
-                  uint64_t default_priority_level=0, int64_t default_timeout_us=0, bint allow_timeout_override=False):
+                  uint64_t default_priority_level=0, int64_t default_timeout_us=0, bint allow_timeout_override=False,
+                  bint delay_expired=False, level_policies=(), bint preserve_ordering=False):
         cdef SchedulerState *state
         cdef pthread_condattr_t attributes
+        own_policy = (0, default_timeout_us, allow_timeout_override, delay_expired)
+        policies = [own_policy, *(level_policies or [own_policy] * (priority_levels if priority_levels <= MAX_LEVELS else 0))]
         sizes = sorted(set(preferred_batch_sizes))
         if len(sizes) > MAX_PREFERRED:
             raise ValueError(f"{len(sizes)} preferred batch sizes; at most {MAX_PREFERRED} work")
@@ -306,6 +412,13 @@ cdef class Scheduler:
             raise ValueError(f"default priority level {default_priority_level} of {priority_levels} levels")
         if priority_levels and not default_priority_level:
             raise ValueError("priority levels need a default level of at least 1")
+        if len(policies) != priority_levels + 1:
+            raise ValueError(f"{len(policies) - 1} policies for {priority_levels} levels")
+        for size, timeout_us, _, _ in policies:
+            if size < 0 or not 0 <= timeout_us <= MAX_SPAN_US:
+                raise ValueError(f"a level's size {size} and timeout {timeout_us} must be 0 or more, and no overflow")
+        if preserve_ordering and (priority_levels > 1 or any(delays for _, _, _, delays in policies)):
+            raise ValueError("answers cannot leave in the order of arrival where requests overtake each other")
         self.spec = spec
         state = <SchedulerState *> calloc(1, sizeof(SchedulerState))
         if state == NULL:
@@ -316,6 +429,20 @@ cdef class Scheduler:
         if state.counters.batch_sizes == NULL:
             free(state)
             raise MemoryError
+        state.levels = <LevelPolicy *> calloc(len(policies), sizeof(LevelPolicy))
+        if state.levels == NULL:
+            free(state.counters.batch_sizes)
+            free(state)
+            raise MemoryError
+        for i, (size, timeout_us, allows_override, delays) in enumerate(policies):
+            state.levels[i].max_requests = size
+            state.levels[i].expiry_ns = timeout_us * 1000
+            state.levels[i].allows_override = allows_override
+            state.levels[i].delays = delays
+            state.has_bounded_levels |= size > 0
+            state.has_delays |= bool(delays)
+        state.keeps_order = preserve_ordering
+        pthread_mutex_init(&state.order_lock, NULL)
         pthread_mutex_init(&state.lock, NULL)
         pthread_mutex_init(&state.stats_lock, NULL)
         pthread_condattr_init(&attributes)
@@ -334,8 +461,6 @@ cdef class Scheduler:
         state.max_bytes = max_queue_bytes or <int64_t> DEFAULT_MAX_BYTES
         state.n_levels = priority_levels
         state.default_level = default_priority_level
-        state.default_expiry_ns = default_timeout_us * 1000
-        state.allow_expiry_override = allow_timeout_override
         state.spec = spec.state
         retain_spec(state.spec)
         self.state = state
@@ -397,6 +522,7 @@ cdef class Scheduler:
             chain = remove_all(&self.state.queue)
             request = chain
             while request != NULL:
+                count_out(self.state, request)
                 request.state = REQUEST_RUNNING
                 request = request.next
             pthread_mutex_unlock(&self.state.lock)

@@ -19,7 +19,7 @@ class TimeoutAction(enum.StrEnum):
 
 
 class QueuePolicy(Section):
-    """Bounds of a queue: 0 stands for no time-out and for no bound of its own."""
+    """Bounds of the queue of one priority level: 0 stands for no time-out and for no bound of its own."""
 
     timeout_action: TimeoutAction = TimeoutAction.REJECT
     default_timeout_microseconds: Microseconds = 0
@@ -30,7 +30,8 @@ class QueuePolicy(Section):
 class DynamicBatching(Section):
     """Batches are formed from requests that wait at the same time; sizes count rows.
 
-    With ``priority_levels`` above 0, level 1 goes first and ``default_priority_level`` is for requests that name none.
+    With ``priority_levels`` above 0, level 1 goes first and ``default_priority_level`` is for requests that name none;
+    ``default_queue_policy`` holds for each level that has no entry in ``priority_queue_policy``.
     """
 
     preferred_batch_size: tuple[Int32, ...] = ()
@@ -58,6 +59,12 @@ class DynamicBatching(Section):
             )
         if not levels and default:
             yield Problem(("default_priority_level",), f"found {default}; it needs priority_levels above 0")
+        if self.preserve_ordering and levels > 1:
+            text = f"found true with {levels} priority_levels; requests that overtake each other keep no order"
+            yield Problem(("preserve_ordering",), text)
+        policies = (self.default_queue_policy, *self.priority_queue_policy.values())
+        if self.preserve_ordering and any(each and each.timeout_action is TimeoutAction.DELAY for each in policies):
+            yield Problem(("preserve_ordering",), "found true with timeout_action DELAY; what is delayed is overtaken")
         for level in self.priority_queue_policy:
             if not 1 <= level <= levels:
                 yield Problem(("priority_queue_policy", level), f"found level {level}; priority_levels is {levels}")

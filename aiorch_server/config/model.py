@@ -252,6 +252,10 @@ class ModelConfig(Section):
         if batching is not None and largest == 0:
             yield Problem(("dynamic_batching",), "needs max_batch_size above 0, found 0")
         elif batching is not None:
+            policy = self.model_transaction_policy
+            if batching.preserve_ordering and policy is not None and policy.decoupled:
+                text = "found true with model_transaction_policy.decoupled; answers that come one by one keep no order"
+                yield Problem(("dynamic_batching", "preserve_ordering"), text)
             for index, size in enumerate(batching.preferred_batch_size):
                 if size > largest:
                     text = f"found {size}; it must be at most max_batch_size, which is {largest}"

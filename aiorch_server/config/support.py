@@ -44,9 +44,6 @@ REFUSED: tuple[Restriction, ...] = (
     Restriction("output[].reshape", "tensors are passed with the shape in 'dims'; write the model's shape there"),
     Restriction("output[].is_shape_tensor", "shape tensors are not supported; remove it"),
     Restriction("output[].is_non_linear_format_io", "only row-major tensors are supported; write false"),
-    Restriction("dynamic_batching.preserve_ordering", "answers go out as they are ready; write false"),
-    Restriction("dynamic_batching.priority_queue_policy", "all levels share default_queue_policy; write it there"),
-    Restriction("dynamic_batching.default_queue_policy.timeout_action", "only REJECT is supported; write REJECT"),
     Restriction(
         "instance_group[].kind", "the server places instances; write KIND_CPU or KIND_GPU", (InstanceKind.KIND_MODEL,)
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aiorch_server._core import ModelSpec, Scheduler
-from aiorch_server.config.batching import DynamicBatching, QueuePolicy
+from aiorch_server.config.batching import DynamicBatching, QueuePolicy, TimeoutAction
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import ModelLoadError
 
@@ -17,16 +17,31 @@ def build_scheduler(config: ModelConfig, spec: ModelSpec, *, default_queue_size:
     """
     batching = config.dynamic_batching or DynamicBatching()
     queue = batching.default_queue_policy or QueuePolicy()
+    levels = range(1, batching.priority_levels + 1)
     try:
         return Scheduler(
             spec,
             max_queue_delay_us=batching.max_queue_delay_microseconds,
             preferred_batch_sizes=batching.preferred_batch_size,
-            max_queue_size=queue.max_queue_size or default_queue_size,
+            # with levels it bounds each of them, the queue as a whole has the server's bound
+            max_queue_size=default_queue_size if levels else queue.max_queue_size or default_queue_size,
             priority_levels=batching.priority_levels,
             default_priority_level=batching.default_priority_level,
             default_timeout_us=queue.default_timeout_microseconds,
             allow_timeout_override=queue.allow_timeout_override,
+            delay_expired=queue.timeout_action is TimeoutAction.DELAY,
+            level_policies=[_describe(batching.priority_queue_policy.get(level, queue)) for level in levels],
+            preserve_ordering=batching.preserve_ordering,
         )
     except ValueError as error:
         raise ModelLoadError(f"dynamic_batching of model '{config.name}': {error}") from error
+
+
+def _describe(policy: QueuePolicy) -> tuple[int, int, bool, bool]:
+    """As the core's scheduler takes it."""
+    return (
+        policy.max_queue_size,
+        policy.default_timeout_microseconds,
+        policy.allow_timeout_override,
+        policy.timeout_action is TimeoutAction.DELAY,
+    )

@@ -79,6 +79,32 @@ def test_all_problems_are_told_at_once_with_their_paths() -> None:
             {"dynamic_batching": {"priority_levels": 1, "default_priority_level": 2}},
             "dynamic_batching.default_priority_level: found 2",
         ),
+        (
+            {"dynamic_batching": {"preserve_ordering": True, "priority_levels": 2, "default_priority_level": 1}},
+            "dynamic_batching.preserve_ordering: found true with 2 priority_levels",
+        ),
+        (
+            {"dynamic_batching": {"preserve_ordering": True, "default_queue_policy": {"timeout_action": "DELAY"}}},
+            "dynamic_batching.preserve_ordering: found true with timeout_action DELAY",
+        ),
+        (
+            {
+                "max_batch_size": 4,
+                "dynamic_batching": {"preserve_ordering": True},
+                "model_transaction_policy": {"decoupled": True},
+            },
+            "dynamic_batching.preserve_ordering: found true with model_transaction_policy.decoupled",
+        ),
+        (
+            {
+                "dynamic_batching": {
+                    "priority_levels": 1,
+                    "default_priority_level": 1,
+                    "priority_queue_policy": {"2": {}},
+                }
+            },
+            "found level 2; priority_levels is 1",
+        ),
         ({"dynamic_batching": {"max_queue_delay_microseconds": -1}}, "max_queue_delay_microseconds: found -1"),
         ({"dynamic_batching": {"max_queue_delay_microseconds": 2**62}}, "max_queue_delay_microseconds: found"),
         ({"dynamic_batching": {}, "sequence_batching": {}}, "only one scheduler"),
@@ -130,13 +156,6 @@ ASKING: dict[str, dict[str, Any]] = {
     "output[].reshape": {"output": [{**OUTPUT, "reshape": {}}]},
     "output[].is_shape_tensor": {"output": [{**OUTPUT, "is_shape_tensor": True}]},
     "output[].is_non_linear_format_io": {"output": [{**OUTPUT, "is_non_linear_format_io": True}]},
-    "dynamic_batching.preserve_ordering": {"dynamic_batching": {"preserve_ordering": True}},
-    "dynamic_batching.priority_queue_policy": {
-        "dynamic_batching": {"priority_levels": 2, "default_priority_level": 1, "priority_queue_policy": {1: {}}}
-    },
-    "dynamic_batching.default_queue_policy.timeout_action": {
-        "dynamic_batching": {"default_queue_policy": {"timeout_action": "DELAY"}}
-    },
     "instance_group[].kind": {"instance_group": [{"kind": "KIND_MODEL"}]},
     "instance_group[].rate_limiter": {"instance_group": [{"rate_limiter": {"resources": [{"global": True}]}}]},
     "instance_group[].secondary_devices": {"instance_group": [{"secondary_devices": [{"device_id": 1}]}]},
