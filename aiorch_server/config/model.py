@@ -37,6 +37,7 @@ from aiorch_server.config.problems import (
     raise_problems,
     validate_whole,
 )
+from aiorch_server.config.reshape import find_reshape_problems
 from aiorch_server.config.section import FileName, Int32, Section
 from aiorch_server.config.sequence import SequenceBatching
 from aiorch_server.config.support import find_refused, find_without_effect
@@ -214,6 +215,7 @@ class ModelConfig(Section):
         yield from self._find_batching_problems()
         yield from self._find_sequence_problems()
         yield from self._find_cache_problems()
+        yield from find_reshape_problems(self)
 
     def _find_cache_problems(self) -> Iterator[Problem]:
         if not self.is_cached:

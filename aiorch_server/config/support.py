@@ -37,11 +37,9 @@ REFUSED: tuple[Restriction, ...] = (
     Restriction("model_operations.op_library_filename", "custom operation libraries are not loaded; remove it"),
     Restriction("cc_model_filenames", "artefacts per compute capability are not supported; use default_model_filename"),
     Restriction("runtime", "the backend chooses its runtime; write 'backend' instead"),
-    Restriction("input[].reshape", "tensors are passed with the shape in 'dims'; write the model's shape there"),
     Restriction("input[].is_shape_tensor", "shape tensors are not supported; remove it"),
     Restriction("input[].allow_ragged_batch", "requests of different shapes are never merged; write false"),
     Restriction("input[].is_non_linear_format_io", "only row-major tensors are supported; write false"),
-    Restriction("output[].reshape", "tensors are passed with the shape in 'dims'; write the model's shape there"),
     Restriction("output[].is_shape_tensor", "shape tensors are not supported; remove it"),
     Restriction("output[].is_non_linear_format_io", "only row-major tensors are supported; write false"),
     Restriction(

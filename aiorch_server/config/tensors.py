@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pydantic import Field, model_validator
 
 from aiorch_server.config.problems import Problem, raise_problems
-from aiorch_server.config.section import ConfigDataType, Dim, FileName, Flag, Int64, Section, UInt32
+from aiorch_server.config.section import ConfigDataType, Dim, FileName, Flag, Section, UInt32
 
 
 class Format(enum.StrEnum):
@@ -22,7 +22,7 @@ class Format(enum.StrEnum):
 class Reshape(Section):
     """The shape the backend sees where it differs from ``dims``."""
 
-    shape: tuple[Int64, ...] = ()
+    shape: tuple[Dim, ...] = ()
 
 
 class ModelInput(Section):

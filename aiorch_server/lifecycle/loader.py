@@ -16,6 +16,7 @@ from aiorch_server.errors import AiorchError, ModelLoadError
 from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.model_calls import InstanceCalls, ModelCalls
 from aiorch_server.execution.placement import Place, count_cpus, place_instances
+from aiorch_server.execution.reshape import ReshapedBackend, Reshaping
 from aiorch_server.execution.thread_executor import InstanceGroup, describe_error
 from aiorch_server.execution.warmup import make_samples
 from aiorch_server.lifecycle.backends import BackendRegistry
@@ -136,6 +137,9 @@ class Loader:
         )
         plan = read_plan(model.config, model.directory)
         declared = model.declared if plan is None else plan.declare(model.declared)
+        reshaping = Reshaping.of(model.config)
+        if reshaping is not None:
+            declared = reshaping.declare(declared)
         contexts = [
             LoadContext(
                 model_name=model.name,
@@ -157,6 +161,10 @@ class Loader:
             for index, place in enumerate(places)
         ]
         signature = _add_labels(backend.inspect(contexts[0]), model.declared)
+        loading = backend
+        if reshaping is not None:
+            loading = ReshapedBackend(backend, reshaping, signature)
+            signature = reshaping.show(signature)
         public = signature if plan is None else plan.separate(signature, model.declared)
         policy = model.config.model_transaction_policy
         if policy is not None and policy.decoupled:
@@ -190,7 +198,7 @@ class Loader:
         instances = InstanceGroup(
             f"{model.name}:{version}",
             scheduler,
-            backend,
+            loading,
             signature,
             contexts,
             make_samples(config, signature, model.directory),

@@ -105,6 +105,22 @@ def test_all_problems_are_told_at_once_with_their_paths() -> None:
             },
             "found level 2; priority_levels is 1",
         ),
+        *(
+            ({"max_batch_size": 2, "input": [{**INPUT, "dims": dims, "reshape": {"shape": shape}}]}, f"found {shape}")
+            for dims, shape in (
+                ([4], [2]),
+                ([4], [-1]),
+                ([-1, 4], [4, -1]),
+                ([-1, -1], [-1]),
+                ([4], []),
+                ([2, -1, 3], [6, -1]),
+            )
+        ),
+        (
+            {"max_batch_size": 0, "output": [{**OUTPUT, "dims": [1], "reshape": {}}]},
+            "output[0].reshape.shape: found []",
+        ),
+        ({"input": [{**INPUT, "reshape": {"shape": [2, 0]}}]}, "input[0].reshape.shape[1]: found 0"),
         ({"dynamic_batching": {"max_queue_delay_microseconds": -1}}, "max_queue_delay_microseconds: found -1"),
         ({"dynamic_batching": {"max_queue_delay_microseconds": 2**62}}, "max_queue_delay_microseconds: found"),
         ({"dynamic_batching": {}, "sequence_batching": {}}, "only one scheduler"),
@@ -149,11 +165,9 @@ ASKING: dict[str, dict[str, Any]] = {
     "model_operations.op_library_filename": {"model_operations": {"op_library_filename": ["a.so"]}},
     "cc_model_filenames": {"cc_model_filenames": {"8.0": "m.plan"}},
     "runtime": {"runtime": "x"},
-    "input[].reshape": {"input": [INPUT, {**INPUT, "name": "z", "reshape": {"shape": [2, 2]}}]},
     "input[].is_shape_tensor": {"input": [{**INPUT, "is_shape_tensor": True}]},
     "input[].allow_ragged_batch": {"input": [{**INPUT, "allow_ragged_batch": True}]},
     "input[].is_non_linear_format_io": {"input": [{**INPUT, "is_non_linear_format_io": True}]},
-    "output[].reshape": {"output": [{**OUTPUT, "reshape": {}}]},
     "output[].is_shape_tensor": {"output": [{**OUTPUT, "is_shape_tensor": True}]},
     "output[].is_non_linear_format_io": {"output": [{**OUTPUT, "is_non_linear_format_io": True}]},
     "instance_group[].kind": {"instance_group": [{"kind": "KIND_MODEL"}]},
