@@ -21,6 +21,7 @@ from aiorch_server.controlplane import EXTENSIONS, ControlPlane
 from aiorch_server.dataplane import DataPlane
 from aiorch_server.exchange import SharedRegions
 from aiorch_server.execution.model_calls import ModelCalls
+from aiorch_server.execution.resources import ResourceLimit, ResourcePool
 from aiorch_server.lifecycle.backends import BackendRegistry
 from aiorch_server.lifecycle.loader import Loader
 from aiorch_server.lifecycle.manager import LifecycleManager
@@ -151,6 +152,7 @@ class Application:
                 startup_timeout_s=config.lifecycle.load_timeout_secs,
                 concurrency=config.lifecycle.concurrent_loads,
                 calls=calls,
+                resources=ResourcePool([ResourceLimit.parse(text) for text in config.execution.resources]),
             ),
             self.router,
             control_mode=config.lifecycle.control_mode,

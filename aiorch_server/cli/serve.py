@@ -110,6 +110,10 @@ def serve(
     default_max_batch_size: Annotated[
         int | None, typer.Option(help="Batch size of a model that can batch and does not say, 0: never; default 32.")
     ] = None,
+    rate_limit_resource: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:COUNT[:GPU]", help="How much of a resource models may hold together; repeatable."),
+    ] = None,
     backend: Annotated[list[str] | None, typer.Option(help="A further backend, MODULE:ATTRIBUTE; repeatable.")] = None,
     backend_config: Annotated[
         list[str] | None, typer.Option(help="default-max-batch-size=N; anything else belongs to the model.")
@@ -194,6 +198,7 @@ def serve(
         "metrics_port": metrics_port,
         "instances": instances,
         "default_max_batch_size": default_max_batch_size,
+        "rate_limit_resource": rate_limit_resource,
         "backends": backend,
         "allow_code": allow_code,
         "shared_memory": shared_memory,

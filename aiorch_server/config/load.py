@@ -56,6 +56,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "metrics_address": ("metrics", "host"),
     "instances": ("execution", "instances"),
     "default_max_batch_size": ("execution", "default_max_batch_size"),
+    "rate_limit_resource": ("execution", "resources"),
     "allow_code": ("execution", "allow_code"),
     "backends": ("execution", "backends"),
     "allow_client_shm": ("shared_memory", "keys"),

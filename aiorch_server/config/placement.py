@@ -57,7 +57,7 @@ class InstanceKind(enum.StrEnum):
 class RateLimiterResource(Section):
     """A resource that an instance holds while it runs."""
 
-    name: str = ""
+    name: str = Field(min_length=1)
     # The key is `global`, which Python reserves.
     is_global: Flag = Field(default=False, alias="global")
     count: UInt32 = 0

@@ -21,12 +21,19 @@ LOOPBACK = "127.0.0.1"
 DEFAULT_MESSAGE_BYTES = 64 * 1024 * 1024
 _KEY_PREFIX = re.compile(r"/[^/\0]{1,200}")
 _CACHE_NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
+_RESOURCE = re.compile(r"[^:,]+:\d{1,9}(:\d{1,9})?", re.ASCII)
 _PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.ASCII)
 
 
 def _check_plugin(text: str) -> str:
     if not _PLUGIN.fullmatch(text):
         raise ValueError("should be written 'module:attribute', for example 'my_package.backends:MyBackend'")
+    return text
+
+
+def _check_resource(text: str) -> str:
+    if not _RESOURCE.fullmatch(text):
+        raise ValueError("should be written 'NAME:COUNT' or 'NAME:COUNT:GPU', for example 'licence:2'")
     return text
 
 
@@ -232,10 +239,12 @@ class ExecutionConfig(Section):
     ``allow_code`` permits what runs code of its author's choice: pickled artefacts, and artefacts of any kind that come
     with a load request (without it a request brings data only, such as ONNX files). ``backends`` adds backends written
     ``module:attribute`` to those installed as plug-ins. After ``switch_interval_us`` a thread that computes in Python
-    hands the interpreter to the next that waits for it.
+    hands the interpreter to the next that waits for it. ``resources`` says how much there is of what instances hold
+    while they run (``rate_limiter`` of their group): ``NAME:COUNT``, or ``NAME:COUNT:GPU`` for one GPU.
     """
 
     instances: Annotated[Whole, Field(ge=1, le=1024)] = 1
+    resources: tuple[Annotated[str, AfterValidator(_check_resource)], ...] = ()
     default_max_batch_size: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 32
     allow_code: Flag = False
     backends: tuple[Plugin, ...] = ()

@@ -45,7 +45,6 @@ REFUSED: tuple[Restriction, ...] = (
     Restriction(
         "instance_group[].kind", "the server places instances; write KIND_CPU or KIND_GPU", (InstanceKind.KIND_MODEL,)
     ),
-    Restriction("instance_group[].rate_limiter", "resources are not limited by this version; remove it"),
     Restriction("instance_group[].secondary_devices", "secondary devices are not supported; remove it"),
     Restriction("instance_group[].profile", "optimisation profiles are not supported; remove it"),
     Restriction("instance_group[].passive", "every instance takes requests; write false or remove the group"),

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aiorch_server.config.placement import InstanceGroup, InstanceKind
+from aiorch_server.config.placement import InstanceGroup, InstanceKind, RateLimiter
 from aiorch_server.errors import ModelLoadError
 
 MAX_INSTANCES = 1024
@@ -14,10 +14,14 @@ MAX_INSTANCES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One place of an instance group: ``device`` is ``"cpu"`` or ``"cuda:<n>"``, ``threads`` its share of the CPUs."""
+    """One place of an instance group: ``device`` is ``"cpu"`` or ``"cuda:<n>"``, ``threads`` its share of the CPUs.
+
+    ``limiter`` is what its group says about resources.
+    """
 
     device: str
     threads: int
+    limiter: RateLimiter | None = None
 
 
 def count_cpus() -> int:
@@ -37,13 +41,16 @@ def place_instances(
     Raises ModelLoadError above MAX_INSTANCES. KIND_AUTO means the CPU unless the group names GPUs.
     """
     devices: list[str] = []
+    limiters: list[RateLimiter | None] = []
     for group in groups:
         gpus = group.gpus or ((0,) if group.kind is InstanceKind.KIND_GPU else ())
         places = [f"cuda:{gpu}" for gpu in gpus] or ["cpu"]
         devices += places * group.count
+        limiters += [group.rate_limiter] * len(places) * group.count
     if not groups:
         devices = ["cpu"] * max(1, default_count)
+        limiters = [None] * len(devices)
     if len(devices) > MAX_INSTANCES:
         raise ModelLoadError(f"instance_group: {len(devices)} instances in all, at most {MAX_INSTANCES} are right")
     share = threads if threads is not None else max(1, cpus // len(devices))
-    return tuple(Place(device, share) for device in devices)
+    return tuple(Place(device, share, limiter) for device, limiter in zip(devices, limiters, strict=True))

@@ -17,6 +17,7 @@ from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.model_calls import InstanceCalls, ModelCalls
 from aiorch_server.execution.placement import Place, count_cpus, place_instances
 from aiorch_server.execution.reshape import ReshapedBackend, Reshaping
+from aiorch_server.execution.resources import LimitedBackend, ResourcePool
 from aiorch_server.execution.thread_executor import InstanceGroup, describe_error
 from aiorch_server.execution.warmup import make_samples
 from aiorch_server.lifecycle.backends import BackendRegistry
@@ -74,6 +75,7 @@ class Loader:
         startup_timeout_s: float = STARTUP_TIMEOUT_S,
         concurrency: int = CONCURRENT_LOADS,
         calls: ModelCalls | None = None,
+        resources: ResourcePool | None = None,
     ) -> None:
         self._backends = backends
         self._default_max_batch_size = default_max_batch_size
@@ -83,6 +85,7 @@ class Loader:
         self._declare_metric = declare_metric
         self._startup_timeout_s = startup_timeout_s
         self._calls = calls or ModelCalls()
+        self._resources = resources or ResourcePool()
         self._slots = asyncio.Semaphore(concurrency)
 
     async def load(self, source: Source, version: int, fingerprint: str) -> Servable:
@@ -162,8 +165,10 @@ class Loader:
         ]
         signature = _add_labels(backend.inspect(contexts[0]), model.declared)
         loading = backend
+        if any(place.limiter for place in places):
+            loading = LimitedBackend(backend, self._resources, [place.limiter for place in places])
         if reshaping is not None:
-            loading = ReshapedBackend(backend, reshaping, signature)
+            loading = ReshapedBackend(loading, reshaping, signature)
             signature = reshaping.show(signature)
         public = signature if plan is None else plan.separate(signature, model.declared)
         policy = model.config.model_transaction_policy

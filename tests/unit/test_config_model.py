@@ -171,7 +171,6 @@ ASKING: dict[str, dict[str, Any]] = {
     "output[].is_shape_tensor": {"output": [{**OUTPUT, "is_shape_tensor": True}]},
     "output[].is_non_linear_format_io": {"output": [{**OUTPUT, "is_non_linear_format_io": True}]},
     "instance_group[].kind": {"instance_group": [{"kind": "KIND_MODEL"}]},
-    "instance_group[].rate_limiter": {"instance_group": [{"rate_limiter": {"resources": [{"global": True}]}}]},
     "instance_group[].secondary_devices": {"instance_group": [{"secondary_devices": [{"device_id": 1}]}]},
     "instance_group[].profile": {"instance_group": [{"profile": ["a"]}]},
     "instance_group[].passive": {"instance_group": [{"passive": True}]},
