@@ -107,6 +107,11 @@ class InstanceGroup(Section):
     def _find_problems(self) -> Iterator[Problem]:
         if self.gpus and self.kind in (InstanceKind.KIND_CPU, InstanceKind.KIND_MODEL):
             yield Problem(("gpus",), f"found {list(self.gpus)}; {self.kind} takes no gpus")
+        if self.rate_limiter is not None and self.rate_limiter.priority and not self.rate_limiter.resources:
+            text = (
+                f"found {self.rate_limiter.priority}; it orders instances that share a resource, name one in resources"
+            )
+            yield Problem(("rate_limiter", "priority"), text)
         if any(gpu < 0 for gpu in self.gpus) or len(set(self.gpus)) != len(self.gpus):
             yield Problem(("gpus",), f"found {list(self.gpus)}; each must be a device number >= 0, named once")
 

@@ -132,6 +132,12 @@ def test_all_problems_are_told_at_once_with_their_paths() -> None:
         ({"instance_group": [{"gpus": [1, 1]}]}, "instance_group[0].gpus: found [1, 1]"),
         ({"instance_group": [{"count": 10**6}]}, "instance_group[0].count"),
         (
+            {"instance_group": [{"rate_limiter": {"priority": 2}}]},
+            "instance_group[0].rate_limiter.priority: found 2; it orders instances that share a resource",
+        ),
+        ({"instance_group": [{"rate_limiter": {"resources": [{"count": 1}]}}]}, "resources[0].name: is missing"),
+        ({"instance_group": [{"rate_limiter": {"resources": [{"name": "", "count": 1}]}}]}, "resources[0].name"),
+        (
             {"max_batch_size": 2, "model_warmup": [{"name": "w", "batch_size": 3}]},
             "model_warmup[0].batch_size: found 3; it must be at most 2",
         ),
