@@ -138,4 +138,8 @@ cdef class Member(Batch):
     def fail(self, int code, str text not None):
         """Fails it as ``Batch.fail`` does; RuntimeError where it is settled already."""
         self.claim()
-        Batch.fail(self, code, text)
+        try:
+            Batch.fail(self, code, text)
+        except BaseException:
+            self._is_claimed = False    # no memory for the text: it can be tried again, or dropped
+            raise

@@ -49,6 +49,7 @@ class HeldRequest:
 
     __slots__ = (
         "__weakref__",
+        "_abandoned",
         "_channel",
         "_details",
         "_inputs",
@@ -72,6 +73,7 @@ class HeldRequest:
         self._on_end = on_end
         self._lock = threading.Lock()
         self._is_ended = False
+        self._abandoned: tuple[int, str] | None = None
         self._n_sent = 0
         self._wanted = member.wanted
         self._inputs: Mapping[str, NumpyArray] = member.gather()
@@ -81,7 +83,8 @@ class HeldRequest:
         return f"<HeldRequest {self.id!r} of {self._owner.model_name!r}{', ended' if self._is_ended else ''}>"
 
     def __del__(self) -> None:
-        if hasattr(self, "_wanted") and not self._is_ended:
+        # also one whose end was begun and failed: only what the member says counts
+        if hasattr(self, "_started_ns") and not self._member.is_settled:
             self.abandon(int(Code.INTERNAL), self._describe_unanswered())
 
     @property
@@ -173,14 +176,15 @@ class HeldRequest:
 
     def fail(self, error: AiorchError) -> None:
         """See ``ModelRequest.fail``."""
+        code, text = int(error.code), str(error)  # first: what the model's own class does may fail
         self._claim()
         if self._channel is not None:
             self._owner.counts.add_failure(self._n_sent, time.monotonic_ns() - self._last_ns)
-        self._settle_failed(int(error.code), str(error))
+        self._settle_failed(code, text)
 
     def abandon(self, code: int, text: str) -> None:
         """Fails it on behalf of the server; does nothing where it is settled."""
-        self._is_ended = True
+        self._is_ended, self._abandoned = True, (code, text)
         self._settle_failed(code, text)
 
     def _claim(self) -> None:
@@ -191,17 +195,19 @@ class HeldRequest:
 
     def _answer(self, outputs: Mapping[str, NumpyArray], parameters: Mapping[str, Parameter] | None) -> None:
         self._claim()
-        extra = b""
-        if parameters and self._member.attachment is None:
-            extra = encode_parameters(parameters)
-        elif parameters:
-            self._details.answer_parameters = dict(parameters)
         try:
+            extra = b""
+            if parameters and self._member.attachment is None:
+                extra = encode_parameters(parameters)
+            elif parameters:
+                self._details.answer_parameters = dict(parameters)
             self._member.settle(outputs, extra)
-        except RuntimeError:  # the server has ended it meanwhile
-            return
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and self._member.is_settled:  # by the server, meanwhile
+                return
             self._is_ended = False  # nothing has left, so it can still be answered
+            if self._abandoned is not None:  # while it was the model's to settle
+                self.abandon(*self._abandoned)
             raise
         self._on_end(self)
 

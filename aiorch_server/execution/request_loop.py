@@ -42,6 +42,7 @@ class RequestLoop:
         self._log = log
         self._changed = threading.Condition()
         self._n_open = 0
+        self._failure: tuple[int, str] | None = None
         self._current: Sequence[HeldRequest] = ()
         # Weak: a request that the model lets go of has to notice.
         self._open: weakref.WeakSet[HeldRequest] = weakref.WeakSet()
@@ -58,6 +59,9 @@ class RequestLoop:
             with self._changed:
                 self._changed.wait_for(lambda: self._n_open == 0)
         except BaseException as error:
+            # The error's traceback keeps the batch, and would leave what has not been taken out of it waiting.
+            batch.select(None)
+            batch.fail(*self._answer(error))
             self.fail_open(*self._answer(error))
             raise
 
@@ -70,8 +74,9 @@ class RequestLoop:
         return bool(self._current) and all(request.is_cancelled() for request in self._current)
 
     def fail_open(self, code: int, text: str) -> None:
-        """Fails every request that the model still holds; what it sends from then on is refused."""
+        """Fails every request that the model still holds or gets; what it sends from then on is refused."""
         with self._changed:
+            self._failure = code, text
             held = list(self._open)
         for request in held:
             request.abandon(code, text)
@@ -85,6 +90,8 @@ class RequestLoop:
         rows, started_ns = batch.rows, time.monotonic_ns()
         requests = self._hold(detach(batch))
         gathered_ns = time.monotonic_ns()
+        if not requests:
+            return
         try:
             self._execute(requests)
         finally:
@@ -101,6 +108,10 @@ class RequestLoop:
             with self._changed:
                 self._n_open += 1
                 self._open.add(request)
+                failure = self._failure
+            if failure is not None:  # the batch was taken before, so nobody else will
+                request.abandon(*failure)
+                continue
             requests.append(request)
         return requests
 
