@@ -33,7 +33,7 @@ cdef class Batch:
     cdef bint _is_detached          # one request taken out of a batch, whose run is counted there: see member.pxd
 
     cdef bint pull(self) noexcept nogil
-    cdef void sort_members(self) noexcept nogil
+    cdef void sort_members(self) noexcept nogil     # only where rows of a slab may be viewed; else in order of urgency
     cdef int64_t count_rows(self) noexcept nogil
     cdef bint has_members(self) noexcept nogil
     cdef object check_outputs(self, outputs, bint is_ours)

@@ -155,8 +155,6 @@ cdef class Batch:
             request = request.next
         self._last = self._n
         self._rows = rows
-        if self._n > 1 and self._members[0].holds != NULL:
-            self.sort_members()
         return self._n > 0
 
     cdef void sort_members(self) noexcept nogil:

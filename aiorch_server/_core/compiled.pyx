@@ -70,6 +70,8 @@ cdef bint run_batches(Batch batch, const AiorchInstance *instance, Room *rooms, 
     cdef int64_t run_ended_ns
     cdef int index
     while batch.pull():
+        if batch._n > 1 and batch._members[0].holds != NULL:
+            batch.sort_members()
         batch._gather_ns = now_ns()
         for index in range(spec.n_inputs):
             if gather_input(batch, index, &rooms[index], &inputs[index]) < 0:

@@ -208,3 +208,18 @@ async def test_when_members_cannot_be_taken_out_all_fail(monkeypatch: pytest.Mon
     for code, text in await rig.ask(1, 2):  # type: ignore[misc]
         assert (code, "no member" in text) == (Code.INTERNAL, True)
     rig.mailbox.close()
+
+
+async def test_requests_are_handed_over_as_they_came_wherever_their_tensors_lie() -> None:
+    seen: list[int] = []
+
+    def note(requests: Sequence[ModelRequest]) -> None:
+        seen.extend(int(request.inputs["X"][0, 0]) for request in requests)
+        double(requests)
+
+    async with running(note) as rig:
+        memory = np.arange(8, dtype=np.int32)
+        head = encode_request("m", "", "", [("X", "INT32", (1, 1), b"")], [])
+        futures = [rig.mailbox.submit(rig.scheduler, head, [memory[number : number + 1].data]) for number in (5, 3)]
+        assert [read(each) for each in await asyncio.wait_for(asyncio.gather(*futures), LIMIT_S)] == [10, 6]
+    assert seen == [5, 3]
