@@ -4,6 +4,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from aiorch_server._core.batch_former cimport MAX_PREFERRED, FormedBatch, form_batch
+from aiorch_server._core.buffers cimport drop_buffer
 from aiorch_server._core.histogram cimport Histogram, N_BUCKETS, lower_bound, record
 from aiorch_server._core.queue cimport clear_queue, init_queue, push_request, remove_all, remove_expired, remove_request
 from aiorch_server._core.request cimport (
@@ -20,7 +21,7 @@ from aiorch_server._core.request cimport (
     put_settled,
     refuse_request,
 )
-from aiorch_server._core.slabs cimport drop_slab, note_batch, relax_slab, reserve_rows
+from aiorch_server._core.slabs cimport empty_slab, note_batch, relax_slab, reserve_rows
 from aiorch_server._core.spec cimport release_spec, retain_spec
 
 import time
@@ -85,7 +86,7 @@ cdef void release_scheduler(SchedulerState *state) noexcept nogil:
     if aiorch_add_reference(&state.references, -1) > 0:
         return
     clear_queue(&state.queue)
-    drop_slab(&state.slab)
+    drop_buffer(empty_slab(&state.slab))
     pthread_cond_destroy(&state.due)
     pthread_cond_destroy(&state.idle)
     pthread_mutex_destroy(&state.lock)
@@ -172,10 +173,12 @@ cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t pri
 
 cdef bint reserve_in_slab(SchedulerState *state, size_t row_bytes, int64_t rows, Place *place) noexcept nogil:
     cdef bint is_reserved = False
+    cdef uint8_t *dropped = NULL
     pthread_mutex_lock(&state.lock)
     if state.takes_rows and not state.is_closed:
-        is_reserved = reserve_rows(&state.slab, row_bytes, rows, place)
+        is_reserved = reserve_rows(&state.slab, row_bytes, rows, place, &dropped)
     pthread_mutex_unlock(&state.lock)
+    drop_buffer(dropped)
     return is_reserved
 
 
@@ -190,14 +193,14 @@ cdef void wake(SchedulerState *state) noexcept nogil:
 
 cdef void leave(SchedulerState *state, int64_t n) noexcept nogil:
     """Counts `n` requests out; the caller holds a reference, the requests may be freed already."""
-    cdef bint is_idle
+    cdef uint8_t *dropped = NULL
     pthread_mutex_lock(&state.lock)
     state.in_flight -= n
-    is_idle = state.in_flight == 0
-    if is_idle:
-        relax_slab(&state.slab)
+    if state.in_flight == 0:
+        dropped = relax_slab(&state.slab)
         pthread_cond_broadcast(&state.idle)
     pthread_mutex_unlock(&state.lock)
+    drop_buffer(dropped)
 
 
 cdef bint cancel_request(Request *request) noexcept nogil:
@@ -503,12 +506,14 @@ cdef class Scheduler:
 
     def close(self):
         """Takes no new requests; instances serve what is queued, at once, then ``take`` gives False."""
+        cdef uint8_t *dropped
         pthread_mutex_lock(&self.state.lock)
         self.state.is_closed = True
         self.state.policy.delay_ns = 0      # nobody can come any more for whom it would be worth waiting
-        drop_slab(&self.state.slab)
+        dropped = empty_slab(&self.state.slab)
         pthread_cond_broadcast(&self.state.due)
         pthread_mutex_unlock(&self.state.lock)
+        drop_buffer(dropped)
 
     def abandon(self, int code, str text not None):
         """Closes, and fails everything that is still queued with that gRPC code and text."""

@@ -5,7 +5,8 @@
 # nobody fills or uses any more is a hole until all rows are let go of; then the slab begins anew, or its memory goes back
 # to the pool. So nothing here ever waits for a client.
 #
-# Contract: pure memory; the scheduler's lock guards it. A slab is as large as a batch usually was of late, and there is
+# Contract: pure memory; the scheduler's lock guards it, so what is let go of is given to the caller, who drops it outside:
+# megabytes may go back to the system. A slab is as large as a batch usually was of late, and there is
 # none where requests run alone. What all slabs hold, and with them the rows that a slow reader of answers keeps, is
 # bounded by buffers.MAX_SLAB_BYTES; above it, messages have buffers of their own as ever.
 
@@ -29,11 +30,11 @@ cdef struct Slab:                   # zero-initialised: empty
 
 
 # Rows for a tensor of `rows` times `row_bytes`: sets buffer (one reference for the caller) and data of `place`.
-# False: there are none, nothing has changed for the caller.
-cdef bint reserve_rows(Slab *slab, size_t row_bytes, int64_t rows, Place *place) noexcept nogil
+# False: there are none. `dropped` is NULL, or a buffer for the caller to drop, in either case.
+cdef bint reserve_rows(Slab *slab, size_t row_bytes, int64_t rows, Place *place, uint8_t **dropped) noexcept nogil
 # A batch of that many rows was taken.
 cdef void note_batch(Slab *slab, int64_t rows) noexcept nogil
-# Lets go of memory that nobody has rows in.
-cdef void relax_slab(Slab *slab) noexcept nogil
-# Lets go of the memory, whoever has rows in it.
-cdef void drop_slab(Slab *slab) noexcept nogil
+# Memory that nobody has rows in, for the caller to drop; or NULL.
+cdef uint8_t *relax_slab(Slab *slab) noexcept nogil
+# The memory, whoever has rows in it, for the caller to drop; or NULL.
+cdef uint8_t *empty_slab(Slab *slab) noexcept nogil

@@ -27,18 +27,19 @@ cdef void note_batch(Slab *slab, int64_t rows) noexcept nogil:
     slab.is_batch_over = True
 
 
-cdef void drop_slab(Slab *slab) noexcept nogil:
-    drop_buffer(slab.buffer)
+cdef uint8_t *empty_slab(Slab *slab) noexcept nogil:
+    cdef uint8_t *buffer = slab.buffer
     slab.buffer = NULL
+    return buffer
 
 
-cdef void relax_slab(Slab *slab) noexcept nogil:
-    if slab.buffer != NULL and count_references(slab.buffer) == 1:
-        drop_slab(slab)
+cdef uint8_t *relax_slab(Slab *slab) noexcept nogil:
+    return empty_slab(slab) if slab.buffer != NULL and count_references(slab.buffer) == 1 else NULL
 
 
-cdef bint reserve_rows(Slab *slab, size_t row_bytes, int64_t rows, Place *place) noexcept nogil:
+cdef bint reserve_rows(Slab *slab, size_t row_bytes, int64_t rows, Place *place, uint8_t **dropped) noexcept nogil:
     cdef int64_t most, expected, n_rows
+    dropped[0] = NULL
     if row_bytes == 0 or row_bytes % ALIGNMENT_BYTES or slab.usual_rows < LEAST_USUAL_ROWS:
         return False
     most = <int64_t> (<size_t> POOLED_TO_BYTES // row_bytes)
@@ -51,7 +52,7 @@ cdef bint reserve_rows(Slab *slab, size_t row_bytes, int64_t rows, Place *place)
         # a batch that begins here shall fit, one that has begun goes on as far as there is room
         if (slab.row_bytes != row_bytes or slab.n_given + rows > slab.n_rows
                 or slab.is_batch_over and slab.n_rows - slab.n_given < expected):
-            drop_slab(slab)
+            dropped[0] = empty_slab(slab)
     if slab.buffer == NULL:
         # the size of the last one, if it will do: then its memory is there again
         n_rows = min(max(expected, rows), most)
@@ -79,7 +80,7 @@ cdef class SlabProbe:
         self.buffers = []
 
     def __dealloc__(self):
-        drop_slab(&self.slab)
+        drop_buffer(empty_slab(&self.slab))
         for address in self.buffers or ():
             drop_buffer(<uint8_t *> <size_t> address)
 
@@ -90,7 +91,10 @@ cdef class SlabProbe:
     def reserve(self, size_t row_bytes, int64_t rows):
         """``(slab, data)``, both addresses: where the rows lie; None where there are none."""
         cdef Place place
-        if not reserve_rows(&self.slab, row_bytes, rows, &place):
+        cdef uint8_t *dropped
+        cdef bint is_reserved = reserve_rows(&self.slab, row_bytes, rows, &place, &dropped)
+        drop_buffer(dropped)
+        if not is_reserved:
             return None
         memset(place.data, 1, row_bytes * <size_t> rows)
         self.buffers.append(<size_t> place.buffer)
@@ -103,4 +107,4 @@ cdef class SlabProbe:
 
     def relax(self):
         """Lets go of memory that nobody has rows in."""
-        relax_slab(&self.slab)
+        drop_buffer(relax_slab(&self.slab))
