@@ -136,7 +136,7 @@ cdef int _begin_message(Stream *stream, const uint8_t *head, size_t head_size) n
     stream.is_message_compressed = stream.prefix[0] == 1
     stream.message_size, stream.message_filled, stream.message_align = size, 0, 0
     if size >= PLACED_FROM_BYTES and stream.kind == STREAM_FAST and stream.group.place_rest != NULL:
-        _place_rest(stream, head, head_size)
+        _place_rest(stream, head, min(head_size, size))
     if stream.group.find_tensor != NULL and size > head_size and stream.rest.buffer == NULL:
         stream.message_align = stream.group.find_tensor(head, head_size, size)
     return extend_message(stream, min(size, <size_t> FIRST_BOOKED_BYTES))
