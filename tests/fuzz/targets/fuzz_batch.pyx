@@ -1,7 +1,7 @@
 """Target ``batch``: messages through a route into a queue, gathered, settled, answered, decoded: the whole short path.
 
 The input is a row of messages, each behind two bytes that hold its size. Each that is taken is answered once, with its
-own rows.
+own rows. Where a message ends with its tensor, every second one's lies elsewhere, as if received into a slab.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -9,15 +9,16 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t
 from libc.stdio cimport fprintf, stderr
 from libc.stdlib cimport abort
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy
 
 import traceback
 
 import numpy as np
 
-from aiorch_server._core.buffers cimport drop_buffer, new_buffer
+from aiorch_server._core.buffers cimport Place, drop_buffer, new_buffer
 from aiorch_server._core.request cimport CompletionSink, Request, drain_sink, free_request, new_sink
 from aiorch_server._core.routes cimport DISPATCHED, Router, RouterState, RouteReader, begin_round, dispatch, end_round
+from aiorch_server._core.wire cimport put_varint
 
 from aiorch_server._core import Batch, ModelSpec, Scheduler, decode_response, scan
 from aiorch_server.types import DataType, ModelSignature, TensorSpec
@@ -73,12 +74,27 @@ def check_answer(message: bytes, status: int, response: bytes) -> None:
         assert elements == b"".join(len(row).to_bytes(4, "little") + row for row in rows)
 
 
+cdef bint find_rest(const uint8_t *message, size_t size, Place *rest) noexcept nogil:
+    """Where a tensor may begin that is the message's end, told by its tag and length; else the head does not parse."""
+    cdef uint8_t expected[16]
+    cdef size_t n
+    expected[0] = 7 << 3 | 2
+    rest.at = size
+    while rest.at > 1:
+        rest.at -= 1
+        n = <size_t> (put_varint(expected + 1, size - rest.at) - expected)
+        if rest.at > n and memcmp(message + rest.at - n, expected, n) == 0:
+            return True
+    return False
+
+
 cdef object run_messages(const uint8_t *data, size_t size, CompletionSink *sink):
     cdef Request *taken[MAX_MESSAGES]
     cdef Request *request
     cdef RouteReader reader
+    cdef Place rest
     cdef uint8_t *message
-    cdef size_t length
+    cdef size_t length, own
     cdef int n = 0
     sent = {}
     reader.table = NULL
@@ -86,12 +102,19 @@ cdef object run_messages(const uint8_t *data, size_t size, CompletionSink *sink)
     begin_round((<Router> served.router).state, &reader)
     while size >= 2 and n < MAX_MESSAGES:
         length = min(data[0] | <size_t> data[1] << 8, size - 2)
-        message = new_buffer(length + 1, 0)
-        memcpy(message, data + 2, length)
-        if dispatch(&reader, message, length, NULL, 1, 0, sink, <void *> served, &request) == DISPATCHED:
+        rest.buffer, own = NULL, length
+        if n % 2 and find_rest(data + 2, length, &rest):
+            own = rest.at
+            rest.buffer = new_buffer(length - own, 0)
+            rest.data = rest.buffer
+            memcpy(rest.buffer, data + 2 + own, length - own)
+        message = new_buffer(own, 0)
+        memcpy(message, data + 2, own)
+        if dispatch(&reader, message, length, &rest, 1, 0, sink, <void *> served, &request) == DISPATCHED:
             sent[<size_t> request] = PyBytes_FromStringAndSize(<const char *> data + 2, <Py_ssize_t> length)
         else:
             drop_buffer(message)
+            drop_buffer(rest.buffer)
         n += 1
         data += 2 + length
         size -= 2 + length

@@ -2,8 +2,8 @@
 
 Two sessions get the same frames, which are made from the input: big messages on several streams, in turn or not, padded,
 cut off, reset, with other frames or nonsense between them. One session is fed in a row, the other through
-plan_landing and feed_landing in pieces of the input's choice. What a driver finds in them is equal: after each piece, or
-(then the first gets all bytes at once) in the end.
+plan_landing and feed_landing in pieces of the input's choice, with the ends of big messages in rows of a slab. What a
+driver finds in them is equal: after each piece, or (then the first gets all bytes at once) in the end.
 """
 
 from libc.stddef cimport size_t
@@ -12,13 +12,14 @@ from libc.stdio cimport fprintf, stderr
 from libc.stdlib cimport abort, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from aiorch_server._core.buffers cimport drop_buffer, new_buffer
+from aiorch_server._core.buffers cimport Place, drop_buffer, new_buffer
 from aiorch_server._core.grpc_text cimport put_frame_prefix
 from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_answer cimport answer_stream, fail_stream, finish_stream
 from aiorch_server._core.h2_landing cimport MAX_LANDING_BYTES, Landing, feed_landing, plan_landing
-from aiorch_server._core.h2_request cimport take_event, take_message, take_ready
+from aiorch_server._core.h2_request cimport make_slow, take_event, take_message, take_ready
 from aiorch_server._core.h2_stream cimport *
+from aiorch_server._core.slabs cimport Slab, empty_slab, note_batch, reserve_rows
 
 cdef enum:
     MAX_WIRE_BYTES = 1 << 20
@@ -28,6 +29,7 @@ cdef enum:
     N_STREAMS = 8               # that the frames' author keeps in mind
     TAIL_BYTES = 64
     HEAD_BYTES = 9
+    ROW_BYTES = 1 << 19         # more than most messages
 
 cdef const char *FAST = "/fast/Call"
 cdef const char *SLOW = "/slow/Call"
@@ -214,12 +216,24 @@ cdef void note_number(Side *side, uint64_t number) noexcept nogil:
     note(side, &number, 8)
 
 
-cdef void note_message(Side *side, const uint8_t *data, size_t size) noexcept nogil:
-    cdef uint64_t mark = 14695981039346656037ULL
+cdef uint64_t mark_bytes(const uint8_t *data, size_t size, uint64_t mark) noexcept nogil:
     for i in range(size):
         mark = (mark ^ data[i]) * 1099511628211ULL
+    return mark
+
+
+cdef void note_message(Side *side, const uint8_t *data, size_t size) noexcept nogil:
     note_number(side, size)
-    note_number(side, mark)
+    note_number(side, mark_bytes(data, size, 14695981039346656037ULL))
+
+
+cdef void note_parts(Side *side, Stream *stream) noexcept nogil:
+    """As note_message: what has come of a message, wherever it lies."""
+    cdef size_t size = stream.message_filled
+    cdef size_t ahead = size if stream.rest.buffer == NULL else min(size, stream.rest.at)
+    cdef uint64_t mark = mark_bytes(stream.message, ahead, 14695981039346656037ULL)
+    note_number(side, size)
+    note_number(side, mark_bytes(stream.rest.data, size - ahead, mark))
 
 
 cdef uint8_t *make_answer() noexcept nogil:
@@ -234,9 +248,14 @@ cdef void look_at_requests(Side *side) noexcept nogil:
     cdef Stream *stream = take_ready(side.connection)
     while stream != NULL:
         note_number(side, <uint64_t> stream.id)
-        note_message(side, stream.message, stream.message_size)
+        if stream.id % 10 == 5:     # declined
+            make_slow(stream)
+            stream = take_ready(side.connection)
+            continue
+        note_parts(side, stream)
         drop_buffer(stream.message)
-        stream.message = NULL
+        drop_buffer(stream.rest.buffer)
+        stream.message = stream.rest.buffer = NULL
         if stream.id % 6 == 1:
             fail_stream(stream, 8, b"full", 4)
         else:
@@ -305,13 +324,31 @@ cdef void look_at_parts(Side *side) noexcept nogil:
     while stream != NULL and not side.is_broken:
         note_number(side, <uint64_t> stream.id)
         if stream.message != NULL:
-            note_message(side, stream.message, stream.message_filled)
+            note_parts(side, stream)
         stream = stream.older
 
 
 cdef size_t align(const uint8_t *head, size_t size, size_t message_size) noexcept nogil:
     """Anywhere in the message: buffers begin at odd places then."""
     return (head[0] if size else 3) % message_size
+
+
+cdef Slab slab
+memset(&slab, 0, sizeof(slab))
+
+
+cdef bint place(Stream *stream, const uint8_t *head, size_t size, size_t message_size, Place *place) noexcept nogil:
+    """From anywhere in what has come, in rows that begin as no message does."""
+    cdef uint8_t *dropped = NULL
+    cdef bint is_reserved = False
+    if size and message_size <= ROW_BYTES and head[0] % 4:
+        is_reserved = reserve_rows(&slab, ROW_BYTES, 1, place, &dropped)
+    drop_buffer(dropped)
+    if not is_reserved:
+        return False
+    place.at = min(1 + (head[0] // 4 << 8 | head[0]) % size, message_size - 1)
+    memset(place.data, 0xEE, message_size - place.at)
+    return True
 
 
 cdef void begin(Side *side, const Limits *limits) noexcept nogil:
@@ -401,6 +438,9 @@ cdef int run_landing(const uint8_t *data, size_t size) noexcept nogil:
         put_step(&author)
     begin(&linear, &limits)
     begin(&landed, &limits)
+    landed.group.place_rest = place
+    for n in range(8):          # batches of four are usual
+        note_batch(&slab, 4)
     n = 0
     if not looks_each:
         linear.is_broken = feed(linear.connection, author.wire, author.size, 1) < 0
@@ -425,6 +465,7 @@ cdef int run_landing(const uint8_t *data, size_t size) noexcept nogil:
     compare(&linear, &landed)
     end(&linear)
     end(&landed)
+    drop_buffer(empty_slab(&slab))
     free(author.wire)
     free(buffer)
     free(tail)
