@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import dataclasses
 import threading
 import time
 from collections import deque
@@ -14,7 +15,7 @@ from typing import Final, Protocol
 
 from aiorch_server.errors import AiorchError, InternalError, QueueFull, RequestCancelled, RequestError, ServerStopping
 from aiorch_server.execution.callers import Caller, Callers, current_callers
-from aiorch_server.types import InferenceRequest, InferenceResponse
+from aiorch_server.types import InferenceRequest, InferenceResponse, Tensor
 
 #: Calls under way in the whole server, and answers that wait for one caller.
 MAX_CALLS: Final = 4096
@@ -57,6 +58,8 @@ class ModelCalls:
         if timeout_s is not None and not timeout_s >= 0:
             raise RequestError(f"the timeout of a call must not be negative, got {timeout_s} s")
         deadline_ns = 0 if timeout_s is None else time.monotonic_ns() + int(min(timeout_s, 1e9) * 1e9)
+        # What the caller goes on holding, an answer's tensor perhaps, must not change under its hands.
+        request = dataclasses.replace(request, inputs=[_share(tensor) for tensor in request.inputs])
         exchange = _Exchange(self._loop)
         context = contextvars.Context()
         context.run(current_callers.set, callers)
@@ -92,6 +95,12 @@ class ModelCalls:
             exchange.end(InternalError(f"the call failed: {type(error).__name__}: {error}"))
         else:
             exchange.end(None)
+
+
+def _share(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor.data, memoryview) or tensor.data.readonly:
+        return tensor
+    return dataclasses.replace(tensor, data=tensor.data.toreadonly())
 
 
 class _Exchange:

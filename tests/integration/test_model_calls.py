@@ -24,6 +24,7 @@ import ensemble_gates as gates
 import numpy as np
 from aiorch_backends.python.calling import call, call_async
 from aiorch_server.errors import AiorchError
+from aiorch_server.types import InferenceRequest, Tensor
 
 class Base:
     def load(self, context):
@@ -31,6 +32,10 @@ class Base:
 
     def ask(self, model, array, **more):
         return call(self.context, model, {"X": array}, **more)["Y"]
+
+    def pass_on(self, model, data, shape):
+        request = InferenceRequest(model, "", [Tensor("X", "FP32", tuple(shape), data)])
+        return next(iter(self.context.call_model(request))).outputs
 """
 GATES = "import ensemble_gates as gates"
 #: Triton's way: calls the model that stands in its parameter ``to``, all requests at once where it is ``together``.
@@ -123,6 +128,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         (("caller", {"X": "X"}, {"Y": "t"}), ("double", {"X": "t"}, {"Y": "Y"})),
         inputs=("X",),
         outputs=("Y",),
+    )
+    write_model(root, "scribbler", "i['X'][:] = -1\nreturn {'Y': i['X']}")
+    write_caller(
+        root,
+        "keeper",
+        "(kept,) = self.pass_on('double', i['X'].view(np.uint8).data, i['X'].shape)\n"
+        "self.pass_on('scribbler', kept.data, kept.shape)\n"
+        "return {'Y': np.frombuffer(kept.data, np.float32).reshape(kept.shape)}",
     )
     write_caller(root, "to_ensemble", "return {'Y': self.ask('whole', i['X'])}")
     write_triton(root, "triton", "caller")
@@ -270,6 +283,11 @@ def test_an_ensemble_may_call_and_be_called(client: Any) -> None:
 def test_big_tensors_cross_uncopied_and_right(client: Any) -> None:
     values = np.arange(50_000, dtype=np.float32)
     assert ask(client, "caller", *values) == [value * 2 + 1 for value in values.tolist()]
+
+
+def test_what_a_called_model_writes_into_its_input_is_not_seen_by_the_caller(client: Any) -> None:
+    values = np.arange(1, 50_001, dtype=np.float32)
+    assert ask(client, "keeper", *values) == (values * 2).tolist()
 
 
 def test_calls_of_many_callers_form_batches(client: Any, site: Site) -> None:
