@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aiorch_server import _core
 from aiorch_server._core import Batch, Mailbox, ModelSpec, Scheduler, decode_response, encode_request
 from aiorch_server.backend import Backend, DeclaredSignature, LoadContext, ModelInstance, ModelRequest, RequestInstance
 from aiorch_server.errors import AiorchError, Code, ModelExecutionError
@@ -153,7 +154,7 @@ async def test_a_batch_that_was_taken_before_the_model_is_given_up_is_given_up_t
 ) -> None:
     taken, given_up = threading.Event(), threading.Event()
     held: list[ModelRequest] = []
-    detach = request_loop.detach
+    detach = _core.detach
 
     def detach_late(batch: Batch) -> Any:
         taken.set()
