@@ -92,7 +92,7 @@ cdef struct SchedulerState:
     bint keeps_order                # answers leave in the order of arrival
     Request *first_arrived          # queued, running or settled, by arrival; only where `keeps_order`
     Request *last_arrived
-    pthread_mutex_t order_lock      # held from taking answers off that list until they are in their sinks; before `lock`
+    bint is_handing_over            # a thread takes answers off that list and gives them to their sinks
     # guarded by stats_lock
     pthread_mutex_t stats_lock
     Counters counters

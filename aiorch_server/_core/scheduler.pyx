@@ -92,7 +92,6 @@ cdef void release_scheduler(SchedulerState *state) noexcept nogil:
     pthread_mutex_destroy(&state.lock)
     pthread_mutex_destroy(&state.stats_lock)
     release_spec(state.spec)
-    pthread_mutex_destroy(&state.order_lock)
     free(state.levels)
     free(state.counters.batch_sizes)
     free(state)
@@ -247,28 +246,37 @@ cdef void settle_chain(SchedulerState *state, Request *first) noexcept nogil:
 
 
 cdef void settle_in_order(SchedulerState *state, Request *settled) noexcept nogil:
-    """Hands over what is settled and before which nothing is open; the rest waits. The caller holds a reference."""
-    cdef Request *first = NULL
-    cdef Request *last = NULL
+    """Hands over what is settled and before which nothing is open; the rest waits. The caller holds a reference.
+
+    One thread at a time hands over, for all: no lock is held meanwhile, because a sink that nobody drains frees requests
+    at once, and that may need the interpreter lock, which another caller may hold.
+    """
+    cdef Request *first
+    cdef Request *last
     cdef Request *request
-    cdef int64_t n
-    pthread_mutex_lock(&state.order_lock)
+    cdef int64_t n = 0
     pthread_mutex_lock(&state.lock)
     while settled != NULL:
         settled.is_settled = True
         settled = settled.next
-    while state.first_arrived != NULL and state.first_arrived.is_settled:
-        request = state.first_arrived
-        forget_arrival(state, request)
-        request.next = NULL
-        if last == NULL:
-            first = request
-        else:
-            last.next = request
-        last = request
+    if not state.is_handing_over:
+        state.is_handing_over = True
+        while state.first_arrived != NULL and state.first_arrived.is_settled:
+            first = last = NULL
+            while state.first_arrived != NULL and state.first_arrived.is_settled:
+                request = state.first_arrived
+                forget_arrival(state, request)
+                request.next = NULL
+                if last == NULL:
+                    first = request
+                else:
+                    last.next = request
+                last = request
+            pthread_mutex_unlock(&state.lock)
+            n += hand_over(first)
+            pthread_mutex_lock(&state.lock)
+        state.is_handing_over = False
     pthread_mutex_unlock(&state.lock)
-    n = hand_over(first)
-    pthread_mutex_unlock(&state.order_lock)
     if n:
         leave(state, n)
 
@@ -445,7 +453,6 @@ cdef class Scheduler:
             state.has_bounded_levels |= size > 0
             state.has_delays |= bool(delays)
         state.keeps_order = preserve_ordering
-        pthread_mutex_init(&state.order_lock, NULL)
         pthread_mutex_init(&state.lock, NULL)
         pthread_mutex_init(&state.stats_lock, NULL)
         pthread_condattr_init(&attributes)
