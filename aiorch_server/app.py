@@ -19,6 +19,7 @@ from aiorch_server.cache import ResponseCache, open_cache
 from aiorch_server.config.server import GrpcConfig, ServerConfig, TlsConfig, Transport
 from aiorch_server.controlplane import EXTENSIONS, ControlPlane
 from aiorch_server.dataplane import DataPlane
+from aiorch_server.errors import InvalidSettings
 from aiorch_server.exchange import SharedRegions
 from aiorch_server.execution.model_calls import ModelCalls
 from aiorch_server.execution.resources import ResourceLimit, ResourcePool
@@ -28,13 +29,18 @@ from aiorch_server.lifecycle.manager import LifecycleManager
 from aiorch_server.lifecycle.model import Observer
 from aiorch_server.observability.cache_metrics import CacheCollector
 from aiorch_server.observability.model_metrics import ModelMetrics
+from aiorch_server.observability.slow_log import SlowLog
+from aiorch_server.observability.trace_settings import TraceLevel, TraceSetting, TraceSettings
+from aiorch_server.observability.tracer import Tracer
 from aiorch_server.repository import FilesystemRepository
 from aiorch_server.types import ModelIndexEntry
 
 if TYPE_CHECKING:
     from aiorch_server._core import ServerLedger
     from aiorch_server.frontends.grpc import ConnectionLife, ServerCredentials
+    from aiorch_server.lifecycle.servable import Servable
     from aiorch_server.observability.log_settings import LogSettings
+    from aiorch_server.observability.spans import OtlpWriter
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +78,10 @@ class Application:
         self._health: Any = None
         self._health_task: asyncio.Task[None] | None = None
         self._model_metrics = ModelMetrics()
+        self._tracer = Tracer()
+        self._writer: OtlpWriter | None = None
+        self._trace_settings = TraceSettings()
+        self._slow_log = SlowLog(lambda: self.manager.servables(), config.log.slow_us, config.log.slow_lines_per_s)
         self._changed = asyncio.Event()
         self._stop_task: asyncio.Task[None] | None = None
 
@@ -83,6 +93,7 @@ class Application:
         """
         try:
             self._build()
+            self._slow_log.start()
             await self._open_metrics()
             await self._open_rest()
             server = await self._build_grpc()
@@ -135,8 +146,26 @@ class Application:
     ) -> None:
         await self.stop()
 
+    def _open_traces(self) -> None:
+        """The SDK is imported only where there is an endpoint; InvalidSettings where it is not installed."""
+        config = self.config.trace
+        if not config.endpoint:
+            return
+        try:
+            from aiorch_server.observability.spans import OtlpWriter
+        except ImportError as error:
+            raise InvalidSettings(
+                f"trace.endpoint: traces need the extra 'otel' (pip install 'aiorchestrator[otel]'): {error}"
+            ) from error
+        levels = frozenset({TraceLevel.TIMESTAMPS}) if config.level.value == "timestamps" else frozenset()
+        default = TraceSetting(levels, config.rate, config.count, mode="opentelemetry")
+        self._trace_settings = TraceSettings(default, levels=frozenset({TraceLevel.OFF, TraceLevel.TIMESTAMPS}))
+        self._writer = OtlpWriter(config.endpoint, config.service)
+        self._tracer = Tracer(self._trace_settings, self._writer)
+
     def _build(self) -> None:
         config = self.config
+        self._open_traces()
         self.router = Router()
         calls = ModelCalls()
         cache = self._cache = open_cache(config.cache)
@@ -161,11 +190,12 @@ class Application:
             drain_timeout_s=config.lifecycle.exit_timeout_secs,
             observe=self._observe,
             cache=cache,
+            prepare=self._prepare,
         )
         self._mailbox = Mailbox(asyncio.get_running_loop())
         memory = config.shared_memory
         regions = SharedRegions(memory.keys, max_regions=memory.max_regions, max_bytes=memory.max_bytes)
-        self.dataplane = DataPlane(self.manager, self._mailbox, regions)
+        self.dataplane = DataPlane(self.manager, self._mailbox, regions, self._tracer)
         calls.attach(asyncio.get_running_loop(), self.dataplane.stream)
         optional = {"binary_tensor_data": config.http.enabled, "response_cache": cache is not None}
         extensions = (*EXTENSIONS, *(name for name, works in optional.items() if works))
@@ -176,7 +206,9 @@ class Application:
             regions=regions,
             log_settings=self._log_settings,
             server_id=config.id,
+            trace_settings=self._trace_settings,
         )
+        self._tracer.follow(self.manager.servables)
 
     async def _open_metrics(self) -> None:
         config = self.config.metrics
@@ -269,6 +301,10 @@ class Application:
         ledger = getattr(self._grpc, "ledger", None)  # grpcio's server has none
         return [] if ledger is None else [ledger]
 
+    def _prepare(self, servable: Servable) -> None:
+        self._tracer.prepare(servable)
+        self._slow_log.prepare(servable)
+
     def _observe(self, entry: ModelIndexEntry) -> None:
         self._changed.set()
         for observe in self._observers:
@@ -302,6 +338,7 @@ class Application:
         if self._rest is not None:
             jobs.append(self._rest.stop(grace_s))
         problems = await asyncio.gather(*jobs, return_exceptions=True)
+        await self._slow_log.stop()
         left_s = max(0.0, until - asyncio.get_running_loop().time())
         problems += await asyncio.gather(self.manager.stop(left_s), return_exceptions=True)
         if self._cache is not None:
@@ -313,6 +350,8 @@ class Application:
             if isinstance(problem, BaseException):
                 logger.error("a part did not stop in order", exc_info=problem)
         self._mailbox.close()
+        if self._writer is not None:
+            await asyncio.to_thread(self._writer.close)
 
 
 def _bind(server: Any, config: GrpcConfig) -> int:

@@ -83,6 +83,10 @@ class ControlPlane:
         self._check_running("Server exiting")
         return self._manager.is_started and not (self._is_strict and self._manager.problems())
 
+    def readiness_problems(self) -> dict[str, str]:
+        """Why the server is not ready, by model; empty while it starts, and where readiness is not strict."""
+        return self._manager.problems() if self._is_strict else {}
+
     def model_ready(self, name: str, version: str = "") -> bool:
         """Whether that version (any, if empty) takes requests; RequestError for a bad version string."""
         self._check_running("Server not ready")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 from aiorch_server._core import Mailbox, decode_response, encode_request
@@ -22,6 +22,8 @@ from aiorch_server.exchange import Exchange, SharedRegions
 from aiorch_server.execution.callers import check_callers
 from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.execution.response_channel import ResponseChannel
+from aiorch_server.observability.tracer import Tracer
+from aiorch_server.tracing import current_incoming, current_run
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse, Parameter, Tensor
 from aiorch_server.validation import QueueTerms, check_request
 
@@ -38,9 +40,16 @@ DECOUPLED_TEXT: Final = "ModelInfer RPC doesn't support models with decoupled tr
 class DataPlane:
     """Takes neutral requests from any door, finds the version, checks, queues and awaits; used on one event loop."""
 
-    def __init__(self, manager: LifecycleManager, mailbox: Mailbox, regions: SharedRegions | None = None) -> None:
+    def __init__(
+        self,
+        manager: LifecycleManager,
+        mailbox: Mailbox,
+        regions: SharedRegions | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
         self._manager = manager
         self._mailbox = mailbox
+        self._tracer = tracer or Tracer()
         self._regions = regions or SharedRegions()
 
     def is_decoupled(self, model_name: str, model_version: str) -> bool:
@@ -61,7 +70,8 @@ class DataPlane:
         with self._manager.acquire(request.model_name, request.model_version) as servable:
             if servable.signature.is_decoupled:
                 raise UnsupportedRequest(DECOUPLED_TEXT)
-            return await self._infer(servable, request, deadline_ns)
+            with self._tracer.watch(servable):
+                return await self._infer(servable, request, deadline_ns)
 
     async def stream(
         self, request: InferenceRequest, *, deadline_ns: int = 0
@@ -74,7 +84,8 @@ class DataPlane:
         """
         with self._manager.acquire(request.model_name, request.model_version) as servable:
             if not servable.signature.is_decoupled:
-                answer = await self._infer(servable, request, deadline_ns)
+                with self._tracer.watch(servable):
+                    answer = await self._infer(servable, request, deadline_ns)
                 yield dataclasses.replace(answer, parameters={**answer.parameters, FINAL_RESPONSE: True})
                 return
             name, version = servable.name, str(servable.version)
@@ -114,14 +125,16 @@ class DataPlane:
     ) -> InferenceResponse:
         """Runs one request on a servable that the caller holds a lease on; ``leases``: and what its steps need."""
         with _name_request(request):
-            terms = check_request(request, servable.name, servable.signature)
-            if servable.cache is not None:
+            watched = current_run.get()
+            with nullcontext() if watched is None else watched.enter(servable.name, servable.version):
+                terms = check_request(request, servable.name, servable.signature)
+                if servable.cache is not None:
 
-                def run() -> Awaitable[InferenceResponse]:
-                    return self._run(servable, request, terms, deadline_ns, leases)
+                    def run() -> Awaitable[InferenceResponse]:
+                        return self._run(servable, request, terms, deadline_ns, leases)
 
-                return await servable.cache.infer(request, terms.sequence, run, deadline_ns=deadline_ns)
-            return await self._run(servable, request, terms, deadline_ns, leases)
+                    return await servable.cache.infer(request, terms.sequence, run, deadline_ns=deadline_ns)
+                return await self._run(servable, request, terms, deadline_ns, leases)
 
     async def _run(
         self,
@@ -140,7 +153,8 @@ class DataPlane:
         if servable.signature.is_decoupled:
             raise UnsupportedRequest(f"model '{servable.name}' is decoupled: it does not give exactly one answer")
         check_callers(servable.name, servable.instances.alive)
-        details = RequestDetails.of(request, terms.sequence, timeout_us=terms.timeout_us)
+        run = current_run.get()
+        details = RequestDetails.of(request, terms.sequence, timeout_us=terms.timeout_us, run=run)
         answer = self._submit(servable, request, terms, deadline_ns, details)
         try:
             async with asyncio.timeout_at(deadline_ns / 1e9 if deadline_ns else None):
@@ -174,6 +188,7 @@ class DataPlane:
         )
         if deadline_ns and asyncio.get_running_loop().time() * 1e9 >= deadline_ns:
             raise DeadlineExpired("Deadline Exceeded")
+        run, incoming = details.run, current_incoming.get()
         return self._mailbox.submit(
             scheduler,
             message,
@@ -182,6 +197,8 @@ class DataPlane:
             timeout_us=terms.timeout_us,
             deadline_ns=deadline_ns,
             attachment=details,
+            stamps=None if run is None else run.stamps,
+            trace_id=(run.trace_id if run else None) or (incoming.trace_id if incoming else None),
         )
 
 

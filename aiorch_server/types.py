@@ -319,7 +319,8 @@ class SchedulerCounters:
 
     A request that succeeded adds to ``success`` and to each phase; phases count requests, ``batch_sizes`` executions
     by their number of rows. ``queue`` includes the time that a free instance waited for company (``batch_wait``).
-    ``phases`` has the keys queue, batch_wait, compute_input, infer, compute_output, total.
+    ``phases`` has the keys queue, batch_wait, compute_input, infer, compute_output, total, and wait, which is the
+    first two together.
     """
 
     rows: int
@@ -336,3 +337,44 @@ class SchedulerCounters:
     pending: int
     in_flight: int
     phases: Mapping[str, PhaseHistogram]
+
+
+@dataclass(slots=True)
+class PhaseStamps:
+    """When one request passed the doorways, on the monotonic clock in nanoseconds; 0: it did not.
+
+    ``free_ns``: an instance was free. ``batch_rows`` and ``batch_members`` are of the batch that it ran in.
+    """
+
+    received_ns: int = 0
+    enqueued_ns: int = 0
+    free_ns: int = 0
+    taken_ns: int = 0
+    gather_ns: int = 0
+    run_ns: int = 0
+    run_ended_ns: int = 0
+    settled_ns: int = 0
+    batch_rows: int = 0
+    batch_members: int = 0
+
+    def phases_us(self) -> dict[str, float]:
+        """How long each phase took, in microseconds; without those that it did not come to."""
+        bounds = {
+            "queue": (self.enqueued_ns, self.free_ns or self.settled_ns),
+            "batch_wait": (self.free_ns, self.taken_ns),
+            "compute_input": (self.gather_ns, self.run_ns),
+            "infer": (self.run_ns, self.run_ended_ns),
+            "compute_output": (self.run_ended_ns, self.settled_ns if self.run_ended_ns else 0),
+            "total": (self.received_ns, self.settled_ns),
+        }
+        return {phase: (end - start) / 1e3 for phase, (start, end) in bounds.items() if start and end}
+
+
+@dataclass(frozen=True, slots=True)
+class SlowRequest:
+    """A request that took longer than the scheduler was told to note; ``status`` is gRPC's code."""
+
+    id: str
+    trace_id: str
+    status: int
+    stamps: PhaseStamps

@@ -27,6 +27,8 @@ cdef class Batch:
     cdef int _n
     cdef int _first, _last          # the selected members: [first, last)
     cdef int64_t _rows              # of the selected members
+    cdef int _taken                 # members and rows as the batch was taken, for the stamps
+    cdef int64_t _taken_rows
     cdef int64_t _free_since_ns, _gather_ns, _run_ns    # doorways: began to wait, began to gather, began to run
     cdef list _staging
     cdef Slice _extra               # encoded fields that each answer ends with; memory of whoever sets it
@@ -43,4 +45,5 @@ cdef class Batch:
     cdef object gather_plain(self, int index)
     cdef object gather_big(self, int index, size_t size, object dtype)
     cdef object gather_bytes(self, int index)
+    cdef void stamp(self, Request *request, int64_t run_ended_ns, int64_t now) noexcept nogil
     cdef void deliver(self, bint is_success, int64_t run_ended_ns) noexcept nogil

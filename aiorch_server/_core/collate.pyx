@@ -20,6 +20,7 @@ from aiorch_server._core.buffers cimport (
 from aiorch_server._core.histogram cimport record
 from aiorch_server._core.loans cimport return_loans
 from aiorch_server._core.request cimport (
+    Stamps,
     fail_request,
     find_buffer,
     is_cancelled,
@@ -36,6 +37,7 @@ from aiorch_server._core.scheduler cimport (
     PHASE_INFER,
     PHASE_QUEUE,
     PHASE_TOTAL,
+    PHASE_WAIT,
     Counters,
     count_failure,
     release_scheduler,
@@ -44,6 +46,7 @@ from aiorch_server._core.scheduler cimport (
     take_batch,
 )
 from aiorch_server._core.spec cimport SpecState, TensorLayout
+from aiorch_server._core.watch cimport note_slow
 
 import numpy as np
 
@@ -153,8 +156,8 @@ cdef class Batch:
             self._members[self._n] = request
             self._n += 1
             request = request.next
-        self._last = self._n
-        self._rows = rows
+        self._last = self._taken = self._n
+        self._rows = self._taken_rows = rows
         return self._n > 0
 
     cdef void sort_members(self) noexcept nogil:
@@ -381,6 +384,21 @@ cdef class Batch:
             self._first, self._last = 0, self._n
             self.fail(INTERNAL, "the executor left this request unanswered")
 
+    cdef void stamp(self, Request *request, int64_t run_ended_ns, int64_t now) noexcept nogil:
+        """The doorways of a member, for who asked for them and for the slow ones; each not before the one before."""
+        cdef Stamps stamps
+        stamps.received_ns, stamps.enqueued_ns, stamps.taken_ns = request.received_ns, request.enqueued_ns, request.taken_ns
+        stamps.free_ns = min(max(self._free_since_ns, request.enqueued_ns), request.taken_ns)
+        stamps.gather_ns = max(self._gather_ns, stamps.taken_ns)
+        stamps.run_ns = max(self._run_ns, stamps.gather_ns)
+        stamps.run_ended_ns = max(run_ended_ns, stamps.run_ns)
+        stamps.settled_ns = max(now, stamps.run_ended_ns)
+        stamps.batch_rows, stamps.batch_members = self._taken_rows, self._taken
+        if request.stamps != NULL:
+            request.stamps[0] = stamps
+        if now - request.received_ns >= self._state.watch.slow_ns:
+            note_slow(&self._state.watch, request, &stamps, request.status)
+
     cdef void deliver(self, bint is_success, int64_t run_ended_ns) noexcept nogil:
         """Counts the selected members and hands them to their sinks; their places become NULL."""
         cdef Request *chain = NULL
@@ -403,6 +421,8 @@ cdef class Batch:
                 count_failure(self._state, request, FAILURE_CANCELED, now)
             elif request.status:
                 count_failure(self._state, request, FAILURE_BACKEND, now)
+            if request.stamps != NULL or now - request.received_ns >= self._state.watch.slow_ns:
+                self.stamp(request, run_ended_ns, now)
             request.next = NULL
             if last == NULL:
                 chain = request
@@ -421,6 +441,7 @@ cdef class Batch:
                     record(&counters.phases[<int> PHASE_INFER], infer_ns)
                     record(&counters.phases[<int> PHASE_COMPUTE_OUTPUT], output_ns)
                     record(&counters.phases[<int> PHASE_TOTAL], now - request.received_ns)
+                    record(&counters.phases[<int> PHASE_WAIT], request.taken_ns - request.enqueued_ns)
                     answered_rows += request.rows
                 request = request.next
             counters.rows += <unsigned long> answered_rows

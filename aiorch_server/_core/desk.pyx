@@ -28,7 +28,7 @@ cdef void dispatch_ready(Connection *connection, RouteReader *reader, Completion
     while stream != NULL:
         if (stream.message != NULL and sink != NULL and dispatch(
                 reader, stream.message, stream.message_size, &stream.rest, stream.received_ns, stream.deadline.due_ns,
-                sink, stream, &request) == DISPATCHED):
+                &stream.parent, sink, stream, &request) == DISPATCHED):
             stream.message = stream.rest.buffer = NULL
             stream.request = request
             connection.group.in_flight += 1

@@ -9,6 +9,7 @@ from aiorch_server._core.h2_answer cimport answer_http, refuse_size, refuse_stre
 from aiorch_server._core.h2_life cimport has_room
 from aiorch_server._core.h2_stream cimport *
 from aiorch_server._core.nghttp2 cimport nghttp2_session_consume_stream
+from aiorch_server._core.request cimport TraceParent
 from aiorch_server._core.timers cimport set_timer
 
 cdef enum:
@@ -22,6 +23,37 @@ cdef enum:
 
 cdef inline bint _is(const uint8_t *text, size_t size, const char *wanted, size_t wanted_size) noexcept nogil:
     return size == wanted_size and memcmp(text, wanted, wanted_size) == 0
+
+
+cdef int _hex(uint8_t digit) noexcept nogil:
+    if c'0' <= digit <= c'9':
+        return digit - c'0'
+    return digit - c'a' + 10 if c'a' <= digit <= c'f' else -1
+
+
+cdef void read_trace_parent(const uint8_t *text, size_t size, TraceParent *parent) noexcept nogil:
+    """https://www.w3.org/TR/trace-context/: version-trace-span-flags, in lower-case digits; what is not so is no parent."""
+    cdef size_t i
+    cdef int trace_bits = 0, span_bits = 0
+    parent.is_present = False
+    if size < 55 or (size > 55 and (text[55] != c'-' or text[0] == c'0' and text[1] == c'0')):
+        return
+    for i in range(55):
+        if i == 2 or i == 35 or i == 52:
+            if text[i] != c'-':
+                return
+        elif _hex(text[i]) < 0:
+            return
+        elif 2 < i < 35:
+            trace_bits |= _hex(text[i])
+        elif 35 < i < 52:
+            span_bits |= _hex(text[i])
+    if trace_bits == 0 or span_bits == 0 or (text[0] == c'f' and text[1] == c'f'):
+        return
+    for i in range(16):
+        parent.id[i] = <uint8_t> (_hex(text[3 + 2 * i]) << 4 | _hex(text[4 + 2 * i]))
+    parent.is_sampled = _hex(text[54]) & 1
+    parent.is_present = True
 
 
 cdef uint32_t _read_accepted(const uint8_t *value, size_t size) noexcept nogil:
@@ -83,6 +115,10 @@ cdef int take_header(Stream *stream, const uint8_t *name, size_t name_size,
         else:
             stream.encoding = ENCODING_UNKNOWN
         return 0
+    elif name_size == 11 and _is(name, name_size, b"traceparent", 11):
+        read_trace_parent(value, value_size, &stream.parent)
+    elif name_size == 13 and _is(name, name_size, b"aiorch-timing", 13):
+        stream.wants_timing = True
     return keep_metadata(stream, name, name_size, value, value_size)
 
 
@@ -90,8 +126,8 @@ cdef void open_call(Stream *stream) noexcept nogil:
     cdef Connection *connection = stream.connection
     cdef Limits *limits = &connection.group.limits
     stream.kind = STREAM_FAST if stream.is_fast_path else STREAM_SLOW
-    if stream.is_fast_path and stream.accepted & connection.group.packed_encodings:
-        _leave_fast_path(stream)        # its answer is packed, which may take long
+    if stream.is_fast_path and (stream.wants_timing or stream.accepted & connection.group.packed_encodings):
+        _leave_fast_path(stream)        # its trailers are Python's; its answer is packed, which may take long
     if stream.header_list_bytes > limits.max_header_list_bytes:     # first: what came later was not even looked at
         refuse_size(stream, b"Received metadata larger than max", stream.header_list_bytes,
                     limits.max_header_list_bytes)

@@ -13,6 +13,7 @@ from aiorch_server._core.h2_ledger cimport Ledger
 from aiorch_server._core.h2_rules cimport Life, LifeRules
 from aiorch_server._core.loans cimport LentList, Loan
 from aiorch_server._core.nghttp2 cimport nghttp2_option, nghttp2_session, nghttp2_session_callbacks
+from aiorch_server._core.request cimport TraceParent
 from aiorch_server._core.timers cimport Timer, TimerHeap
 
 
@@ -172,6 +173,8 @@ cdef struct Stream:
     bint has_bad_timeout
     size_t header_list_bytes
     int64_t timeout_ns                  # -1: none
+    bint wants_timing                   # of its answer, which Python writes
+    TraceParent parent
     # the request
     bint is_remote_closed               # END_STREAM was received
     bint has_message                    # fast: the one message is complete

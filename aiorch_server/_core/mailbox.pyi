@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing_extensions import Buffer
 
 from aiorch_server._core.scheduler import Scheduler
+from aiorch_server.types import PhaseStamps
 
 class Mailbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None: ...
@@ -17,6 +18,8 @@ class Mailbox:
         timeout_us: int = 0,
         deadline_ns: int = 0,
         attachment: object = None,
+        stamps: PhaseStamps | None = None,
+        trace_id: bytes | None = None,
     ) -> asyncio.Future[memoryview]: ...
     def collect(self) -> None: ...
     def close(self) -> None: ...

@@ -4,6 +4,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdlib cimport calloc
 from libc.string cimport memcmp, memcpy
 
 from aiorch_server._core.buffers cimport HeldBuffer, drop_buffer, hold_buffer, hold_for_python, new_buffer
@@ -11,6 +12,7 @@ from aiorch_server._core.loans cimport Loan, drop_loan, new_loan, return_loans
 from aiorch_server._core.request cimport (
     CompletionSink,
     Request,
+    Stamps,
     abandon_sink,
     drain_sink,
     free_request,
@@ -33,6 +35,7 @@ from aiorch_server._core.scheduler cimport (
     wake,
 )
 from aiorch_server._core.spec cimport bind_request
+from aiorch_server._core.watch cimport describe_stamps
 from aiorch_server._core.wire cimport SCAN_OK, InferScan, Slice, find_tensor, scan_request
 
 from aiorch_server.errors import InternalError, QueueFull, RequestError, ServerStopping, error_from_code
@@ -46,6 +49,7 @@ cdef class Ticket:
 
     cdef Request *request       # valid until it was drained or taken back; then NULL
     cdef object future
+    cdef object stamps
     cdef Mailbox mailbox
 
     def on_done(self, future):
@@ -98,12 +102,14 @@ cdef class Mailbox:
         return_loans()
 
     def submit(self, Scheduler scheduler not None, bytes message not None, contents=None, *, uint64_t priority=0,
-               int64_t timeout_us=0, int64_t deadline_ns=0, object attachment=None):
+               int64_t timeout_us=0, int64_t deadline_ns=0, object attachment=None,
+               object stamps=None, bytes trace_id=None):
         """Queues a serialized ModelInferRequest and gives a future of the serialized ModelInferResponse, a memoryview.
 
         ``contents``, if given, are buffers with the bytes of the inputs, which the message then leaves empty. They are
         not copied but held until the request is settled, however long its caller waits; only BYTES that somebody else
         could write into meanwhile are. ``attachment`` stays with the request until it is settled: ``Member.attachment``.
+        ``stamps``, a PhaseStamps, is filled before the future is resolved; ``trace_id``, 16 bytes, is told with a slow request.
         ``deadline_ns`` is absolute on the monotonic clock, 0 for none. The message must be plain and fit the model
         (InternalError otherwise: the data plane checks before). Raises QueueFull, ServerStopping or RequestError when
         the scheduler refuses. Cancelling the future takes the request out of the queue.
@@ -134,6 +140,15 @@ cdef class Mailbox:
         if attachment is not None:
             Py_INCREF(attachment)
             request.attachment, request.drop_attachment = <void *> attachment, drop_attachment
+        if stamps is not None:
+            request.stamps = <Stamps *> calloc(1, sizeof(Stamps))
+            if request.stamps == NULL:
+                give_up(request)
+                raise MemoryError
+            ticket.stamps = stamps
+        if trace_id is not None and len(trace_id) == sizeof(request.parent.id):
+            memcpy(request.parent.id, PyBytes_AS_STRING(trace_id), sizeof(request.parent.id))
+            request.parent.is_present = True
         if contents is not None:
             try:
                 hold_contents(request, &scan, contents)
@@ -182,6 +197,9 @@ cdef class Mailbox:
             ticket.request = NULL
             self.outstanding.discard(ticket)
             try:
+                if request.stamps != NULL:
+                    complete_stamps(request)
+                    describe_stamps(request.stamps, ticket.stamps)
                 resolve(ticket.future, request)
             except Exception as error:  # MemoryError, most likely; the others in the chain still get their answers
                 if not ticket.future.done():
@@ -242,6 +260,13 @@ cdef object hold_content(Request *request, Slice *slice, bint has_elements, cont
             drop_loan(loan)
         raise MemoryError
     request.message_size += slice.size      # counts for the queue's bound
+
+
+cdef void complete_stamps(Request *request) noexcept:
+    """What never came to an instance has only been received and queued."""
+    if request.stamps.settled_ns == 0:
+        request.stamps.received_ns, request.stamps.enqueued_ns = request.received_ns, request.enqueued_ns
+        request.stamps.settled_ns = now_ns()
 
 
 cdef void drop_attachment(void *attachment) noexcept with gil:

@@ -34,6 +34,7 @@ def detach(Batch batch not None):
         member._members[0] = batch._members[i]
         batch._members[i] = NULL
         member._n = member._last = 1
+        member._taken, member._taken_rows = batch._taken, batch._taken_rows
         members.append(member)
     return members
 

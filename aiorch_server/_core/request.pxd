@@ -38,6 +38,27 @@ cdef struct Hold:
     Loan *loan              # ... a loan with one reference
 
 
+# The doorways behind the queue, CLOCK_MONOTONIC in ns; 0: not reached. free_ns: an instance was free.
+cdef struct Stamps:
+    int64_t received_ns
+    int64_t enqueued_ns
+    int64_t free_ns
+    int64_t taken_ns
+    int64_t gather_ns
+    int64_t run_ns
+    int64_t run_ended_ns
+    int64_t settled_ns
+    int64_t batch_rows      # of the batch that it ran in
+    int batch_members
+
+
+# What the W3C header `traceparent` of a request said.
+cdef struct TraceParent:
+    uint8_t id[16]
+    bint is_present
+    bint is_sampled
+
+
 cdef struct Request:
     # the message: a buffer, owned; all slices point into it, or into what `holds` keeps
     uint8_t *message
@@ -88,6 +109,9 @@ cdef struct Request:
     # what Python keeps with the request, or NULL: a reference, given back with the record (see mailbox.pyx)
     void *attachment
     void (*drop_attachment)(void *attachment) noexcept nogil
+    # for who watches: NULL, or owned and filled when it is settled; and the trace that it belongs to
+    Stamps *stamps
+    TraceParent parent
 
 
 # A list of settled requests of one owner thread, with one wake-up per batch: `wake_fd` is an eventfd that becomes

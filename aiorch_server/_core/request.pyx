@@ -172,6 +172,8 @@ cdef void free_request(Request *request) noexcept nogil:
     drop_buffer(request.response)
     drop_lent_list(request.lent)
     free(request.error)
+    if request.stamps != NULL:
+        free(request.stamps)
     if request.attachment != NULL:
         request.drop_attachment(request.attachment)
     if request.scheduler != NULL:

@@ -11,7 +11,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 from aiorch_server._core.buffers cimport Place
-from aiorch_server._core.request cimport CompletionSink, Request, pthread_mutex_t
+from aiorch_server._core.request cimport CompletionSink, Request, TraceParent, pthread_mutex_t
 from aiorch_server._core.scheduler cimport SchedulerState, cancel_request  # noqa: re-exported for doors
 from aiorch_server._core.wire cimport Slice
 
@@ -64,10 +64,11 @@ cdef void release_router(RouterState *router) noexcept nogil
 cdef void begin_round(RouterState *router, RouteReader *reader) noexcept nogil
 cdef void end_round(RouteReader *reader) noexcept nogil
 # `rest`: the message's end where that lies elsewhere, as place_tensor said; NULL, or without a buffer: it does not.
-# `deadline_ns` is absolute on CLOCK_MONOTONIC, 0 for none. On DISPATCHED `*request` is the new request, whose `owner` is
+# `deadline_ns` is absolute on CLOCK_MONOTONIC, 0 for none; `parent` NULL is none. What shall be traced is declined. On DISPATCHED `*request` is the new request, whose `owner` is
 # as given.
 cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size, const Place *rest,
-                             int64_t received_ns, int64_t deadline_ns, CompletionSink *sink, void *owner, Request **request) noexcept nogil
+                             int64_t received_ns, int64_t deadline_ns, const TraceParent *parent, CompletionSink *sink,
+                             void *owner, Request **request) noexcept nogil
 
 
 # Where the tensor of a message belongs of which the head has come: into rows of a batch of the version that it names.

@@ -30,6 +30,7 @@ from aiorch_server._core.scheduler cimport (
     wake,
 )
 from aiorch_server._core.spec cimport bind_request, measure_rows
+from aiorch_server._core.watch cimport choose
 from aiorch_server._core.wire cimport (
     SCAN_OK,
     InferScan,
@@ -238,7 +239,8 @@ cdef void take_back(Request *candidate) noexcept nogil:
 
 
 cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size, const Place *rest,
-                             int64_t received_ns, int64_t deadline_ns, CompletionSink *sink, void *owner, Request **request) noexcept nogil:
+                             int64_t received_ns, int64_t deadline_ns, const TraceParent *parent, CompletionSink *sink,
+                             void *owner, Request **request) noexcept nogil:
     cdef InferScan scan
     cdef ScanResult scanned
     cdef SchedulerState *scheduler
@@ -256,13 +258,15 @@ cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size,
     if scanned != SCAN_OK or not scan.is_plain:
         return DECLINED
     scheduler = find_scheduler(reader.table, &scan)
-    if scheduler == NULL:
+    if scheduler == NULL or choose(&scheduler.watch, parent):
         return DECLINED
     candidate = new_request(message, size, scheduler.spec.n_inputs, scheduler.spec.n_key, sink, owner)
     if candidate == NULL:
         return DECLINED
     candidate.received_ns = received_ns
     candidate.deadline_ns = deadline_ns
+    if parent != NULL and parent.is_present:
+        candidate.parent = parent[0]
     if (not bind_request(scheduler.spec, &scan, candidate)
             or tensor.size and not hold_memory(candidate, tensor.data, tensor.size, rest.buffer, NULL)):
         take_back(candidate)

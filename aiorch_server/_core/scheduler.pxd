@@ -13,6 +13,7 @@ from aiorch_server._core.queue cimport Queue
 from aiorch_server._core.request cimport CompletionSink, Request, pthread_mutex_t
 from aiorch_server._core.slabs cimport Slab
 from aiorch_server._core.spec cimport ModelSpec, SpecState
+from aiorch_server._core.watch cimport Watch
 
 
 cdef extern from "<pthread.h>" nogil:
@@ -22,7 +23,7 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef enum:
     MAX_LEVELS = 65536
-    N_PHASES = 6
+    N_PHASES = 7
 
 
 cdef enum Phase:
@@ -32,6 +33,7 @@ cdef enum Phase:
     PHASE_INFER = 3
     PHASE_COMPUTE_OUTPUT = 4
     PHASE_TOTAL = 5         # message complete -> answer encoded
+    PHASE_WAIT = 6          # enqueued -> taken: the first two together
 
 
 cdef enum FailureReason:
@@ -96,6 +98,7 @@ cdef struct SchedulerState:
     # guarded by stats_lock
     pthread_mutex_t stats_lock
     Counters counters
+    Watch watch                     # guards itself
     # constant
     SpecState *spec                 # holds one reference
 

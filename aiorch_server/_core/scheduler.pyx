@@ -1,7 +1,7 @@
 """The scheduler of one model version: enqueue, cancel, take, settle; all of it callable without the interpreter."""
 
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from aiorch_server._core.batch_former cimport MAX_PREFERRED, FormedBatch, form_batch
 from aiorch_server._core.buffers cimport drop_buffer
@@ -11,6 +11,7 @@ from aiorch_server._core.request cimport (
     REQUEST_NEW,
     REQUEST_QUEUED,
     REQUEST_RUNNING,
+    Stamps,
     aiorch_add_reference,
     mark_cancelled,
     now_ns,
@@ -23,6 +24,15 @@ from aiorch_server._core.request cimport (
 )
 from aiorch_server._core.slabs cimport empty_slab, note_batch, relax_slab, reserve_rows
 from aiorch_server._core.spec cimport release_spec, retain_spec
+from aiorch_server._core.watch cimport (
+    drop_watch,
+    init_watch,
+    note_slow,
+    set_sampling,
+    take_notes,
+    take_sample,
+    watch_slow,
+)
 
 import time
 
@@ -48,6 +58,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
     int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
 
+cdef int CANCELLED = 1
 cdef int INVALID_ARGUMENT = 3
 cdef int DEADLINE_EXCEEDED = 4
 cdef int UNAVAILABLE = 14
@@ -62,7 +73,7 @@ cdef int64_t MAX_NAP_NS = 1000000000
 DEFAULT_MAX_REQUESTS = 16384
 DEFAULT_MAX_BYTES = 1 << 30
 
-_PHASES = ("queue", "batch_wait", "compute_input", "infer", "compute_output", "total")
+_PHASES = ("queue", "batch_wait", "compute_input", "infer", "compute_output", "total", "wait")
 _REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 # Powers of two from 8 us to 69 s: edges of the log-linear buckets, so that the coarse counts are exact.
 _BOUNDS_NS = tuple(1 << bit for bit in range(13, 37))
@@ -91,6 +102,7 @@ cdef void release_scheduler(SchedulerState *state) noexcept nogil:
     pthread_cond_destroy(&state.idle)
     pthread_mutex_destroy(&state.lock)
     pthread_mutex_destroy(&state.stats_lock)
+    drop_watch(&state.watch)
     release_spec(state.spec)
     free(state.levels)
     free(state.counters.batch_sizes)
@@ -222,6 +234,7 @@ cdef bint cancel_request(Request *request) noexcept nogil:
     if was_queued:
         now = now_ns()
         count_failure(state, request, FAILURE_CANCELED, now)
+        note_unserved(state, request, CANCELLED, now)
         if state.keeps_order:   # others may have waited for its answer
             settle_in_order(state, NULL)
         leave(state, 1)
@@ -234,6 +247,16 @@ cdef void count_failure(SchedulerState *state, const Request *request, FailureRe
     state.counters.fail_ns += <uint64_t> (now - request.received_ns)
     state.counters.failures[<int> reason] += 1
     pthread_mutex_unlock(&state.stats_lock)
+
+
+cdef void note_unserved(SchedulerState *state, const Request *request, int status, int64_t now) noexcept nogil:
+    """Notes a request that left the queue without having run, if it took long."""
+    cdef Stamps stamps
+    if now - request.received_ns < state.watch.slow_ns:
+        return
+    memset(&stamps, 0, sizeof(stamps))
+    stamps.received_ns, stamps.enqueued_ns, stamps.settled_ns = request.received_ns, request.enqueued_ns, now
+    note_slow(&state.watch, request, &stamps, status)
 
 
 cdef void settle_chain(SchedulerState *state, Request *first) noexcept nogil:
@@ -313,6 +336,7 @@ cdef void refuse_chain(SchedulerState *state, Request *first, int status, const 
         else:
             refuse_request(request, UNAVAILABLE, b"Request timeout expired")
         count_failure(state, request, FAILURE_REJECTED, now)
+        note_unserved(state, request, request.status, now)
         request = request.next
     settle_chain(state, first)
 
@@ -455,6 +479,7 @@ cdef class Scheduler:
         state.keeps_order = preserve_ordering
         pthread_mutex_init(&state.lock, NULL)
         pthread_mutex_init(&state.stats_lock, NULL)
+        init_watch(&state.watch)
         pthread_condattr_init(&attributes)
         pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
         pthread_cond_init(&state.due, &attributes)
@@ -551,6 +576,25 @@ cdef class Scheduler:
             is_idle = self.state.in_flight == 0
             pthread_mutex_unlock(&self.state.lock)
         return is_idle
+
+    def watch_slow(self, int64_t threshold_us):
+        """From now on requests that took ``threshold_us`` or longer are noted; 0: none."""
+        watch_slow(&self.state.watch, min(threshold_us, MAX_SPAN_US) * 1000)
+
+    def take_slow(self):
+        """``(requests, lost)``: the slow requests noted since the last call, and how many found no room."""
+        return take_notes(&self.state.watch)
+
+    def set_sampling(self, int64_t every, *, bint follows_parents=True, bint is_traced=True):
+        """Which requests the compiled path leaves to Python, to be traced; none unless ``is_traced``.
+
+        One in ``every`` (0: none) of those without a parent; with ``follows_parents`` those whose parent is sampled.
+        """
+        set_sampling(&self.state.watch, every, follows_parents, is_traced)
+
+    def take_sample(self):
+        """Whether to trace a request that has no parent: one that the compiled path left, or the next in turn."""
+        return bool(take_sample(&self.state.watch))
 
     def counters(self):
         """A consistent ``SchedulerCounters`` snapshot."""

@@ -151,6 +151,15 @@ def serve(
     log_format: Annotated[
         LogFormat | None, typer.Option(help="Text or JSON lines, to standard error; default text.")
     ] = None,
+    log_slow_us: Annotated[
+        int | None, typer.Option(help="Write down requests that take that many microseconds, 0: none; default 0.")
+    ] = None,
+    trace_endpoint: Annotated[
+        str | None, typer.Option(help="OTLP receiver over HTTP for traces, such as http://127.0.0.1:4318.")
+    ] = None,
+    trace_rate: Annotated[
+        int | None, typer.Option(help="Trace one request in so many whose callers do not trace; default 1000.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML or TOML with these and all other settings: docs/settings.md.")
     ] = None,
@@ -207,6 +216,9 @@ def serve(
         "cache_ttl_secs": cache_ttl_secs,
         "log_level": log_level,
         "log_format": log_format,
+        "log_slow_us": log_slow_us,
+        "trace_endpoint": trace_endpoint,
+        "trace_rate": trace_rate,
     }
     output = Output(json)
     with output.guard():

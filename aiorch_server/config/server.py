@@ -79,6 +79,13 @@ class LogLevel(enum.StrEnum):
     ERROR = "error"
 
 
+class TraceLevel(enum.StrEnum):
+    """What is traced from the start."""
+
+    OFF = "off"
+    TIMESTAMPS = "timestamps"
+
+
 class LogFormat(enum.StrEnum):
     """One line of text or one JSON object per record."""
 
@@ -306,10 +313,31 @@ class CacheConfig(Section):
 
 
 class LogConfig(Section):
-    """What the server writes about itself, to standard error."""
+    """What the server writes about itself, to standard error.
+
+    Requests that take ``slow_us`` or longer (0: none) are written down with their phases, at most
+    ``slow_lines_per_s``; of the others only the number.
+    """
 
     level: LogLevel = LogLevel.INFO
     format: LogFormat = LogFormat.TEXT
+    slow_us: Annotated[Whole, Field(ge=0, le=10**12)] = 0
+    slow_lines_per_s: Annotated[Whole, Field(ge=1, le=1000)] = 10
+
+
+class TraceConfig(Section):
+    """Where traces go, and of what; without ``endpoint`` nothing is traced.
+
+    ``endpoint`` is an OTLP receiver over HTTP, such as ``http://127.0.0.1:4318``. One request in ``rate`` (0: none)
+    of those whose callers do not trace, until ``count`` traces are made (-1: without end); clients may change
+    ``level``, ``rate`` and ``count`` with TraceSetting.
+    """
+
+    endpoint: Annotated[str, Field(pattern=r"^(https?://[^\s]+)?$", max_length=2000)] = ""
+    level: TraceLevel = TraceLevel.TIMESTAMPS
+    rate: Annotated[Whole, Field(ge=0, le=2**32 - 1)] = 1000
+    count: Annotated[Whole, Field(ge=-1, le=2**31 - 1)] = -1
+    service: Annotated[str, Field(min_length=1, max_length=200)] = "aiorchestrator"
 
 
 class ServerConfig(Section):
@@ -329,6 +357,7 @@ class ServerConfig(Section):
     shared_memory: SharedMemoryConfig = SharedMemoryConfig()
     cache: CacheConfig = CacheConfig()
     log: LogConfig = LogConfig()
+    trace: TraceConfig = TraceConfig()
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:

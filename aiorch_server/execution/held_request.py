@@ -15,6 +15,7 @@ from aiorch_server.errors import AiorchError, Code, ModelExecutionError
 from aiorch_server.execution.callers import Callers
 from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.execution.response_counts import ResponseCounts
+from aiorch_server.tracing import Run
 from aiorch_server.types import (
     FINAL_RESPONSE,
     DataType,
@@ -91,6 +92,11 @@ class HeldRequest:
     def callers(self) -> Callers:
         """The models whose code asked for it."""
         return self._details.callers
+
+    @property
+    def run(self) -> Run | None:
+        """Set where it is watched."""
+        return self._details.run
 
     @property
     def id(self) -> str:

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from aiorch_server.errors import AiorchError, InternalError, QueueFull, RequestCancelled, RequestError, ServerStopping
 from aiorch_server.execution.callers import Caller, Callers, current_callers
+from aiorch_server.tracing import Run, current_run
 from aiorch_server.types import InferenceRequest, InferenceResponse, Tensor
 
 #: Calls under way in the whole server, and answers that wait for one caller.
@@ -50,9 +51,17 @@ class ModelCalls:
         self._loop, self._stream = loop, stream
 
     def start(
-        self, request: InferenceRequest, callers: Callers, timeout_s: float | None, is_unwanted: Callable[[], bool]
+        self,
+        request: InferenceRequest,
+        callers: Callers,
+        timeout_s: float | None,
+        is_unwanted: Callable[[], bool],
+        run: Run | None = None,
     ) -> PendingCall:
-        """Begins a call; ``is_unwanted`` is asked while the caller's thread waits. Never blocks."""
+        """Begins a call; ``is_unwanted`` is asked while the caller's thread waits. Never blocks.
+
+        ``run`` is the watched request on whose behalf it is.
+        """
         if self._loop is None:
             raise ServerStopping("the server is not ready for calls between models")
         if timeout_s is not None and not timeout_s >= 0:
@@ -63,6 +72,7 @@ class ModelCalls:
         exchange = _Exchange(self._loop)
         context = contextvars.Context()
         context.run(current_callers.set, callers)
+        context.run(current_run.set, run)
         try:
             self._loop.call_soon_threadsafe(self._begin, request, deadline_ns, exchange, context)
         except RuntimeError:  # the loop is closed
@@ -248,13 +258,20 @@ class InstanceCalls:
         self._read_callers: Callable[[], Callers] = tuple
         self._is_unwanted: Callable[[], bool] = lambda: False
         self._last: Callers = ()
+        self._read_run: Callable[[], Run | None] = lambda: None
 
-    def follow(self, read_callers: Callable[[], Callers], is_unwanted: Callable[[], bool]) -> None:
-        """Called by the instance's thread before it serves: who calls, and whether nobody waits any more.
+    def follow(
+        self,
+        read_callers: Callable[[], Callers],
+        is_unwanted: Callable[[], bool],
+        read_run: Callable[[], Run | None] = lambda: None,
+    ) -> None:
+        """Called by the instance's thread before it serves: who calls, whether nobody waits any more, who is watched.
 
-        Both are only asked on that thread.
+        All are only asked on that thread.
         """
         self._read_callers, self._is_unwanted, self._thread = read_callers, is_unwanted, threading.get_ident()
+        self._read_run = read_run
 
     def __call__(self, request: InferenceRequest, *, timeout_s: float | None = None) -> PendingCall:
         """See ``backend.CallModel``."""
@@ -267,4 +284,6 @@ class InstanceCalls:
         models = [caller.model for caller in callers]
         if request.model_name in models or len(set(models)) < len(models):
             timeout_s = min(timeout_s, REENTRANT_TIMEOUT_S)
-        return self._calls.start(request, callers, timeout_s, self._is_unwanted if is_own_thread else lambda: False)
+        run = self._read_run() if is_own_thread else None
+        is_unwanted = self._is_unwanted if is_own_thread else lambda: False
+        return self._calls.start(request, callers, timeout_s, is_unwanted, run)

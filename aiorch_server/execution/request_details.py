@@ -8,6 +8,7 @@ from typing import Final
 
 from aiorch_server.execution.callers import Callers, current_callers
 from aiorch_server.execution.response_channel import ResponseChannel
+from aiorch_server.tracing import Run
 from aiorch_server.types import InferenceRequest, Parameter, SequencePlace
 
 #: Parameters that mean something to the server; models see the others. Triton: docs/protocol/extension_parameters.md.
@@ -22,7 +23,7 @@ class RequestDetails:
     """Goes with a request as its attachment.
 
     ``channel`` is set for decoupled models. ``answer_parameters`` is the way back of an ordinary answer's parameters.
-    ``callers`` are the models whose code asked for it.
+    ``callers`` are the models whose code asked for it. ``run`` is set where the request is watched.
     """
 
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
@@ -31,6 +32,7 @@ class RequestDetails:
     channel: ResponseChannel | None = None
     answer_parameters: Mapping[str, Parameter] = field(default_factory=dict)
     callers: Callers = ()
+    run: Run | None = None
 
     @classmethod
     def of(
@@ -40,6 +42,7 @@ class RequestDetails:
         *,
         timeout_us: int = 0,
         channel: ResponseChannel | None = None,
+        run: Run | None = None,
     ) -> RequestDetails:
         """The details of a checked request."""
         return cls(
@@ -52,4 +55,5 @@ class RequestDetails:
             timeout_us,
             channel,
             callers=current_callers.get(),
+            run=run,
         )

@@ -12,6 +12,7 @@ from aiorch_server._core import Batch, Member, Scheduler, count_run, detach
 from aiorch_server.backend import RequestInstance
 from aiorch_server.execution.callers import Callers
 from aiorch_server.execution.held_request import HeldRequest, RequestOwner
+from aiorch_server.tracing import Run
 
 #: Requests that one instance holds unanswered; with so many it takes no further batch.
 MAX_OPEN: Final = 4096
@@ -68,6 +69,10 @@ class RequestLoop:
     def read_callers(self) -> Callers:
         """Who called what runs now; on the instance's thread."""
         return max((request.callers for request in self._current), key=len, default=())
+
+    def read_run(self) -> Run | None:
+        """A watched request among what runs now; on the instance's thread."""
+        return next((request.run for request in self._current if request.run is not None), None)
 
     def is_unwanted(self) -> bool:
         """Whether nobody waits for what runs now; on the instance's thread."""

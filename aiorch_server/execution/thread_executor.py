@@ -25,6 +25,7 @@ from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.execution.request_loop import RequestLoop
 from aiorch_server.execution.response_counts import ResponseCounts
 from aiorch_server.execution.warmup import WarmupSample, warm_up
+from aiorch_server.tracing import Run
 from aiorch_server.types import ModelSignature
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,12 @@ def _read_code(error: AiorchError) -> int:
 def _read_callers(batch: Batch) -> Callers:
     details = list_attachments(batch)
     return max((each.callers for each in details if isinstance(each, RequestDetails)), key=len, default=())
+
+
+def _read_run(batch: Batch) -> Run | None:
+    """A watched request among the members; of several the first, for nobody can tell for which one a model calls."""
+    runs = (each.run for each in list_attachments(batch) if isinstance(each, RequestDetails))
+    return next((run for run in runs if run is not None), None)
 
 
 class FailureLog:
@@ -243,12 +250,12 @@ class _InstanceThread(threading.Thread):
                 log=self._group.failures.write,
             )
             if isinstance(calls, InstanceCalls):
-                calls.follow(self._loop.read_callers, self._loop.is_unwanted)
+                calls.follow(self._loop.read_callers, self._loop.is_unwanted, self._loop.read_run)
             self._loop.serve()
             return
         batch = Batch(own)
         if isinstance(calls, InstanceCalls):
-            calls.follow(lambda: _read_callers(batch), lambda: is_unwanted(batch))
+            calls.follow(lambda: _read_callers(batch), lambda: is_unwanted(batch), lambda: _read_run(batch))
         execute, compiled = instance.execute, instance.compiled
         try:
             while True:

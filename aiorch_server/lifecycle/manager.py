@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from aiorch_server._core import Router, Scheduler
@@ -70,6 +70,7 @@ class LifecycleManager:
         drain_timeout_s: float = 30.0,
         observe: Observer | None = None,
         cache: ResponseCache | None = None,
+        prepare: Callable[[Servable], None] | None = None,
     ) -> None:
         self._cache = cache
         self.control_mode = ControlMode(control_mode)
@@ -80,6 +81,7 @@ class LifecycleManager:
         self._poll_interval_s = poll_interval_s
         self._drain_timeout_s = drain_timeout_s
         self._observe = observe or (lambda entry: None)
+        self._prepare = prepare or (lambda servable: None)
         self._models: dict[str, ManagedModel] = {}
         self._dependencies = Dependencies(self._models)
         self._routes: dict[str, tuple[int, dict[int, Servable]]] = {}
@@ -370,6 +372,8 @@ class LifecycleManager:
             self._dependencies.follow()
             for name, model in self._models.items():
                 if ready := model.ready():
+                    for servable in ready.values():
+                        self._prepare(servable)
                     routes[name] = (max(ready), ready)
         self._routes = routes
         self._router.publish(

@@ -77,6 +77,13 @@ class Servable:
         return self.scheduler if self.ensemble is None and isinstance(self.scheduler, Scheduler) else None
 
     @property
+    def queues(self) -> tuple[Scheduler, ...]:
+        """The core's queues that its requests go through; an ensemble has none."""
+        if self.ensemble is not None:
+            return ()
+        return (self.scheduler,) if isinstance(self.scheduler, Scheduler) else self.scheduler.members
+
+    @property
     def leases(self) -> int:
         """Handles that are held now."""
         return self._leases

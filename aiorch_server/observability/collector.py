@@ -70,6 +70,14 @@ _REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 _PENDING = "nv_inference_pending_request_count"
 _PHASES = "aiorch_request_phase_seconds"
 _FIRST = "nv_inference_first_response_histogram_ms"
+#: Names proposed for Triton (triton-inference-server/core, pull request 474), and the phases that they show.
+_DURATIONS = (
+    ("nv_inference_request_duration_histogram_us", "Duration of inference requests", "total"),
+    ("nv_inference_queue_duration_histogram_us", "Time that inference requests waited in the queue", "wait"),
+    ("nv_inference_compute_input_duration_histogram_us", "Time to gather the input of inference", "compute_input"),
+    ("nv_inference_compute_infer_duration_histogram_us", "Time that the model took", "infer"),
+    ("nv_inference_compute_output_duration_histogram_us", "Time to write the answers", "compute_output"),
+)
 _COPIED = "aiorch_copied_bytes_total"
 
 
@@ -127,6 +135,7 @@ class ModelCollector(Collector):
         phases: dict[Labels, PhaseHistogram] = {}
         firsts: dict[Labels, PhaseHistogram] = {}
         cached: dict[str, dict[Labels, float]] = {name: {} for name, _, _ in CACHE_COUNTERS}
+        durations: dict[str, dict[Labels, PhaseHistogram]] = {phase: {} for _, _, phase in _DURATIONS}
         for model in tuple(self._list_models()):
             try:
                 statistics, histograms = model.statistics(), model.phase_histograms()
@@ -145,6 +154,11 @@ class ModelCollector(Collector):
             if (first := statistics.first_response) is not None:
                 firsts[labels] = _sum_histograms(firsts[labels], first) if labels in firsts else first
             for phase, histogram in histograms.items():
+                if phase in durations:
+                    former = durations[phase].get(labels)
+                    durations[phase][labels] = histogram if former is None else _sum_histograms(former, histogram)
+                if phase == "wait":  # the sum of two others
+                    continue
                 key = (*labels, ("phase", phase))
                 phases[key] = _sum_histograms(phases[key], histogram) if key in phases else histogram
         for name, documentation, _ in _COUNTERS:
@@ -155,6 +169,8 @@ class ModelCollector(Collector):
         yield _family(_FAILURE, "Number of failed inference requests by reason", "counter", failures)
         yield _family(_PENDING, "Number of requests that wait for execution now", "gauge", pending)
         yield _histogram_family(phases)
+        for name, documentation, phase in _DURATIONS:
+            yield _scaled_family(name, documentation, durations[phase], 1e6)
         if firsts:
             yield _first_response_family(firsts)
 
@@ -248,15 +264,21 @@ def _histogram_family(phases: Mapping[Labels, PhaseHistogram]) -> Metric:
 
 
 def _first_response_family(firsts: Mapping[Labels, PhaseHistogram]) -> Metric:
-    family = Metric(_FIRST, "Duration from request to first response in milliseconds", "histogram")
-    for labels, histogram in firsts.items():
+    return _scaled_family(_FIRST, "Duration from request to first response in milliseconds", firsts, 1e3)
+
+
+def _scaled_family(
+    name: str, documentation: str, histograms: Mapping[Labels, PhaseHistogram], units_per_s: float
+) -> Metric:
+    family = Metric(name, documentation, "histogram")
+    for labels, histogram in histograms.items():
         cumulative = 0
         for bound_s, count in zip((*histogram.bounds_s, float("inf")), histogram.counts, strict=True):
             cumulative += count
-            bound = "+Inf" if bound_s == float("inf") else f"{bound_s * 1e3:g}"
-            family.add_sample(f"{_FIRST}_bucket", {**dict(labels), "le": bound}, cumulative)
-        family.add_sample(f"{_FIRST}_sum", dict(labels), histogram.sum_s * 1e3)
-        family.add_sample(f"{_FIRST}_count", dict(labels), cumulative)
+            bound = "+Inf" if bound_s == float("inf") else f"{bound_s * units_per_s:.12g}"
+            family.add_sample(f"{name}_bucket", {**dict(labels), "le": bound}, cumulative)
+        family.add_sample(f"{name}_sum", dict(labels), histogram.sum_s * units_per_s)
+        family.add_sample(f"{name}_count", dict(labels), cumulative)
     return family
 
 

@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Literal, TextIO
 
+from aiorch_server.tracing import current_incoming, current_run
+
 LogFormat = Literal["text", "json"]
 
 _MASK = "***"
@@ -66,7 +68,8 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as text without a line end."""
-        message = record.getMessage().translate(_CONTROL)
+        fields = "".join(f" {key}={value}" for key, value in _list_fields(record).items())
+        message = (record.getMessage() + fields).translate(_CONTROL)
         text = f"{_show_time(record)} {record.levelname:<7} {record.name}: {message}"
         trace = _show_trace(self, record)
         lines = [text, *(f"    {line.translate(_CONTROL)}" for line in trace.splitlines())]
@@ -74,20 +77,38 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line with the keys time, level, logger, message, and trace where there is one."""
+    """One JSON object per line with the keys time, level, logger, message, and trace where there is a traceback.
+
+    Structured records have more; what belongs to a trace has ``trace_id``, and ``span_id`` where that is traced here.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line of ASCII."""
-        document = {
+        document: dict[str, object] = {
             "time": _show_time(record),
             "level": record.levelname,
             "logger": record.name,
             "message": mask_secrets(record.getMessage()),
         }
+        fields = _list_fields(record)
+        document |= {key: mask_secrets(value) if isinstance(value, str) else value for key, value in fields.items()}
         trace = _show_trace(self, record)
         if trace:
             document["trace"] = mask_secrets(trace)
         return json.dumps(document, separators=(",", ":"))
+
+
+def _list_fields(record: logging.LogRecord) -> dict[str, object]:
+    """What was given as ``extra={"fields": ...}``, and the trace that the task which logs belongs to."""
+    fields: dict[str, object] = getattr(record, "fields", {})
+    if "trace_id" in fields:
+        return fields
+    run, incoming = current_run.get(), current_incoming.get()
+    span = None if run is None else run.root.span
+    if span is not None:
+        return fields | {"trace_id": span.trace_id.hex(), "span_id": span.span_id.hex()}
+    trace_id = None if incoming is None else incoming.trace_id
+    return fields if trace_id is None else fields | {"trace_id": trace_id.hex()}
 
 
 def _show_time(record: logging.LogRecord) -> str:

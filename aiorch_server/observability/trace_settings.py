@@ -67,6 +67,8 @@ class TraceSettings:
         self._default = default or TraceSetting()
         self._levels = levels
         self._changes: dict[str, dict[str, Any]] = {}
+        self._made: dict[str, int] = {}  # traces by whose count they go against: a model's, or "" for all
+        self._on_change: Callable[[], None] = lambda: None
 
     @property
     def can_trace(self) -> bool:
@@ -77,6 +79,28 @@ class TraceSettings:
         """The setting of a model, or that of all models for an empty name."""
         general = self._changes.get("", {})
         return replace(self._default, **(general | self._changes.get(model, {})))
+
+    def observe(self, on_change: Callable[[], None]) -> None:
+        """``on_change`` is called after each change, and when a count is used up."""
+        self._on_change = on_change
+
+    def is_on(self, model: str) -> bool:
+        """Whether requests to that model may be traced now."""
+        setting = self.get(model)
+        return bool(setting.levels) and not 0 <= setting.count <= self._made.get(self._find_counted(model), 0)
+
+    def take(self, model: str) -> bool:
+        """Counts a trace of that model; False where there shall be none any more."""
+        if not self.is_on(model):
+            return False
+        counted = self._find_counted(model)
+        self._made[counted] = self._made.get(counted, 0) + 1
+        if not self.is_on(model):
+            self._on_change()
+        return True
+
+    def _find_counted(self, model: str) -> str:
+        return model if "count" in self._changes.get(model, {}) else ""
 
     def update(self, changes: Mapping[str, Sequence[str]], model: str = "") -> TraceSetting:
         """Sets what is named, takes back what comes without words, and gives what is then in force.
@@ -98,10 +122,17 @@ class TraceSettings:
         missing = changed.get("levels", frozenset()) - self._levels
         if missing:
             names = ", ".join(sorted(level.value for level in missing))
-            raise UnsupportedRequest(f"trace level {names} is not supported by this server, only OFF is")
+            known = " and ".join(level.value for level in TraceLevel if level in self._levels)
+            hint = "" if self.can_trace else "; start it with --trace-endpoint"
+            raise UnsupportedRequest(f"trace level {names} is not supported by this server, only {known}{hint}")
+        if self._default.mode == "opentelemetry" and changed.get("log_frequency"):
+            raise UnsupportedRequest("log_frequency is for trace files, this server sends spans (mode opentelemetry)")
+        if "trace_count" in changes:
+            self._made.pop(model, None)
         self._changes[model] = changed
         if not changed:
             del self._changes[model]
+        self._on_change()
         return self.get(model)
 
 

@@ -12,7 +12,7 @@ from aiorch_server.types import BatchStatistics, Duration, PhaseHistogram, Sched
 # The bounds of the core's schedulers, so that the histograms of all models add up.
 _BOUNDS_NS = tuple(1 << bit for bit in range(13, 37))
 _REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
-_PHASES = ("queue", "batch_wait", "compute_input", "infer", "compute_output", "total")
+_PHASES = ("queue", "batch_wait", "compute_input", "infer", "compute_output", "total", "wait")
 
 
 class EnsembleCounters:
@@ -33,7 +33,7 @@ class EnsembleCounters:
     def count_success(self, rows: int, queue_ns: int, total_ns: int) -> None:
         """One answered request; ``rows`` is at least 1."""
         infer_ns = max(0, total_ns - queue_ns)
-        for phase, value in (("queue", queue_ns), ("infer", infer_ns), ("total", total_ns)):
+        for phase, value in (("queue", queue_ns), ("wait", queue_ns), ("infer", infer_ns), ("total", total_ns)):
             self._phases[phase].record(value)
         for phase in ("batch_wait", "compute_input", "compute_output"):
             self._phases[phase].record(0)

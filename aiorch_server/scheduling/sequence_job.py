@@ -9,6 +9,7 @@ from aiorch_server._core import decode_response
 from aiorch_server.errors import CapacityError, InternalError
 from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.scheduling.sequence_table import Member
+from aiorch_server.tracing import current_run
 from aiorch_server.types import InferenceRequest, InferenceResponse, ModelSignature, SequencePlace, Tensor
 
 #: All outputs of one row, the state's among them, or what went wrong.
@@ -20,7 +21,7 @@ Settle = Callable[[Member, Outcome], None]
 class Job:
     """A request, the outputs to ask the model for, and the future of who sent it."""
 
-    __slots__ = ("deadline_ns", "details", "future", "n_bytes", "outputs", "place", "request", "wanted")
+    __slots__ = ("deadline_ns", "details", "future", "n_bytes", "outputs", "place", "request", "run", "wanted")
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class Job:
         self.details = RequestDetails.of(request, place)
         self.n_bytes = sum(memoryview(tensor.data or b"").nbytes for tensor in request.inputs)
         self.future: asyncio.Future[InferenceResponse] = loop.create_future()
+        self.run = current_run.get()  # made in the task of who sent it
 
     def find_input(self, name: str) -> bytes | memoryview:
         """The bytes of an input that is there."""

@@ -78,6 +78,8 @@ class OldestFeeder:
             contents if is_big else None,
             deadline_ns=job.deadline_ns,
             attachment=job.details,
+            stamps=None if job.run is None else job.run.stamps,
+            trace_id=None if job.run is None else job.run.trace_id,
         )
 
     def _on_answer(self, member: Member, answer: asyncio.Future[memoryview]) -> None:

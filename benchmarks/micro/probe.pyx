@@ -73,7 +73,8 @@ cdef class Probe:
             begin_round(self.router.state, &self.reader)
             for number in range(count):
                 if copies[number] == NULL or dispatch(
-                        &self.reader, copies[number], size, NULL, started, 0, self.sink, NULL, &request) != DISPATCHED:
+                        &self.reader, copies[number], size, NULL, started, 0, NULL, self.sink, NULL,
+                        &request) != DISPATCHED:
                     break
                 dispatched += 1
             end_round(&self.reader)

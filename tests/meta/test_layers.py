@@ -18,6 +18,7 @@ LEVELS = {
     "backend": 0,
     "config": 0,
     "_core": 0,
+    "tracing": 0,
     "validation": 1,
     "repository": 1,
     "observability": 1,
@@ -40,6 +41,7 @@ GROUND = {
     "backend": {"types", "errors"},
     "config": {"types", "errors", "backend"},
     "_core": {"types", "errors"},
+    "tracing": {"types", "errors"},
 }
 #: Third-party packages that only these parts may know.
 KNOWN_ONLY_BY = {

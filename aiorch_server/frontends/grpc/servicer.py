@@ -23,6 +23,7 @@ from aiorch_server.frontends.grpc.settings import SettingRpcs
 from aiorch_server.frontends.grpc.status import describe_error
 from aiorch_server.frontends.grpc.stream import SequenceOrder, Turn, run_stream
 from aiorch_server.frontends.grpc.unary import build_unary_method, own_cancellation_only, read_deadline_ns
+from aiorch_server.tracing import receive
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse
 
 if TYPE_CHECKING:
@@ -83,7 +84,12 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         """One request, one response."""
-        return convert.encode_infer_response(await self._infer(request, context))
+        with receive(context.invocation_metadata() or (), "grpc", f"{SERVICE_NAME}/ModelInfer") as incoming:
+            try:
+                return convert.encode_infer_response(await self._infer(request, context))
+            finally:
+                if incoming.wants_timing:
+                    context.set_trailing_metadata(incoming.trailing_metadata())
 
     async def ModelStreamInfer(self, messages: AsyncIterator[bytes], context: Any) -> None:
         """Answers to each request, in order for ordinary models; errors travel inside them and leave the stream open.
@@ -132,8 +138,11 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
                 if own_turn is not None:
                     own_turn.leave()
 
+        method = f"{SERVICE_NAME}/ModelStreamInfer"
         try:
-            await run_stream(messages, respond)
+            with receive(context.invocation_metadata() or (), "grpc", method) as incoming:
+                incoming.wants_timing = False  # trailers come once, and are for all of its requests
+                await run_stream(messages, respond)
         except _StreamFailed as failed:
             await context.abort(*describe_error(failed.error))
 

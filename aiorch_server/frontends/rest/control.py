@@ -98,7 +98,14 @@ class ControlRoutes:
         return _readiness(self._controlplane.is_live())
 
     async def _server_ready(self, request: Request) -> Response:
-        return _readiness(self._controlplane.is_ready())
+        if self._controlplane.is_ready():
+            return _readiness(True)
+        problems = dict(self._controlplane.readiness_problems())
+        if not problems:
+            return _readiness(False)
+        answer = write_json({"ready": False, "models": problems})
+        answer.status_code = HTTPStatus.BAD_REQUEST.value
+        return answer
 
     async def _model_ready(self, request: Request) -> Response:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AbstractContextManager
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -22,6 +23,8 @@ from aiorch_server.frontends.rest.infer_json import count_json_bytes, parse_infe
 from aiorch_server.frontends.rest.planes import InferencePlane, RestLimits
 from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
 from aiorch_server.frontends.unpacking import UnpackBudget
+from aiorch_server.tracing import Incoming
+from aiorch_server.tracing import receive as receive_headers
 from aiorch_server.types import InferenceRequest, InferenceResponse
 
 logger = logging.getLogger(__name__)
@@ -47,17 +50,20 @@ class InferRoute:
     ) -> None:
         """Reads the request, has it inferred and sends the answer or the error document."""
         headers: list[tuple[bytes, bytes]] = [JSON]
-        try:
-            if scope["method"] != "POST":
-                headers.append((b"allow", b"POST"))
-                await respond(send, HTTPStatus.METHOD_NOT_ALLOWED, headers, error_body("Method Not Allowed"))
-                return
-            body, headers = await self._answer(scope["headers"], receive, model_name, model_version)
-            status: int = HTTPStatus.OK
-        except ClientGone:
+        if scope["method"] != "POST":
+            headers.append((b"allow", b"POST"))
+            await respond(send, HTTPStatus.METHOD_NOT_ALLOWED, headers, error_body("Method Not Allowed"))
             return
-        except Exception as error:
-            status, body, headers = describe_failure(error)
+        with watch_headers(scope) as incoming:
+            try:
+                body, headers = await self._answer(scope["headers"], receive, model_name, model_version)
+                status: int = HTTPStatus.OK
+            except ClientGone:
+                return
+            except Exception as error:
+                status, body, headers = describe_failure(error)
+        if timing := incoming.server_timing():
+            headers.append((b"server-timing", timing.encode("ascii")))
         await respond(send, status, headers, body)
 
     def abandon(self) -> None:
@@ -111,6 +117,12 @@ class InferRoute:
             for task in (inference, departure):
                 task.cancel()
                 task.add_done_callback(_take_outcome)
+
+
+def watch_headers(scope: Mapping[str, Any]) -> AbstractContextManager[Incoming]:
+    """What the request's headers ask to be watched."""
+    headers = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
+    return receive_headers(headers, "http", f"POST {scope['path']}")
 
 
 async def _await_departure(receive: Receive) -> None:

@@ -61,6 +61,10 @@ class ManagementPlane(Protocol):
         """Whether inference requests can be sent."""
         ...
 
+    def readiness_problems(self) -> Mapping[str, str]:
+        """Models that should be ready and are not, with the reason."""
+        ...
+
     def model_ready(self, name: str, version: str) -> bool:
         """Whether that version (empty: any) serves."""
         ...

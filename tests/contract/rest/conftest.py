@@ -96,6 +96,9 @@ class RecordingControl:
         if version not in ("", "1"):
             raise UnknownVersion(f"Request for unknown model: '{name}' version {version} is not found")
 
+    def readiness_problems(self) -> dict[str, str]:
+        return {}
+
     def model_ready(self, name: str, version: str) -> bool:
         self._check(name, version)
         return self.is_server_ready

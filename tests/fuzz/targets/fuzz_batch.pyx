@@ -110,7 +110,7 @@ cdef object run_messages(const uint8_t *data, size_t size, CompletionSink *sink)
             memcpy(rest.buffer, data + 2 + own, length - own)
         message = new_buffer(own, 0)
         memcpy(message, data + 2, own)
-        if dispatch(&reader, message, length, &rest, 1, 0, sink, <void *> served, &request) == DISPATCHED:
+        if dispatch(&reader, message, length, &rest, 1, 0, NULL, sink, <void *> served, &request) == DISPATCHED:
             sent[<size_t> request] = PyBytes_FromStringAndSize(<const char *> data + 2, <Py_ssize_t> length)
         else:
             drop_buffer(message)
