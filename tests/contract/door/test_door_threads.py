@@ -62,8 +62,18 @@ def route_to(scheduler: Scheduler) -> Router:
     return router
 
 
+@pytest.fixture(autouse=True)
+def others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that other tests' fixtures keep running have threads too."""
+    monkeypatch.setattr(f"{__name__}.OTHERS", set(threading.enumerate()))
+
+
+OTHERS: set[threading.Thread] = set()
+
+
 def list_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("aiorch-io")]
+    own = (thread for thread in threading.enumerate() if thread not in OTHERS)
+    return [thread.name for thread in own if thread.name.startswith("aiorch-io")]
 
 
 # ----------------------------------------------------------------------------------------------- early ends first
