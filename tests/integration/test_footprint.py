@@ -18,6 +18,8 @@ NEEDLESS = (
     *FRAMEWORKS,
     "aiorch_server.frontends.tfserving.service",
     "aiorch_server.frontends.tfserving.rest",
+    "aiorch_server.frontends.rest.openapi",
+    "msgspec",
     "onnxruntime",
     "grpc",
     "aiorch_client",

@@ -51,6 +51,7 @@ KNOWN_ONLY_BY = {
     "google": ("frontends", "config/pbtxt.py"),
     "aiorch_proto": ("frontends", "config/pbtxt.py"),
     "starlette": ("frontends",),
+    "msgspec": ("frontends",),
     "uvicorn": ("frontends",),
     "typer": ("cli",),
     "rich": ("cli",),

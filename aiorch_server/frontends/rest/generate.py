@@ -11,7 +11,14 @@ from typing import Any
 from aiorch_server.errors import UnsupportedRequest
 from aiorch_server.frontends.rest.body import ClientGone, Receive, Send, receive_body
 from aiorch_server.frontends.rest.generate_json import parse_generate, render_generate
-from aiorch_server.frontends.rest.infer import JSON, LARGEST_INLINE_BYTES, InferRoute, describe_failure, respond
+from aiorch_server.frontends.rest.infer import (
+    JSON,
+    LARGEST_INLINE_BYTES,
+    InferRoute,
+    describe_failure,
+    parse_apart,
+    respond,
+)
 from aiorch_server.frontends.rest.planes import InferencePlane, ManagementPlane, RestLimits
 from aiorch_server.frontends.unpacking import UnpackBudget
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse
@@ -72,7 +79,7 @@ class GenerateRoute(InferRoute):
         limits = self._limits
         async with receive_body(receive, headers, limits, self._budget) as body:
             model = self._controlplane.model_metadata(model_name, model_version)
-            return parse_generate(body, model, model_version, limits.max_json_bytes)
+            return await parse_apart(len(body), parse_generate, body, model, model_version, limits.max_json_bytes)
 
 
 class GenerateStreamRoute(GenerateRoute):

@@ -19,7 +19,7 @@ from aiorch_server.frontends.rest.body import (
     find_header,
     receive_body,
 )
-from aiorch_server.frontends.rest.infer_json import count_json_bytes, parse_infer, render_infer
+from aiorch_server.frontends.rest.infer_json import count_json_bytes, measure_json, parse_infer, render_infer
 from aiorch_server.frontends.rest.planes import InferencePlane, RestLimits
 from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
 from aiorch_server.frontends.unpacking import UnpackBudget
@@ -33,6 +33,8 @@ JSON = (b"content-type", b"application/json")
 _BINARY = (b"content-type", b"application/octet-stream")
 #: Above, tensors are written as JSON on a thread: a megabyte takes a fifth of a second.
 LARGEST_INLINE_BYTES = 64 * 1024
+#: Above, JSON is read on a thread: 16 MB take a fifth of a second, and the event loop gets its turns between the steps.
+LARGEST_INLINE_JSON_BYTES = 128 * 1024
 
 
 class InferRoute:
@@ -78,7 +80,8 @@ class InferRoute:
         limits = self._limits
         header_length = find_header(headers, b"inference-header-content-length")
         async with receive_body(receive, headers, limits, self._budget) as body:
-            call = parse_infer(body, header_length, model_name, model_version, limits.max_json_bytes)
+            arguments = (body, header_length, model_name, model_version, limits.max_json_bytes)
+            call = await parse_apart(measure_json(body, header_length), parse_infer, *arguments)
             response = await self.infer(call.request, receive)
         if count_json_bytes(response, call) > LARGEST_INLINE_BYTES:
             answer, json_bytes = await asyncio.to_thread(render_infer, response, call)
@@ -123,6 +126,13 @@ def watch_headers(scope: Mapping[str, Any]) -> AbstractContextManager[Incoming]:
     """What the request's headers ask to be watched."""
     headers = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
     return receive_headers(headers, "http", f"POST {scope['path']}")
+
+
+async def parse_apart(json_bytes: int, parse: Callable[..., _T], *arguments: Any) -> _T:
+    """What ``parse`` makes of ``arguments``, on a thread if it reads much JSON; raises what it raises."""
+    if json_bytes > LARGEST_INLINE_JSON_BYTES:
+        return await asyncio.to_thread(parse, *arguments)
+    return parse(*arguments)
 
 
 async def _await_departure(receive: Receive) -> None:

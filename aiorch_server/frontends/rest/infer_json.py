@@ -44,7 +44,7 @@ def parse_document(body: bytes | memoryview, max_json_bytes: int) -> dict[str, A
             "send large tensors in the binary data format"
         )
     try:
-        document = json.loads(str(body, "utf-8"))
+        document = _decode(body)
     except UnicodeDecodeError as error:
         raise RequestError(f"the request is not valid JSON: byte {error.start} is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -58,6 +58,17 @@ def parse_document(body: bytes | memoryview, max_json_bytes: int) -> dict[str, A
     if type(document) is not dict:
         raise RequestError(f"the request must be a JSON object, but is {name_json_type(document)}")
     return document
+
+
+def _decode(body: bytes | memoryview) -> Any:
+    """Like ``json.loads``, whose errors it raises, at six times its speed."""
+    import msgspec  # with the first document: a server asked only over gRPC never needs it
+
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        # What is wrong and where, bare NaN and Infinity, numbers beyond FP64 and halves of surrogate pairs.
+        return json.loads(str(body, "utf-8"))
 
 
 def parse_infer(
@@ -93,6 +104,13 @@ def parse_infer(
     request_id = check_text(_find(document, "id", str, "") or "", "id")
     request = InferenceRequest(model_name, model_version, inputs, outputs, request_id, parameters)
     return InferCall(request, is_binary_by_default, is_binary)
+
+
+def measure_json(body: bytes, header_length: str | None) -> int:
+    """How many bytes of ``body`` are JSON, all of them if ``header_length`` does not tell."""
+    if header_length is None or len(header_length) > 18 or not (header_length.isascii() and header_length.isdigit()):
+        return len(body)
+    return min(int(header_length), len(body))
 
 
 def count_json_bytes(response: InferenceResponse, call: InferCall) -> int:

@@ -134,10 +134,11 @@ class HeldBodies:
 class RestLimits:
     """Bounds on one request, and with ``bodies`` on what all bodies together take.
 
-    ``max_body_bytes`` holds before and after decompression. ``max_json_bytes`` bounds the JSON part alone: parsing
-    it stops the event loop, and Python objects take about twenty times the memory of the text; large tensors belong
-    into the binary part. ``body_idle_timeout_s`` is how long a body may stand still while it is received; after that
-    time it must have come with ``min_body_bytes_per_s`` on average. ``patience`` is about everything but bodies.
+    ``max_body_bytes`` holds before and after decompression. ``max_json_bytes`` bounds the JSON part alone: its Python
+    objects take up to twenty times the memory of the text, and the interpreter lock is held while they are made; large
+    tensors belong into the binary part. ``body_idle_timeout_s`` is how long a body may stand still while it is
+    received; after that time it must have come with ``min_body_bytes_per_s`` on average. ``patience`` is about
+    everything but bodies.
     """
 
     max_body_bytes: int = 64 * 1024 * 1024

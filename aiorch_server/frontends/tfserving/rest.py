@@ -20,7 +20,7 @@ from aiorch_server.frontends.rest.body import (
     find_header,
     receive_body,
 )
-from aiorch_server.frontends.rest.infer import InferRoute, describe_failure, respond
+from aiorch_server.frontends.rest.infer import InferRoute, describe_failure, parse_apart, respond
 from aiorch_server.frontends.rest.infer_json import parse_document
 from aiorch_server.frontends.rest.planes import RestLimits
 from aiorch_server.frontends.tfserving import examples, json_answer, json_request
@@ -89,7 +89,7 @@ class ServingRoute:
     async def _call(self, method: str, wanted: Wanted, body: bytes, receive: Receive) -> bytes:
         if not body:
             raise RequestError("JSON Parse error: The document is empty")
-        document = parse_document(body, self._limits.max_json_bytes)
+        document = await parse_apart(len(body), parse_document, body, self._limits.max_json_bytes)
         wanted = replace(wanted, signature=json_request.read_signature_name(document))
 
         async def infer(request: InferenceRequest) -> InferenceResponse:
