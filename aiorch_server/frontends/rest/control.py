@@ -68,6 +68,7 @@ class ControlRoutes:
         repository = "/v2/repository/{repository}"
         routes = []
         for method, paths, endpoint in (
+            ("GET", ("/openapi.json",), _show_openapi),
             ("GET", ("/v2",), self._server_metadata),
             ("GET", ("/v2/health/live",), self._server_live),
             ("GET", ("/v2/health/ready",), self._server_ready),
@@ -86,7 +87,7 @@ class ControlRoutes:
             *RegionRoutes(self._controlplane, self._read_document).list_routes(),
             *SettingRoutes(self._controlplane, self._read_document).list_routes(),
         ):
-            routes += [Route(path, _guard(endpoint), methods=[method]) for path in paths]
+            routes += [Route(path, _guard(endpoint), methods=method.split()) for path in paths]
         app = Starlette(routes=routes, exception_handlers={HTTPException: _show_http_error})
         app.router.redirect_slashes = False
         return app
@@ -186,6 +187,12 @@ def _guard(endpoint: Endpoint) -> Endpoint:
             return Response(error_body(str(fault)), status_of(fault), media_type="application/json")
 
     return serve
+
+
+async def _show_openapi(request: Request) -> Response:
+    from aiorch_server.frontends.rest.openapi import render_openapi  # few ask
+
+    return Response(render_openapi(), media_type="application/json")
 
 
 async def _named_repository(request: Request) -> Response:

@@ -27,13 +27,9 @@ class SettingRoutes:
         self._read_document = read_document
 
     def list_routes(self) -> list[tuple[str, tuple[str, ...], Endpoint]]:
-        """Method, paths and endpoint of each."""
+        """Methods, paths and endpoint of each."""
         traces = ("/v2/trace/setting", "/v2/models/{model}/trace/setting")
-        return [
-            (method, paths, endpoint)
-            for paths, endpoint in ((traces, self._trace), (("/v2/logging",), self._log))
-            for method in ("GET", "POST")
-        ]
+        return [("GET POST", traces, self._trace), ("GET POST", ("/v2/logging",), self._log)]
 
     async def _trace(self, request: Request) -> Response:
         changes = {}
