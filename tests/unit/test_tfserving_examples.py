@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from aiorch_proto.tfserving import serving_pb2 as pb
 
-from aiorch_server.errors import RequestError
-from aiorch_server.frontends.tfserving.examples import build_inputs, choose_class_outputs, choose_value_output
+from aiorch_server.errors import PayloadTooLarge, RequestError
+from aiorch_server.frontends.tfserving.examples import (
+    MOST_CONTEXT_BYTES,
+    build_inputs,
+    choose_class_outputs,
+    choose_value_output,
+)
 from aiorch_server.types import DataType, ModelSignature, TensorSpec
 
 SCORES = TensorSpec("probabilities", DataType.FP32, (3,))
@@ -100,3 +105,15 @@ def test_what_does_not_fit(spec: TensorSpec, rows: list[dict[str, Any]], problem
     with pytest.raises(RequestError) as raised:
         build_inputs(sign([spec]), make(*rows))
     assert problem in str(raised.value)
+
+
+@pytest.mark.parametrize("datatype", [DataType.FP32, DataType.BYTES])
+def test_a_context_is_not_copied_without_bound(datatype: DataType) -> None:
+    """A megabyte sent once would be 17 megabytes in examples of two bytes each."""
+    message = make()
+    listed = message.example_list_with_context
+    listed.context.features.feature["c"].bytes_list.value.append(bytes(1 << 20))
+    for _ in range(MOST_CONTEXT_BYTES >> 20):
+        listed.examples.add()
+    with pytest.raises(PayloadTooLarge, match=r"the context takes 167.* bytes in all 16 examples, expected at most"):
+        build_inputs(sign([TensorSpec("x", datatype, (1,))]), message)

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from aiorch_proto.tfserving import core_pb2, serving_pb2
 
-from aiorch_server.errors import RequestError
+from aiorch_server.errors import PayloadTooLarge, RequestError
 from aiorch_server.frontends.tfserving.elements import (
     FLOATS,
     Array,
@@ -32,6 +32,8 @@ from aiorch_server.types import DataType, ModelSignature, Tensor, TensorSpec
 
 #: From this size on examples are taken apart on another thread.
 _LARGE_BYTES: Final = 1 << 16
+#: Bound of all copies of a context together: it is sent once and belongs to every example.
+MOST_CONTEXT_BYTES: Final = 16 << 20
 _KINDS: Final = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64"}
 
 
@@ -105,13 +107,16 @@ def choose_value_output(signature: ModelSignature) -> TensorSpec:
 
 
 async def _prepare(model: Served, rows: serving_pb2.Input) -> tuple[list[Tensor], int]:
-    if rows.ByteSize() < _LARGE_BYTES:
+    if rows.ByteSize() + _measure_context(rows) < _LARGE_BYTES:
         return build_inputs(model.signature, rows)
     return await asyncio.to_thread(build_inputs, model.signature, rows)
 
 
 def build_inputs(signature: ModelSignature, rows: serving_pb2.Input) -> tuple[list[Tensor], int]:
-    """The model's inputs from examples, and how many examples there are; RequestError says what does not fit."""
+    """The model's inputs from examples, and how many examples there are; RequestError says what does not fit.
+
+    PayloadTooLarge where the examples' context takes more than MOST_CONTEXT_BYTES.
+    """
     examples = _read_examples(rows)
     if not examples:
         raise RequestError("Input is empty.")
@@ -127,6 +132,12 @@ def build_inputs(signature: ModelSignature, rows: serving_pb2.Input) -> tuple[li
 def _read_examples(rows: serving_pb2.Input) -> list[core_pb2.Example]:
     if rows.WhichOneof("kind") != "example_list_with_context":
         return list(rows.example_list.examples)
+    copied_bytes = _measure_context(rows)
+    if copied_bytes > MOST_CONTEXT_BYTES:
+        raise PayloadTooLarge(
+            f"the context takes {copied_bytes} bytes in all {len(rows.example_list_with_context.examples)} examples, "
+            f"expected at most {MOST_CONTEXT_BYTES}"
+        )
     merged = []
     for example in rows.example_list_with_context.examples:
         whole = core_pb2.Example()
@@ -134,6 +145,15 @@ def _read_examples(rows: serving_pb2.Input) -> list[core_pb2.Example]:
         whole.MergeFrom(example)  # a feature of both is the example's
         merged.append(whole)
     return merged
+
+
+def _measure_context(rows: serving_pb2.Input) -> int:
+    """Bytes of the context, once for each example."""
+    if rows.WhichOneof("kind") != "example_list_with_context":
+        return 0
+    listed = rows.example_list_with_context
+    size: int = listed.context.ByteSize()
+    return size * len(listed.examples)
 
 
 def _gather(signature: ModelSignature, spec: TensorSpec, features: Sequence[Mapping[str, Any]]) -> Tensor:
