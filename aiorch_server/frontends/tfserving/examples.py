@@ -34,6 +34,8 @@ from aiorch_server.types import DataType, ModelSignature, Tensor, TensorSpec
 _LARGE_BYTES: Final = 1 << 16
 #: Bound of all copies of a context together: it is sent once and belongs to every example.
 MOST_CONTEXT_BYTES: Final = 16 << 20
+#: From this number on classes are written on another thread.
+_MANY_CLASSES: Final = 1 << 12
 _KINDS: Final = {"bytes_list": "bytes", "float_list": "float", "int64_list": "int64"}
 
 
@@ -52,11 +54,18 @@ async def classify(model: Served, rows: serving_pb2.Input, infer: Infer) -> serv
     if classes is None and scores is not None:
         known = scores.labels if len(scores.labels) == values.shape[1] else ("",) * values.shape[1]
         labels = [list(known)] * count
+    if sum(map(len, labels)) < _MANY_CLASSES:
+        return _make_classes(labels, values)
+    return await asyncio.to_thread(_make_classes, labels, values)
+
+
+def _make_classes(labels: Sequence[Sequence[str]], scores: Array) -> serving_pb2.ClassificationResult:
+    """``scores`` may be empty: then all are 0."""
     result = serving_pb2.ClassificationResult()
     for index, row in enumerate(labels):
         target = result.classifications.add().classes
         for position, label in enumerate(row):
-            target.add(label=label, score=float(values[index, position]) if scores is not None else 0.0)
+            target.add(label=label, score=float(scores[index, position]) if scores.size else 0.0)
     return result
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import unquote
 
 from aiorch_server.errors import RequestError
@@ -45,6 +46,7 @@ _QUESTION: Final = re.compile(rf"{PREFIX}(?:/([^/:]+))?{_VERSION}(/metadata)?", 
 _MOST_DIGITS: Final = 19
 #: Above, requests are packed and answers written on a thread.
 _LARGEST_INLINE_BYTES: Final = 64 * 1024
+_Result = TypeVar("_Result")
 
 
 class ServingRoute:
@@ -97,24 +99,27 @@ class ServingRoute:
 
         if method == "predict":
             return await self._predict(wanted, document, len(body), infer)
-        rows = json_request.read_examples(document, method)
+        rows = await _run_sized(len(body), json_request.read_examples, document, method)
         model = find_example_model(self._catalogue, wanted)
         if method == "classify":
-            return json_answer.render_classes(await examples.classify(model, rows, infer))
-        return json_answer.render_values(await examples.regress(model, rows, infer))
+            classes = await examples.classify(model, rows, infer)
+            return await _run_sized(classes.ByteSize(), json_answer.render_classes, classes)
+        values = await examples.regress(model, rows, infer)
+        return await _run_sized(values.ByteSize(), json_answer.render_values, values)
 
     async def _predict(self, wanted: Wanted, document: Mapping[str, Any], body_bytes: int, infer: Infer) -> bytes:
         model = find_model(self._catalogue, wanted)
         if not is_known_signature(wanted):
             raise RequestError(f'Serving signature name: "{wanted.signature}" not found in signature def')
-        if body_bytes > _LARGEST_INLINE_BYTES:
-            call = await asyncio.to_thread(json_request.read_predict, document, model.signature)
-        else:
-            call = json_request.read_predict(document, model.signature)
+        call = await _run_sized(body_bytes, json_request.read_predict, document, model.signature)
         outputs = (await model.run(infer, call.inputs)).outputs
-        if sum(len(output.data or b"") for output in outputs) > _LARGEST_INLINE_BYTES:
-            return await asyncio.to_thread(json_answer.render_predict, outputs, is_by_rows=call.is_by_rows)
-        return json_answer.render_predict(outputs, is_by_rows=call.is_by_rows)
+        size = sum(len(output.data or b"") for output in outputs)
+        return await _run_sized(size, partial(json_answer.render_predict, is_by_rows=call.is_by_rows), outputs)
+
+
+async def _run_sized(size: int, work: Callable[..., _Result], *arguments: Any) -> _Result:
+    """The result of ``work`` on ``size`` bytes; on another thread if they are many."""
+    return work(*arguments) if size <= _LARGEST_INLINE_BYTES else await asyncio.to_thread(work, *arguments)
 
 
 def _read_target(name: str, version: str | None, label: str | None) -> Wanted:

@@ -14,6 +14,7 @@ from aiorch_proto.tfserving import core_pb2
 from aiorch_proto.tfserving import serving_pb2 as pb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loop_lag import measure_lag
 from serving_site import TIMEOUT_S, Site, serve_here
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -386,3 +387,11 @@ async def test_stopping(site: Site, repository: Path) -> None:
         answer = await other.http.get("/v1/models/pair")
         assert (answer.status_code, answer.json()) == (503, {"error": "Server not ready"})
         assert (await running).json() == {"outputs": [[1.0]]}
+
+
+async def test_large_examples_do_not_hold_up_others(site: Site) -> None:
+    values = ",".join(["1"] * 500_000)
+    async with measure_lag() as lag:
+        answer = await site.http.post("/v1/models/slow:classify", content=f'{{"examples":[{{"a":[{values}]}}]}}')
+    assert answer.status_code == 400 and "values size: 500000" in answer.json()["error"]
+    assert lag.worst_s < 0.3
