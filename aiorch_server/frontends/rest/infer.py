@@ -108,7 +108,8 @@ class InferRoute:
         self._running.add(inference)
         try:
             await asyncio.wait((inference, departure), return_when=asyncio.FIRST_COMPLETED)
-            if not inference.done():
+            # Also where there is an answer: a stream's next one may be there always, and nobody would ever notice.
+            if departure.done() or not inference.done():
                 raise ClientGone("the client closed the connection")
             if inference.cancelled() and self._is_abandoned:
                 raise ServerStopping("Server is stopping; the request was not finished in time")

@@ -143,6 +143,16 @@ async def test_a_client_that_leaves_takes_its_request_along(site: Site, route: s
     await wait_pending(site, 0)
 
 
+async def test_a_client_that_leaves_ends_a_stream_of_which_more_is_always_there(site: Site) -> None:
+    """Else all of it would be made, and read, for nobody, and the model would be of use to nobody else."""
+    async with httpx.AsyncClient(base_url=f"http://{site.http}", timeout=TIMEOUT_S) as client:
+        path, values = "/v2/models/repeat/generate_stream", [7] * 200_000
+        async with client.stream("POST", path, json={"INPUT0": values}) as response:
+            await anext(response.aiter_bytes())
+        async with asyncio.timeout(TIMEOUT_S / 4):
+            assert "7" in (await client.post(path, json={"INPUT0": [7]})).text
+
+
 async def wait_pending(site: Site, count: int) -> None:
     async with asyncio.timeout(TIMEOUT_S):
         while site.count_pending() != count:
