@@ -164,11 +164,11 @@ class SequenceScheduler:
 
     def close(self) -> None:
         """No request will come any more: what waits still runs, sequences that wait for requests end now."""
-        self._table.close(time.monotonic_ns())
-        self._pump()
-        if self._timer is not None:
+        if self._timer is not None:  # nothing will be idle any more; what waits for company still needs one
             self._timer.cancel()
             self._timer = None
+        self._table.close(time.monotonic_ns())
+        self._pump()
 
     def _check(self, request: InferenceRequest, terms: QueueTerms) -> None:
         model = self.plan.model

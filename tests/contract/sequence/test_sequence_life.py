@@ -294,6 +294,22 @@ async def test_unload_serves_what_waits(own_repository: Path, strategy: str) -> 
         site.close()
 
 
+async def test_unload_serves_what_waits_for_company(own_repository: Path) -> None:
+    strategy = "direct { max_queue_delay_microseconds: 500000 minimum_slot_utilization: 1 }"
+    write_tally(own_repository, "lonely", rows="2", strategy=strategy)
+    control = {"control_mode": "explicit", "load_models": ["lonely"]}
+    site = StatefulSite(own_repository, lifecycle=control)
+    try:
+        async with grpc.aio.insecure_channel(site.target) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            call = Speaker(stub, "lonely", 1).say(7, start=True)
+            await wait_count(site, "lonely", live=1, waiting=1)
+            await stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="lonely"))
+            assert read_total(await call) == 7
+    finally:
+        site.close()
+
+
 @pytest.mark.parametrize("strategy", ["oldest { max_candidate_sequences: 2 }", DIRECT])
 async def test_stop_without_grace(own_repository: Path, strategy: str) -> None:
     write_tally(own_repository, "stopped", rows="1", strategy=strategy)
