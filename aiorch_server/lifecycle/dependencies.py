@@ -128,9 +128,9 @@ class Dependencies:
             for key in model.requires
         }
         names = dict.fromkeys(key[0] for key in self._models[name].requires)
-        return [
-            each for each in names if each in self._models and each not in needed and not self._models[each].is_asked
-        ]
+        # what is unloaded already is passed over: ensembles that need each other never loaded, but stand here
+        loaded = {each: self._models[each] for each in names if each in self._models and self._models[each].is_wanted}
+        return [each for each, model in loaded.items() if each not in needed and not model.is_asked]
 
     def are_met(self, model: ManagedModel) -> bool:
         """Whether all models that ``model`` needs serve."""

@@ -333,3 +333,14 @@ def test_a_withheld_ensemble_can_be_unloaded_and_loaded(serve: Serve) -> None:
     server.client.unload_model("double")
     server.client.load_model(NAME)
     assert server.ask() == 3
+
+
+def test_a_ring_is_unloaded_once(root: Path, serve: Serve) -> None:
+    write_ensemble(root, "ring_a", (("ring_b", {"IN": "IN"}, {"OUT": "OUT"}),))
+    write_ensemble(root, "ring_b", (("ring_a", {"IN": "IN"}, {"OUT": "OUT"}),))
+    server = serve()
+    for name in ("ring_a", "ring_b"):
+        with pytest.raises(InferenceServerException):
+            server.client.load_model(name)
+    server.client.unload_model("ring_a", unload_dependents=True)
+    assert not server.ready()
