@@ -19,7 +19,7 @@ from aiorch_server.errors import (
     UnsupportedRequest,
 )
 from aiorch_server.exchange import Exchange, SharedRegions
-from aiorch_server.execution.callers import check_callers
+from aiorch_server.execution.callers import check_callers, current_callers
 from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.execution.response_channel import ResponseChannel
 from aiorch_server.observability.tracer import Tracer
@@ -133,7 +133,9 @@ class DataPlane:
                     def run() -> Awaitable[InferenceResponse]:
                         return self._run(servable, request, terms, deadline_ns, leases)
 
-                    return await servable.cache.infer(request, terms.sequence, run, deadline_ns=deadline_ns)
+                    return await servable.cache.infer(
+                        request, terms.sequence, run, deadline_ns=deadline_ns, is_called=bool(current_callers.get())
+                    )
                 return await self._run(servable, request, terms, deadline_ns, leases)
 
     async def _run(

@@ -32,7 +32,8 @@ class VersionCache:
 
     Requests with equal keys that are under way together are run once: the first runs, the others wait for its answer,
     each with its own deadline. Should it be given up, one of them runs instead; should it fail, each runs by itself,
-    because a failure is nobody's answer but its own. ``max_waiting`` bounds those that wait, over all keys.
+    because a failure is nobody's answer but its own. ``max_waiting`` bounds those that wait, over all keys. What a
+    model calls waits for nobody: it may be needed for the very answer that it would wait for.
     """
 
     def __init__(
@@ -62,14 +63,24 @@ class VersionCache:
         self._logged_at = -_LOG_INTERVAL_S
 
     async def infer(
-        self, request: InferenceRequest, sequence: SequencePlace, run: _Run, *, deadline_ns: int = 0
+        self,
+        request: InferenceRequest,
+        sequence: SequencePlace,
+        run: _Run,
+        *,
+        deadline_ns: int = 0,
+        is_called: bool = False,
     ) -> InferenceResponse:
         """The answer to a checked request, by ``run`` if there is none yet; raises what ``run`` raises.
 
+        ``is_called`` says that a model sent it, while it answers requests of its own.
         Raises DeadlineExpired and QueueFull besides, where the request waits for another's answer.
         """
         started_ns = time.monotonic_ns()
         key = await self._hash(request, sequence)
+        if is_called:
+            own: asyncio.Future[_Outcome] = asyncio.get_running_loop().create_future()
+            return await self._lead(key, request.id, own, run, started_ns, deadline_ns)
         while (running := self._running.get(key)) is not None:
             await self._wait(running, started_ns, deadline_ns)
             if running.cancelled():

@@ -303,3 +303,22 @@ def test_calls_of_many_callers_form_batches(client: Any, site: Site) -> None:
         gates.open_gate("callee")
         assert [future.result(TIMEOUT_S) for future in (first, *others)] == [[2], [4], [6], [8]]
     assert held.statistics().execution_count == executions + 2
+
+
+def test_a_cached_ensemble_that_its_own_step_calls_is_refused_at_once(tmp_path: Path) -> None:
+    code = "return {'Y': call(self.context, 'ring', {'IN': i['X']})['OUT']}"
+    write_caller(tmp_path, "calls_ring", code)
+    wiring = (("calls_ring", {"X": "IN"}, {"Y": "OUT"}),)
+    write_ensemble(tmp_path, "ring", wiring, more="response_cache { enable: true }")
+    site = Site(tmp_path, io_threads=1, cache={"kind": "local"})
+    try:
+        with triton.InferenceServerClient(site.target) as client:
+            tensor = triton.InferInput("IN", [1, 1], "FP32")
+            tensor.set_data_from_numpy(np.array([[1]], np.float32))
+            asked = [triton.InferRequestedOutput("OUT")]
+            with pytest.raises(InferenceServerException, match="its only instance waits for that call"):
+                client.infer("ring", [tensor], outputs=asked, client_timeout=TIMEOUT_S)
+            with pytest.raises(InferenceServerException, match="its only instance waits for that call"):
+                client.infer("ring", [tensor], client_timeout=TIMEOUT_S)
+    finally:
+        site.close()

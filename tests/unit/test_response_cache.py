@@ -157,11 +157,15 @@ async def reach(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-def start(cache: VersionCache, run: Runs, id: str, deadline_ns: int = 0) -> asyncio.Task[InferenceResponse]:
+def start(
+    cache: VersionCache, run: Runs, id: str, deadline_ns: int = 0, *, is_called: bool = False
+) -> asyncio.Task[InferenceResponse]:
     async def run_this() -> InferenceResponse:
         return dataclasses.replace(await run(), id=id)
 
-    return asyncio.ensure_future(cache.infer(ask(id=id), NO_SEQUENCE, run_this, deadline_ns=deadline_ns))
+    return asyncio.ensure_future(
+        cache.infer(ask(id=id), NO_SEQUENCE, run_this, deadline_ns=deadline_ns, is_called=is_called)
+    )
 
 
 async def start_many(cache: VersionCache, run: Runs, count: int) -> list[asyncio.Task[InferenceResponse]]:
@@ -222,6 +226,20 @@ async def test_failures_are_nobody_elses_and_are_not_kept() -> None:
     await reach(lambda: len(run.open) == 4)
     run.open[3].set_result(answer())
     assert (await again).id == "again"
+
+
+async def test_who_is_called_by_a_model_waits_for_no_other() -> None:
+    """The other one may be the request that its own caller answers."""
+    cache, run = make(), Runs()
+    first = start(cache, run, "0")
+    await reach(lambda: len(run.open) == 1)
+    called = start(cache, run, "1", is_called=True)
+    await reach(lambda: len(run.open) == 2)
+    run.open[1].set_result(answer())
+    assert (await called).id == "1"
+    assert not first.done()
+    run.open[0].set_result(answer())
+    assert (await first).id == "0"
 
 
 async def test_each_waits_to_its_own_deadline() -> None:
