@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from aiorch_server.types import InferenceRequest, InferenceResponse, Parameter, SequencePlace, Tensor
@@ -20,6 +20,11 @@ def hash_version(name: str, version: int, fingerprint: str, config: Mapping[str,
     """What keys of one version begin with: another configuration or artefact gives another."""
     text = json.dumps([name, version, fingerprint, config], sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest()
+
+
+def hash_steps(version: bytes, steps: Iterable[bytes]) -> bytes:
+    """What keys of an ensemble begin with: ``version`` is its own hash, ``steps`` those of its models in one order."""
+    return hashlib.blake2b(b"".join((version, *steps)), digest_size=_DIGEST_BYTES).digest()
 
 
 def hash_request(version: bytes, request: InferenceRequest, sequence: SequencePlace) -> bytes:

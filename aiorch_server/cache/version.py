@@ -6,10 +6,10 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final
 
-from aiorch_server.cache.answers import hash_request, hash_version, pack_answer, unpack_answer
+from aiorch_server.cache.answers import hash_request, hash_steps, hash_version, pack_answer, unpack_answer
 from aiorch_server.cache.base import ResponseCache
 from aiorch_server.errors import DeadlineExpired, QueueFull
 from aiorch_server.types import Duration, InferenceRequest, InferenceResponse, ModelStatistics, SequencePlace
@@ -49,7 +49,7 @@ class VersionCache:
         self._cache = cache
         self._name = name
         self._version = str(version)
-        self._prefix = hash_version(name, version, fingerprint, config)
+        self._own_prefix = self._prefix = hash_version(name, version, fingerprint, config)
         self._max_waiting = max_waiting
         self._running: dict[bytes, asyncio.Future[_Outcome]] = {}
         self._waiting = 0
@@ -61,6 +61,10 @@ class VersionCache:
         self._failures = {"REJECTED": 0, "CANCELED": 0}
         self._last_ms = 0
         self._logged_at = -_LOG_INTERVAL_S
+
+    def follow(self, steps: Iterable[bytes]) -> None:
+        """From now on answers depend on ``steps``: what ``hash_version`` gives for each model of an ensemble."""
+        self._prefix = hash_steps(self._own_prefix, steps)
 
     async def infer(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import cast
 
 from aiorch_server._core import ModelSpec, Scheduler
+from aiorch_server.cache import hash_version
 from aiorch_server.config.ensemble import PLATFORM
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.config.placement import LatestVersions, VersionPolicy
@@ -109,6 +110,17 @@ class Dependencies:
                     ]
                     if model.follow_steps(record, "; ".join(problems)):
                         is_settled = False
+                    if servable.cache is not None and not problems:
+                        servable.cache.follow(self._hash_steps(graph))
+
+    def _hash_steps(self, graph: EnsembleGraph) -> Iterator[bytes]:
+        """One hash for each model that answers depend on, those of ensembles among the steps included."""
+        for key in graph.models:
+            found = self._find(key)
+            if found is not None:
+                yield hash_version(found.name, found.version, found.fingerprint, found.config.to_dict())
+                if found.ensemble is not None:
+                    yield from self._hash_steps(found.ensemble.graph)
 
     def list_hopeful(self) -> list[str]:
         """Ensembles that did not load because a model was missing which serves now; each is named once."""

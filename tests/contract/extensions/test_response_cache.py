@@ -45,6 +45,8 @@ MODELS = {
         ensemble_scheduling {{ step [ {{ model_name: "plain" model_version: -1
             input_map {{ key: "INPUT0" value: "INPUT0" }} output_map {{ key: "OUTPUT0" value: "OUTPUT0" }} }} ] }}""",
 }
+#: Its step is cached as well.
+OUTER = MODELS["pair"].replace("plain", "pair")
 BACKENDS = ["aiorch_backends.identity:IdentityBackend", "aiorch_backends.python:PythonBackend"]
 LIBRARIES = {"grpc": grpc_client, "http": http_client}
 
@@ -130,6 +132,18 @@ def test_a_model_that_does_not_ask_for_it_runs_each_time(site: Site) -> None:
 def test_an_ensemble_is_cached_as_a_whole(site: Site) -> None:
     assert [infer(site, door, 1, "pair") for door in ("grpc", "http")] == [1, 1]
     assert read_statistics(site, "plain").execution_count == 1
+
+
+def test_an_ensemble_forgets_when_a_step_changes(site: Site, repository: Path) -> None:
+    write_model(repository, "outer", OUTER)
+    with grpc_client.InferenceServerClient(site.target) as client:
+        client.load_model("outer")
+        models = ("pair", "outer")
+        assert [infer(site, "grpc", 1, model) for model in models * 2] == [1, 2, 1, 2]
+        path = repository / "plain" / "1" / "model.py"
+        path.write_text(path.read_text().replace("runs = -1", "runs = 40"))
+        client.load_model("plain")
+        assert [infer(site, "grpc", 1, model) for model in models * 2] == [42, 43, 42, 43]
 
 
 def test_failures_and_bad_requests_are_not_kept(site: Site) -> None:
