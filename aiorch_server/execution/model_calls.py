@@ -118,7 +118,8 @@ class _Exchange:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._lock = threading.Lock()
+        # The collector may drop the caller's end, which cancels, on the very thread that holds it.
+        self._lock = threading.RLock()
         self._answers: deque[InferenceResponse] = deque()
         self._is_ended = False
         self._error: AiorchError | None = None

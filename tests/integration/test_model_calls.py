@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ensemble_gates as gates
 import numpy as np
@@ -15,6 +19,8 @@ import tritonclient.grpc as triton
 from ensembles import write_ensemble, write_model
 from running_site import Site
 from tritonclient.utils import InferenceServerException
+
+from aiorch_server.execution.model_calls import PendingCall, _Exchange
 
 TIMEOUT_S = 20.0
 CALLS = """
@@ -322,3 +328,25 @@ def test_a_cached_ensemble_that_its_own_step_calls_is_refused_at_once(tmp_path: 
                 client.infer("ring", [tensor], client_timeout=TIMEOUT_S)
     finally:
         site.close()
+
+
+def test_a_dropped_call_may_be_collected_while_its_answer_is_put() -> None:
+    """The collector runs on any thread at any time: also on the event loop, in the middle of the call's own lock."""
+    exchange = _Exchange(asyncio.new_event_loop())
+    dropped: list[object] = [PendingCall(exchange, lambda: False)]
+    dropped.append(dropped)
+
+    class Answers(deque[Any]):
+        def append(self, answer: Any) -> None:
+            dropped_here.clear()
+            gc.collect()
+            super().append(answer)
+
+    dropped_here, exchange._answers = [dropped], Answers()
+    del dropped
+    putting = threading.Thread(target=lambda: asyncio.run(exchange.put(cast(Any, None))), daemon=True)
+    putting.start()
+    putting.join(10)
+    exchange.loop.close()
+    assert not putting.is_alive()
+    assert exchange._is_cancelled
