@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import cast
 
-from aiorch_server._core import ModelSpec, Scheduler
+from aiorch_server._core import ModelSpec
 from aiorch_server.cache import hash_version
 from aiorch_server.config.ensemble import PLATFORM
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.config.placement import LatestVersions, VersionPolicy
 from aiorch_server.errors import ModelLoadError
-from aiorch_server.execution.thread_executor import InstanceGroup
 from aiorch_server.lifecycle.model import ManagedModel
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.repository import RepositoryModel
@@ -83,9 +81,8 @@ class Dependencies:
             signature=signature,
             platform=PLATFORM,
             spec=spec,
-            # It has as much of a scheduler and of its instances as a servable asks of them.
-            scheduler=cast(Scheduler, ensemble),
-            instances=cast(InstanceGroup, ensemble),
+            scheduler=ensemble,
+            instances=ensemble,
             fingerprint=fingerprint,
             ensemble=ensemble,
         )

@@ -7,17 +7,50 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from types import TracebackType
+from typing import Protocol
 
 from aiorch_server._core import ModelSpec, Scheduler
 from aiorch_server.cache import VersionCache
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import Code, ModelNotReady
-from aiorch_server.execution.group import SchedulerGroup
-from aiorch_server.execution.thread_executor import InstanceGroup
+from aiorch_server.execution.response_counts import ResponseCounts
 from aiorch_server.lifecycle.threads import wait_until
 from aiorch_server.scheduling import SequenceScheduler
 from aiorch_server.scheduling.ensemble import EnsembleScheduler
-from aiorch_server.types import ModelSignature, ModelStatistics, PhaseHistogram
+from aiorch_server.types import ModelSignature, ModelStatistics, PhaseHistogram, SchedulerCounters
+
+
+class RequestQueue(Protocol):
+    """What a servable needs of whatever takes its requests."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are queued or running."""
+        ...
+
+    def close(self) -> None:
+        """No new requests; what is there is still served."""
+        ...
+
+    def counters(self) -> SchedulerCounters:
+        """Counts since load."""
+        ...
+
+
+class Instances(Protocol):
+    """What a servable needs of whatever runs its requests; ``ended`` is resolved when all is over."""
+
+    ended: Future[str]
+    responses: ResponseCounts
+
+    @property
+    def alive(self) -> int:
+        """Instances that serve."""
+        ...
+
+    def abandon(self, code: int, text: str) -> None:
+        """Closes, and fails what waits with that code and text."""
+        ...
 
 
 class Servable:
@@ -36,8 +69,8 @@ class Servable:
         signature: ModelSignature,
         platform: str,
         spec: ModelSpec,
-        scheduler: Scheduler | SchedulerGroup,
-        instances: InstanceGroup,
+        scheduler: RequestQueue,
+        instances: Instances,
         sequencer: SequenceScheduler | None = None,
         fingerprint: str = "",
         load_seconds: float = 0.0,
@@ -74,7 +107,7 @@ class Servable:
     @property
     def plain_scheduler(self) -> Scheduler | None:
         """The queue that takes requests as they are; None where they must be prepared on the control plane first."""
-        return self.scheduler if self.ensemble is None and isinstance(self.scheduler, Scheduler) else None
+        return self.scheduler if isinstance(self.scheduler, Scheduler) else None
 
     @property
     def queues(self) -> tuple[Scheduler, ...]:

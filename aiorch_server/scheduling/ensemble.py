@@ -144,6 +144,11 @@ class EnsembleScheduler:
         """Requests that wait in a queue of the ensemble's own: never any."""
         return 0
 
+    @property
+    def alive(self) -> int:
+        """Instances of its own: none, its steps have theirs."""
+        return 0
+
     def counters(self) -> SchedulerCounters:
         """Counts since load, in the form of the core's schedulers."""
         return self._counters.read(self._in_flight)
