@@ -12,12 +12,14 @@ from typing import Final
 from aiorch_server.cache.answers import hash_request, hash_steps, hash_version, pack_answer, unpack_answer
 from aiorch_server.cache.base import ResponseCache
 from aiorch_server.errors import DeadlineExpired, QueueFull
-from aiorch_server.types import Duration, InferenceRequest, InferenceResponse, ModelStatistics, SequencePlace
+from aiorch_server.types import Duration, InferenceRequest, InferenceResponse, ModelStatistics, SequencePlace, Tensor
 
 logger = logging.getLogger(__name__)
 
 #: Hashed on the event loop up to here (about 0.2 ms), beyond on a thread.
 _LARGEST_INLINE_BYTES: Final = 1 << 18
+#: Copied on the event loop up to here (about 0.1 ms), beyond on a thread.
+_LARGEST_INLINE_COPY_BYTES: Final = 1 << 20
 #: How long a cache may take for one call.
 _PATIENCE_S: Final = 1.0
 _LOG_INTERVAL_S: Final = 10.0
@@ -154,8 +156,7 @@ class VersionCache:
             raise DeadlineExpired("Deadline Exceeded")
 
     async def _hash(self, request: InferenceRequest, sequence: SequencePlace) -> bytes:
-        size = sum(memoryview(tensor.data).nbytes for tensor in request.inputs if tensor.data)
-        if size <= _LARGEST_INLINE_BYTES:
+        if _measure(request.inputs) <= _LARGEST_INLINE_BYTES:
             return hash_request(self._prefix, request, sequence)
         return await asyncio.to_thread(hash_request, self._prefix, request, sequence)
 
@@ -171,7 +172,11 @@ class VersionCache:
     async def _put(self, key: bytes, answer: InferenceResponse) -> None:
         try:
             async with asyncio.timeout(_PATIENCE_S):
-                await self._cache.put(key, pack_answer(answer))
+                if _measure(answer.outputs) <= _LARGEST_INLINE_COPY_BYTES:
+                    packed = pack_answer(answer)
+                else:
+                    packed = await asyncio.to_thread(pack_answer, answer)
+                await self._cache.put(key, packed)
         except Exception as error:
             self._tell("insertion", error)
 
@@ -208,6 +213,10 @@ class VersionCache:
             cache_hit=self._hits.add_to(Duration()),
             cache_miss=self._misses.add_to(Duration()),
         )
+
+
+def _measure(tensors: Iterable[Tensor]) -> int:
+    return sum(memoryview(tensor.data).nbytes for tensor in tensors if tensor.data)
 
 
 @dataclasses.dataclass(slots=True)

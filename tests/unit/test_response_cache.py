@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiorch_server.cache import LocalCache, ResponseCache, VersionCache, open_cache
+from aiorch_server.cache import LocalCache, ResponseCache, VersionCache, open_cache, version
 from aiorch_server.cache.answers import hash_request, hash_version, pack_answer, unpack_answer
 from aiorch_server.cache.local import ENTRY_BYTES
 from aiorch_server.config.server import CacheConfig
@@ -279,6 +280,25 @@ async def test_those_that_wait_are_bounded() -> None:
         await start(cache, run, "more")
     run.open[0].set_result(answer())
     await asyncio.gather(*tasks)
+
+
+@pytest.mark.parametrize("size", [4, 1 << 21])
+async def test_large_answers_are_packed_beside_the_event_loop(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    def pack(response: InferenceResponse) -> bytes:
+        threads.append(threading.get_ident())
+        return pack_answer(response)
+
+    monkeypatch.setattr(version, "pack_answer", pack)
+    cache, run = make(LocalCache(size_bytes=1 << 22)), Runs()
+    first = start(cache, run, "0")
+    await reach(lambda: len(run.open) == 1)
+    run.open[0].set_result(answer(bytes(size)))
+    assert (await first).id == "0"
+    assert (await start(cache, run, "1")).outputs[0].data == bytes(size)
+    assert len(run.open) == 1
+    assert [thread == threading.get_ident() for thread in threads] == [size == 4]
 
 
 class BrokenCache(ResponseCache):
