@@ -13,6 +13,7 @@ from aiorch_server._core import ModelSpec, Scheduler
 from aiorch_server.cache import VersionCache
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import Code, ModelNotReady
+from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.response_counts import ResponseCounts
 from aiorch_server.lifecycle.threads import wait_until
 from aiorch_server.scheduling import SequenceScheduler
@@ -112,9 +113,9 @@ class Servable:
     @property
     def queues(self) -> tuple[Scheduler, ...]:
         """The core's queues that its requests go through; an ensemble has none."""
-        if self.ensemble is not None:
-            return ()
-        return (self.scheduler,) if isinstance(self.scheduler, Scheduler) else self.scheduler.members
+        if isinstance(self.scheduler, SchedulerGroup):
+            return tuple(self.scheduler.members)
+        return (self.scheduler,) if isinstance(self.scheduler, Scheduler) else ()
 
     @property
     def leases(self) -> int:

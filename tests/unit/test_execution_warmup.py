@@ -11,7 +11,7 @@ import pytest
 
 from aiorch_server.backend import ModelInstance
 from aiorch_server.config.model import ModelConfig
-from aiorch_server.errors import ModelLoadError
+from aiorch_server.errors import ModelLoadError, ModelNotReady, RequestError, UnknownModel
 from aiorch_server.execution.warmup import WarmupSample, find_mismatch, make_samples, warm_up
 from aiorch_server.types import DataType, ModelSignature, NumpyArray, TensorSpec
 
@@ -175,3 +175,21 @@ def test_entries_that_take_too_much_memory_are_refused(tmp_path: Path) -> None:
     given = {"data_type": "TYPE_FP32", "dims": [10**9], "zero_data": True}
     with pytest.raises(ModelLoadError, match="takes more than"):
         make_samples(config(model_warmup=[{"name": "w", "inputs": {"X": given}}]), signature(spec), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [UnknownModel("'callee' is not found"), RequestError("an amount is above 0"), ModelNotReady("loading")]
+)
+def test_zeros_that_the_model_refuses_do_not_fail_a_load(tmp_path: Path, error: Exception) -> None:
+    """Nobody asked for them, and another model that this one asks may not be there yet."""
+    asked: list[int] = []
+
+    def refuse(inputs: Mapping[str, NumpyArray]) -> Any:
+        asked.append(len(inputs["X"]))
+        raise error
+
+    own = signature(TensorSpec("X", DataType.FP32, (2,)))
+    samples = make_samples(config(), own, tmp_path)
+    assert all(sample.is_required for sample in samples)
+    warm_up(Instance(refuse), own, samples)
+    assert asked == [1, 4]
