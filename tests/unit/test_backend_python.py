@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import os
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from aiorch_backends.python import PythonBackend
+from aiorch_backends.python.imports import PrivatePackage, forget_package
 
 from aiorch_server.backend import Backend, DeclaredSignature, LoadContext, ModelInstance
 from aiorch_server.errors import ModelExecutionError, ModelLoadError, RequestError
@@ -310,3 +312,21 @@ def test_configuration_may_lower_but_not_raise_the_batch(folder: Path) -> None:
 def test_the_batch_that_the_class_declares_is_not_narrowed_by_the_default(folder: Path) -> None:
     backend, context = write(folder, SUM_AND_TEXT)
     assert backend.inspect(dataclasses.replace(context, default_max_batch_size=4)).max_batch_size == 16
+
+
+def test_a_file_that_was_edited_a_moment_ago_is_not_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same size and within the same second: Python's own cache of compiled files does not see that."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "model.py"
+    versions = []
+    for number in (1, 2):
+        path.write_text(f"from part import PART\nnumber = {number}\n")
+        (tmp_path / "part.py").write_text(f"PART = {number}\n")
+        for each in (path, tmp_path / "part.py"):
+            os.utime(each, (1_700_000_000, 1_700_000_000))
+        module = PrivatePackage(f"aiorch_models_edited_{number}", [tmp_path], {}).open(path)
+        versions.append((module.number, module.PART))
+        forget_package(module.__name__)
+    assert versions == [(1, 1), (2, 2)]

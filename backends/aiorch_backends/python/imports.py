@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, Final
 
 _SUFFIXES: Final = tuple(importlib.machinery.all_suffixes())
@@ -97,6 +97,15 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def __init__(self, name: str, path: str, own_builtins: Mapping[str, Any]) -> None:
         super().__init__(name, path)
         self._own_builtins = own_builtins
+
+    def get_code(self, fullname: str) -> CodeType:
+        """What stands in the file now.
+
+        Python's files of compiled code know their source by whole seconds and its size: a model that is edited and
+        loaded again within a second could stay the old one.
+        """
+        code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
+        return code
 
     def exec_module(self, module: ModuleType) -> None:
         vars(module)["__builtins__"] = self._own_builtins
