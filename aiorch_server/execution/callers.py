@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from aiorch_server.errors import RequestError
 
@@ -11,11 +13,31 @@ from aiorch_server.errors import RequestError
 MAX_DEPTH: Final = 16
 
 
+class Holding(Protocol):
+    """What an instance holds of resources that models share, while it runs."""
+
+    def explain_conflict(self, model: str, held: Sequence[Holding]) -> str:
+        """Why ``model`` cannot run before all of ``held`` is given back; "" if it can."""
+        ...
+
+
+class _Thread(threading.local):
+    holding: Holding | None = None
+
+
+#: What the instance whose thread this is holds now.
+this_thread: Final = _Thread()
+
+
 class Caller(NamedTuple):
-    """A model whose code called another; ``is_waiting``: its instance does nothing else until the answer is there."""
+    """A model whose code called another; ``is_waiting``: its instance does nothing else until the answer is there.
+
+    ``holding`` is what that instance holds meanwhile.
+    """
 
     model: str
     is_waiting: bool
+    holding: Holding | None = None
 
 
 #: Outermost first.
@@ -26,9 +48,10 @@ current_callers: ContextVar[Callers] = ContextVar("current_callers", default=())
 
 
 def check_callers(model: str, instances: int) -> None:
-    """RequestError where a request of this task to ``model`` is too deep, or would wait for instances that wait for it.
+    """RequestError where a request of this task to ``model`` is too deep, or would wait for what waits for it.
 
-    ``instances`` is the number of the model's instances: if as many wait in this one chain of calls, none is left.
+    That is instances, of which the model has ``instances``: if as many wait in this one chain of calls, none is left;
+    and resources that the chain holds.
     """
     callers = current_callers.get()
     if not callers:
@@ -40,3 +63,6 @@ def check_callers(model: str, instances: int) -> None:
     if n_waiting >= max(1, instances):
         text = "its only instance waits" if instances <= 1 else f"all of its {instances} instances wait"
         raise RequestError(f"model '{model}' cannot be called by a call of its own, {path}: {text} for that call")
+    held = [caller.holding for caller in callers if caller.holding is not None]
+    if held and (reason := held[0].explain_conflict(model, held)):
+        raise RequestError(f"model '{model}' cannot be called here, {path}: {reason}")

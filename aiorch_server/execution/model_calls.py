@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Final, Protocol
 
 from aiorch_server.errors import AiorchError, InternalError, QueueFull, RequestCancelled, RequestError, ServerStopping
-from aiorch_server.execution.callers import Caller, Callers, current_callers
+from aiorch_server.execution.callers import Caller, Callers, current_callers, this_thread
 from aiorch_server.tracing import Run, current_run
 from aiorch_server.types import InferenceRequest, InferenceResponse, Tensor
 
@@ -279,7 +279,7 @@ class InstanceCalls:
         is_own_thread = threading.get_ident() == self._thread
         if is_own_thread:
             self._last = self._read_callers()
-        callers = (*self._last, Caller(self._model_name, is_own_thread))
+        callers = (*self._last, Caller(self._model_name, is_own_thread, this_thread.holding))
         if timeout_s is None:
             timeout_s = CALL_TIMEOUT_S
         models = [caller.model for caller in callers]

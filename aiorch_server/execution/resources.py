@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from aiorch_server.backend import Backend, LoadContext, ModelInstance, ModelRequest, RequestInstance
 from aiorch_server.config.placement import RateLimiter
 from aiorch_server.errors import ModelLoadError
+from aiorch_server.execution.callers import Holding, this_thread
 from aiorch_server.types import ModelSignature, NumpyArray
 
 #: A resource's name, and the device that it belongs to; "" for one of the whole server.
@@ -33,20 +34,27 @@ class ResourceLimit:
 
 @dataclass(eq=False, slots=True)
 class Claim:
-    """What one instance takes at a time; ``turn`` grows with each run by its priority: the lowest goes first."""
+    """What one instance of ``model`` takes at a time; ``turn`` grows with each run by its priority: the lowest first."""
 
+    pool: ResourcePool
+    model: str
     needs: Mapping[Resource, int]
     priority: int
     turn: int = 0
     granted: threading.Event = field(default_factory=threading.Event)
+
+    def explain_conflict(self, model: str, held: Sequence[Holding]) -> str:
+        """See Holding."""
+        return self.pool.explain_conflict(model, [each for each in held if isinstance(each, Claim)])
 
 
 class ResourcePool:
     """Counts what is taken of each resource over all models; thread-safe.
 
     There is as much of a resource as ``limits`` say, or else as the most demanding loaded instance needs. An instance
-    gets all that it needs at once or waits, so nobody waits for who waits. Of those that want the same, priority 2 gets
-    half as many turns as priority 1, in order of arrival among equals; nobody is overtaken for ever.
+    gets all that it needs at once or waits. Of those that want the same, priority 2 gets half as many turns as priority
+    1, in order of arrival among equals; nobody is overtaken for ever. An instance that calls other models goes on
+    holding: ``explain_conflict`` finds the calls that would wait for their own caller.
     """
 
     def __init__(self, limits: Sequence[ResourceLimit] = ()) -> None:
@@ -57,8 +65,8 @@ class ResourcePool:
         self._waiting: list[Claim] = []
         self._turn = 0
 
-    def add(self, limiter: RateLimiter, device: str) -> Claim:
-        """A claim for one instance on ``device``; ModelLoadError where it could never be granted."""
+    def add(self, limiter: RateLimiter, device: str, model: str = "") -> Claim:
+        """A claim for one instance of ``model`` on ``device``; ModelLoadError where it could never be granted."""
         needs: dict[Resource, int] = {}
         for resource in limiter.resources:
             key = (resource.name, "" if resource.is_global else device)
@@ -71,7 +79,7 @@ class ResourcePool:
                     f"instance_group.rate_limiter: resource '{key[0]}': found count {count}, the server has "
                     f"{limit}{where}; see --rate-limit-resource"
                 )
-        claim = Claim(needs, max(limiter.priority, 1))
+        claim = Claim(self, model, needs, max(limiter.priority, 1))
         with self._lock:
             self._claims.append(claim)
         return claim
@@ -91,8 +99,10 @@ class ResourcePool:
             self._grant()
         try:
             claim.granted.wait()
+            this_thread.holding = claim
             yield
         finally:
+            this_thread.holding = None
             with self._lock:
                 if claim.granted.is_set():
                     for key, count in claim.needs.items():
@@ -100,6 +110,23 @@ class ResourcePool:
                 else:
                     self._waiting.remove(claim)
                 self._grant()
+
+    def explain_conflict(self, model: str, held: Sequence[Claim]) -> str:
+        """Why some instance of ``model`` could not run before ``held`` is given back; "" if each could."""
+        with self._lock:
+            for claim in self._claims:
+                if claim.model != model:
+                    continue
+                for key, count in claim.needs.items():
+                    taken = sum(each.needs.get(key, 0) for each in held)
+                    limit = self._measure(key)
+                    if taken and taken + count > limit:
+                        where = f" on {key[1]}" if key[1] else ""
+                        return (
+                            f"it needs {count} of resource '{key[0]}'{where}, of which the server has {limit} and its "
+                            f"callers hold {taken} until they are answered; see --rate-limit-resource"
+                        )
+        return ""
 
     def read_taken(self) -> Mapping[Resource, int]:
         """What is taken now, of each resource that was ever taken."""
@@ -147,7 +174,7 @@ class LimitedBackend(Backend):
         limiter = self._limiters[context.instance_index]
         if limiter is None or not limiter.resources:
             return self._backend.load(context, signature)
-        claim = self._pool.add(limiter, context.device)
+        claim = self._pool.add(limiter, context.device, context.model_name)
         try:
             instance = self._backend.load(context, signature)
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,67 @@ def test_a_need_that_can_never_be_met_fails_the_load(open_site: Callable[..., Si
         (entry,) = client.get_model_repository_index().models
         assert "resource 'R': found count 2, the server has 1" in entry.reason
     assert isinstance(ask(site, ["one"], 0), InferenceServerException)
+
+
+#: Passes its input on to the model that its name is followed by: "a_b" calls "b"; "b" answers.
+CALLER = """
+from aiorch_backends.python.calling import call
+class Model:
+    inputs, outputs, max_batch_size = [("X", "FP32", [1])], [("Y", "FP32", [1])], 0
+    def load(self, context):
+        self.context = context
+    def execute(self, inputs):
+        _, _, to = self.context.model_name.partition("_")
+        if not to or inputs["X"][0] == 0:  # the run before it serves
+            return {"Y": inputs["X"] + 1}
+        return {"Y": call(self.context, to, {"X": inputs["X"]}, timeout_s=TIMEOUT)["Y"]}
+"""
+CALLS_TIMEOUT_S = 30
+
+
+def write_callers(root: Path, **groups: str) -> Path:
+    for name, group in groups.items():
+        write_model(root, name, group)
+        (root / name / "1" / "model.py").write_text(CALLER.replace("TIMEOUT", str(CALLS_TIMEOUT_S)))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("groups", "path"),
+    [
+        ({"b": LIMIT, "a_b": LIMIT}, "a_b -> b"),
+        # through a model that needs nothing
+        ({"b": LIMIT, "x_b": "count: 1", "a_x_b": LIMIT}, "a_x_b -> x_b -> b"),
+        # one that is called may stay within what there is alone, not with what its caller holds
+        ({"b": LIMIT.replace("count: 1", "count: 2"), "a_b": LIMIT}, "a_b -> b"),
+    ],
+)
+def test_a_call_that_would_wait_for_its_own_caller_is_refused_at_once(
+    tmp_path: Path, groups: dict[str, str], path: str
+) -> None:
+    site = open_callers(tmp_path, "R:2" if "2" in groups["b"] else "R:1", groups)
+    try:
+        first = path.split()[0]
+        start = time.monotonic()
+        error = ask(site, [first], 1)
+        assert isinstance(error, InferenceServerException)
+        assert time.monotonic() - start < CALLS_TIMEOUT_S / 2
+        assert f"model 'b' cannot be called here, {path}: it needs" in str(error)
+        assert "of resource 'R', of which the server has" in str(error)
+        assert ask(site, ["b"], 1) == 2  # everything was given back
+    finally:
+        site.close()
+
+
+def open_callers(root: Path, resource: str, groups: dict[str, str]) -> Site:
+    backends = ["aiorch_backends.python:PythonBackend"]
+    write_callers(root, **groups)
+    return Site(root, io_threads=1, execution={"backends": backends, "resources": [resource]})
+
+
+def test_a_call_that_finds_enough_of_it_is_answered(tmp_path: Path) -> None:
+    site = open_callers(tmp_path, "R:2", {"b": LIMIT, "a_b": LIMIT})
+    try:
+        assert ask(site, ["a_b"] * 4, 1) == 2
+    finally:
+        site.close()
