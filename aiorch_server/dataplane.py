@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
 from contextlib import aclosing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
-from aiorch_server._core import Mailbox, decode_response, encode_request
+from aiorch_server._core import Mailbox, decode_response
 from aiorch_server.errors import (
     AiorchError,
     CapacityError,
@@ -22,6 +22,7 @@ from aiorch_server.exchange import Exchange, SharedRegions
 from aiorch_server.execution.callers import check_callers, current_callers
 from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.execution.response_channel import ResponseChannel
+from aiorch_server.execution.submission import submit
 from aiorch_server.observability.tracer import Tracer
 from aiorch_server.tracing import current_incoming, current_run
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse, Parameter, Tensor
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from aiorch_server.lifecycle.servable import Servable, ServableHandle
     from aiorch_server.scheduling.ensemble_graph import ModelKey
 
-#: From here on tensors stay where they are; below, putting them into the message costs less than holding them.
-_CONTENTS_FROM_BYTES = 16384
 DECOUPLED_TEXT: Final = "ModelInfer RPC doesn't support models with decoupled transaction policy"
 
 
@@ -175,30 +174,19 @@ class DataPlane:
         scheduler = servable.plain_scheduler
         if scheduler is None:
             raise InternalError(f"model '{servable.name}' has no queue of its own")
-        contents = [tensor.data or b"" for tensor in request.inputs]
-        is_big = sum(map(_count_bytes, contents)) >= _CONTENTS_FROM_BYTES
-        message = encode_request(
-            request.model_name,
-            request.model_version,
-            # the compiled path takes ASCII ids only; the answer's id is set from the request anyway
-            request.id if request.id.isascii() else "",
-            [
-                (tensor.name, tensor.datatype, tensor.shape, b"" if is_big else data)
-                for tensor, data in zip(request.inputs, contents, strict=True)
-            ],
-            list(dict.fromkeys(output.name for output in request.outputs)),
-        )
         if deadline_ns and asyncio.get_running_loop().time() * 1e9 >= deadline_ns:
             raise DeadlineExpired("Deadline Exceeded")
         run, incoming = details.run, current_incoming.get()
-        return self._mailbox.submit(
+        return submit(
+            self._mailbox,
             scheduler,
-            message,
-            contents if is_big else None,
+            request,
+            request.inputs,
+            dict.fromkeys(output.name for output in request.outputs),
+            details,
             priority=terms.priority,
             timeout_us=terms.timeout_us,
             deadline_ns=deadline_ns,
-            attachment=details,
             stamps=None if run is None else run.stamps,
             trace_id=(run.trace_id if run else None) or (incoming.trace_id if incoming else None),
         )
@@ -224,7 +212,3 @@ def _decode(answer: memoryview, request_id: str, parameters: Mapping[str, Parame
         id=request_id,
         parameters=parameters,
     )
-
-
-def _count_bytes(data: bytes | memoryview) -> int:
-    return data.nbytes if isinstance(data, memoryview) else len(data)

@@ -11,7 +11,6 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 from aiorch_server._core import Mailbox, ModelSpec, Scheduler
 from aiorch_server.errors import (
@@ -25,6 +24,7 @@ from aiorch_server.errors import (
     RequestError,
 )
 from aiorch_server.scheduling.sequence_direct import DirectFeeder
+from aiorch_server.scheduling.sequence_feeder import Feeder, Seat
 from aiorch_server.scheduling.sequence_job import Job, Outcome, describe_loss, job_of
 from aiorch_server.scheduling.sequence_oldest import OldestFeeder
 from aiorch_server.scheduling.sequence_plan import SequencePlan
@@ -38,17 +38,6 @@ MAX_BACKLOG = 4096
 MAX_WAITING = 1024
 MAX_REQUESTS = 16384
 MAX_BYTES = 1 << 30
-
-
-class Feeder(Protocol):
-    """Gives one instance what is ready."""
-
-    def feed(self, mailbox: Mailbox, now_ns: int) -> int:
-        """Hands over what can run; gives when to look again, 0 for not before something changes.
-
-        Raises CapacityError when the instance's queue is closed: the instance is gone.
-        """
-        ...
 
 
 class SequenceScheduler:
@@ -76,16 +65,14 @@ class SequenceScheduler:
             max_requests=queue_size or MAX_REQUESTS,
             max_bytes=MAX_BYTES,
         )
-        shared = self._table, self._steps, self._settle, self._pump
+        seats = [
+            Seat(index, scheduler, self._table, self._steps, self._settle, self._pump)
+            for index, scheduler in enumerate(schedulers)
+        ]
         self._direct: list[DirectFeeder] = []
         if plan.is_direct:
-            self._direct = [
-                DirectFeeder(index, scheduler, *shared, isolate_failures=isolate_failures)
-                for index, scheduler in enumerate(schedulers)
-            ]
-        self._feeders: Sequence[Feeder] = self._direct or [
-            OldestFeeder(index, scheduler, *shared) for index, scheduler in enumerate(schedulers)
-        ]
+            self._direct = [DirectFeeder(seat, isolate_failures=isolate_failures) for seat in seats]
+        self._feeders: Sequence[Feeder] = self._direct or [OldestFeeder(seat) for seat in seats]
         self._mailbox: Mailbox | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0

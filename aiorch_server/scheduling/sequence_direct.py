@@ -8,46 +8,33 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from aiorch_server._core import Mailbox, Scheduler, encode_request, walk_elements
+from aiorch_server._core import Mailbox, encode_request, walk_elements
 from aiorch_server.config.sequence import SequenceDirect
 from aiorch_server.errors import CapacityError
 from aiorch_server.execution.request_details import RequestDetails
-from aiorch_server.scheduling.sequence_job import Job, Settle, describe_loss, job_of, read_outcome
-from aiorch_server.scheduling.sequence_table import Member, SequenceTable
-from aiorch_server.scheduling.sequence_tensors import Row, StepTensors, encode_absent, encode_control
+from aiorch_server.scheduling.sequence_feeder import Feeder, Seat
+from aiorch_server.scheduling.sequence_job import Job, describe_loss, job_of, read_outcome
+from aiorch_server.scheduling.sequence_table import Member
+from aiorch_server.scheduling.sequence_tensors import Row, encode_absent, encode_control
 from aiorch_server.types import DataType, Tensor
 
 #: A step as it is sent: name, datatype, shape and bytes of each input.
 _Input = tuple[str, str, tuple[int, ...], bytes | memoryview]
 
 
-class DirectFeeder:
+class DirectFeeder(Feeder):
     """Feeds one instance, one composed batch at a time. A batch that fails is run again member by member."""
 
-    def __init__(
-        self,
-        instance: int,
-        scheduler: Scheduler,
-        table: SequenceTable,
-        steps: StepTensors,
-        settle: Settle,
-        on_change: Callable[[], None],
-        *,
-        isolate_failures: bool = True,
-    ) -> None:
-        self._instance = instance
-        self._scheduler = scheduler
-        self._table = table
-        self._steps = steps
-        self._settle = settle
-        self._on_change = on_change
+    def __init__(self, seat: Seat, *, isolate_failures: bool = True) -> None:
+        super().__init__(seat)
         self._isolate_failures = isolate_failures
-        self._policy = steps.plan.section.direct or SequenceDirect()
-        self._slots = steps.plan.count_slots(steps.signature.max_batch_size)
+        plan = seat.steps.plan
+        self._policy = plan.section.direct or SequenceDirect()
+        self._slots = plan.count_slots(seat.steps.signature.max_batch_size)
         self._is_running = False
         self._alone: deque[Member] = deque()  # taken, failed together, to be run one by one
         self.answered = 0

@@ -4,38 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 
-from aiorch_server._core import Mailbox, Scheduler, encode_request
+from aiorch_server._core import Mailbox
 from aiorch_server.errors import CapacityError
-from aiorch_server.scheduling.sequence_job import Settle, describe_loss, job_of, read_outcome
-from aiorch_server.scheduling.sequence_table import Member, SequenceTable
-from aiorch_server.scheduling.sequence_tensors import StepTensors
-
-#: From here on tensors stay where they are; below, putting them into the message costs less than holding them.
-_CONTENTS_FROM_BYTES = 16384
+from aiorch_server.execution.submission import submit
+from aiorch_server.scheduling.sequence_feeder import Feeder, Seat
+from aiorch_server.scheduling.sequence_job import describe_loss, job_of, read_outcome
+from aiorch_server.scheduling.sequence_table import Member
 
 
-class OldestFeeder:
+class OldestFeeder(Feeder):
     """Feeds one instance. A request that was handed over is not taken back: its outcome is needed for the state."""
 
-    def __init__(
-        self,
-        instance: int,
-        scheduler: Scheduler,
-        table: SequenceTable,
-        steps: StepTensors,
-        settle: Settle,
-        on_change: Callable[[], None],
-    ) -> None:
-        self._instance = instance
-        self._scheduler = scheduler
-        self._table = table
-        self._steps = steps
-        self._settle = settle
-        self._on_change = on_change
-        oldest = steps.plan.section.oldest
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        oldest = seat.steps.plan.section.oldest
         self._keeps_order = oldest is not None and oldest.preserve_ordering
         self._order: deque[tuple[Member, asyncio.Future[memoryview]]] = deque()
 
@@ -60,24 +44,14 @@ class OldestFeeder:
     def _submit(self, mailbox: Mailbox, member: Member) -> asyncio.Future[memoryview]:
         job = job_of(member)
         tensors = [*job.request.inputs, *self._steps.add_own(job.place, self._steps.recall(member))]
-        contents = [tensor.data or b"" for tensor in tensors]
-        is_big = job.n_bytes >= _CONTENTS_FROM_BYTES
-        message = encode_request(
-            job.request.model_name,
-            job.request.model_version,
-            job.request.id if job.request.id.isascii() else "",
-            [
-                (tensor.name, tensor.datatype, tensor.shape, b"" if is_big else data)
-                for tensor, data in zip(tensors, contents, strict=True)
-            ],
-            job.outputs,
-        )
-        return mailbox.submit(
+        return submit(
+            mailbox,
             self._scheduler,
-            message,
-            contents if is_big else None,
+            job.request,
+            tensors,
+            job.outputs,
+            job.details,
             deadline_ns=job.deadline_ns,
-            attachment=job.details,
             stamps=None if job.run is None else job.run.stamps,
             trace_id=None if job.run is None else job.run.trace_id,
         )
