@@ -1,6 +1,6 @@
 """Groups, connections and libnghttp2's callbacks of gRPC sessions; see h2.pxd for the contract."""
 
-from libc.stdint cimport int32_t, uint32_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
@@ -13,6 +13,7 @@ from aiorch_server._core.h2_life cimport (
     note_idle_frame,
     note_ping,
     note_ping_sent,
+    note_reset,
     submit_drain_ping,
 )
 from aiorch_server._core.h2_request cimport end_request, open_call, take_bytes, take_header, take_ready
@@ -23,9 +24,7 @@ from aiorch_server._core.timers cimport clear_timer, free_timers
 
 cdef enum:
     FIRST_LANDING_BYTES = 65536
-    RESETS_BURST = 1000     # CVE-2023-44487: streams a client may reset at once ...
-    RESETS_PER_S = 1000     # ... and from then on; callers whose deadlines pass reset by the hundred
-    MAX_FAULTS = 1000       # CVE-2025-8671: streams a client may make the server reset, which those bounds do not count
+    MAX_FAULTS = 1000       # CVE-2025-8671: streams a client may make the server reset, which h2_life's bound does not count
 
 
 # --- what libnghttp2 reports
@@ -113,6 +112,9 @@ cdef int _on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, vo
     if frame.hd.type == NGHTTP2_PING:
         note_ping(connection, frame)
         return 0
+    if frame.hd.type == NGHTTP2_RST_STREAM:
+        note_reset(connection, _find(session, frame.hd.stream_id))
+        return 0
     if frame.hd.type != NGHTTP2_DATA and frame.hd.type != NGHTTP2_HEADERS:
         if frame.hd.type in (NGHTTP2_PRIORITY, NGHTTP2_SETTINGS, NGHTTP2_WINDOW_UPDATE):
             note_idle_frame(connection)
@@ -190,7 +192,8 @@ cdef Group *new_group(const Limits *limits, const uint8_t *fast_path, size_t fas
     nghttp2_session_callbacks_set_send_data_callback(group.callbacks, send_data)
     nghttp2_option_set_no_auto_window_update(group.option, 1)
     nghttp2_option_set_no_closed_streams(group.option, 1)
-    nghttp2_option_set_stream_reset_rate_limit(group.option, RESETS_BURST, RESETS_PER_S)
+    # h2_life counts resets: libnghttp2 cannot tell a flood from callers whose time is up
+    nghttp2_option_set_stream_reset_rate_limit(group.option, <uint64_t> 1 << 62, <uint64_t> 1 << 62)
     return group
 
 

@@ -11,6 +11,10 @@
 #   age, idle    two-step GOAWAY (drain_connection); after the grace calls end with UNAVAILABLE; a moment later: broken
 #   PINGs        more than max_ping_strikes too early: GOAWAY with ENHANCE_YOUR_CALM and too_many_pings, then closed
 #   frames       more than MAX_IDLE_FRAMES that ask for nothing, one after the other: the same
+#   resets       more than the streams that it may have open (at least RESETS_BURST) at once, or than RESETS_PER_S after
+#                that: GOAWAY with ENHANCE_YOUR_CALM, no more streams, what is open goes on (CVE-2023-44487). Calls that
+#                were open for PATIENT_NS do not count, and EXPIRED_RESETS whose time is up count as one: clients reset
+#                them by the thousand, and the server would end them itself
 #   stall        complete fast answers that the client's windows keep here for stall_ns: broken. Answers of slow calls
 #                may wait, as their reader may be slow, but not while the server is short of memory
 #   hold         while the server is short of memory, connections in the middle of large messages get no more window;
@@ -22,7 +26,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t
 
 from aiorch_server._core.h2_rules cimport LifeRules
-from aiorch_server._core.h2_stream cimport Connection, Group
+from aiorch_server._core.h2_stream cimport Connection, Group, Stream
 from aiorch_server._core.nghttp2 cimport nghttp2_frame
 
 
@@ -42,6 +46,8 @@ cdef void finish_leaving(Connection *connection) noexcept nogil
 cdef void submit_drain_ping(Connection *connection) noexcept nogil
 cdef void note_ping(Connection *connection, const nghttp2_frame *frame) noexcept nogil
 cdef void note_ping_sent(Connection *connection, const nghttp2_frame *frame) noexcept nogil
+# The client has reset a stream, which is still open; NULL: it was closed already.
+cdef void note_reset(Connection *connection, Stream *stream) noexcept nogil
 # A frame that asks for nothing.
 cdef void note_idle_frame(Connection *connection) noexcept nogil
 # GOAWAY with ENHANCE_YOUR_CALM and this text, and the end.

@@ -14,6 +14,9 @@ cdef enum:
     STATUS_UNAVAILABLE = 14
     MAX_IDLE_FRAMES = 10000
     PING_BYTES = 8
+    RESETS_BURST = 1000
+    RESETS_PER_S = 1000
+    EXPIRED_RESETS = 16
 
 cdef int64_t MS = 1000000
 cdef int64_t DRAIN_ROUND_TRIP_NS = 1000 * MS    # how long the client's answer between the two GOAWAYs is waited for
@@ -22,6 +25,9 @@ cdef int64_t LAST_LOOK_NS = 20 * MS
 cdef int64_t HOLD_LOOK_NS = 10 * MS
 cdef int64_t MAX_HOLD_NS = 1000 * MS
 cdef int64_t HELD_FROM_BYTES = 262144           # of unfinished messages on the connection
+cdef int64_t RESET_NS = 1000 * MS // RESETS_PER_S
+cdef int64_t PATIENT_NS = 500 * MS              # who leaves calls open so long resets no more than its streams twice a second
+cdef int64_t LATE_NS = 1000 * MS                # how much later than its client a busy server may see a call
 cdef int64_t PING_INTERVAL_WITHOUT_CALLS_NS = 7200 * 1000 * MS
 # what tells the server's PINGs apart when their answers come
 cdef const char *KEEPALIVE_PING = b"alive?\0\0"
@@ -95,6 +101,10 @@ cdef void calm_down(Connection *connection, const char *text) noexcept nogil:
         return
     connection.life.is_terminating = True
     connection.is_draining = False
+    _submit_calm(connection, text)
+
+
+cdef void _submit_calm(Connection *connection, const char *text) noexcept nogil:
     if nghttp2_submit_goaway(connection.session, NGHTTP2_FLAG_NONE,
                              nghttp2_session_get_last_proc_stream_id(connection.session),
                              NGHTTP2_ENHANCE_YOUR_CALM, <const uint8_t *> text, strlen(text)) != 0:
@@ -138,6 +148,27 @@ cdef void note_idle_frame(Connection *connection) noexcept nogil:
     connection.life.n_idle_frames += 1
     if connection.life.n_idle_frames > MAX_IDLE_FRAMES:
         calm_down(connection, b"too_many_idle_frames")
+
+
+# -------------------------------------------------------------------------------------------------------------- resets
+cdef void note_reset(Connection *connection, Stream *stream) noexcept nogil:
+    cdef Life *life = &connection.life
+    cdef int64_t now = connection.now_ns
+    cdef int64_t burst = max(<int64_t> RESETS_BURST, <int64_t> connection.group.limits.max_concurrent_streams)
+    cdef int64_t cost = RESET_NS
+    if stream == NULL:
+        note_idle_frame(connection)
+        return
+    if life.has_flooded or now >= stream.opened_ns + PATIENT_NS:
+        return
+    if stream.deadline.due_ns and now + LATE_NS >= stream.deadline.due_ns:
+        cost = RESET_NS // EXPIRED_RESETS
+    life.resets_paid_ns = max(life.resets_paid_ns, now) + cost
+    if life.resets_paid_ns <= now + burst * RESET_NS:
+        return
+    life.has_flooded = True
+    connection.is_draining = False
+    _submit_calm(connection, b"too_many_resets")
 
 
 cdef void submit_drain_ping(Connection *connection) noexcept nogil:

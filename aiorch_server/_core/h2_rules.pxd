@@ -39,6 +39,9 @@ cdef struct Life:
     int64_t pinged_ns                   # 0: none since something was sent
     int n_strikes
     int n_idle_frames
+    # the client's resets: all that were counted are paid for at this time; see RESETS_PER_S
+    int64_t resets_paid_ns
+    bint has_flooded
     # windows withheld while the server is short of memory
     bint is_held
     int64_t held_since_ns

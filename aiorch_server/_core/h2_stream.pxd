@@ -172,6 +172,7 @@ cdef struct Stream:
     bint is_fast_path
     bint has_bad_timeout
     size_t header_list_bytes
+    int64_t opened_ns
     int64_t timeout_ns                  # -1: none
     bint wants_timing                   # of its answer, which Python writes
     TraceParent parent

@@ -77,6 +77,7 @@ cdef Stream *new_stream(Connection *connection, int32_t stream_id) noexcept nogi
     memset(stream, 0, <size_t> (stream.inline_metadata - <uint8_t *> stream))
     stream.metadata, stream.metadata_capacity = stream.inline_metadata, INLINE_METADATA_BYTES
     stream.id, stream.connection, stream.group, stream.timeout_ns = stream_id, connection, group, -1
+    stream.opened_ns = connection.now_ns
     stream.older = connection.streams
     if stream.older != NULL:
         stream.older.newer = stream

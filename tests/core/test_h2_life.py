@@ -22,7 +22,7 @@ QUIET: dict[str, Any] = {
 
 
 def make_pair(ledger: ServerLedger | None = None, **rules: Any) -> Pair:
-    sizes = {name: rules.pop(name) for name in list(rules) if name.endswith("_bytes")}
+    sizes = {name: rules.pop(name) for name in list(rules) if name.endswith(("_bytes", "_streams"))}
     return Pair(rules=ConnectionRules(**{**QUIET, **rules}), ledger=ledger, **sizes)
 
 
@@ -129,6 +129,80 @@ def test_pings_without_calls() -> None:
     assert kinds(ping(pair, 30 * S)) == [hf.GoAwayFrame]
     pair = make_pair(min_ping_interval_s=1, max_ping_strikes=1, keepalive_permit_without_calls=True)
     assert [ping(pair, now * S) for now in range(10, 20)] == [[]] * 10
+
+
+# ------------------------------------------------------------------------------------------------ clients that reset
+BURST = 1000  # what may be reset at once, and in a second
+
+
+def open_and_reset(pair: Pair, count: int, now_ns: int, *, after_ns: int = 0, **headers: str) -> list[hf.Frame]:
+    """The GOAWAYs that calls provoke which are opened one after the other and reset so much later."""
+    encoder = hpack.Encoder()
+    fields = {":method": "POST", ":scheme": "http", ":path": SLOW, ":authority": "x", "te": "trailers"}
+    fields |= {"content-type": "application/grpc", **headers}
+    block = encoder.encode([hpack.NeverIndexedHeaderTuple(*each) for each in fields.items()])
+    first = pair.client.get_next_available_stream_id()
+    pair.client.highest_outbound_stream_id = last = first + 2 * (count - 1)
+    said = b""
+    for now, make in (
+        (now_ns, lambda stream_id: hf.HeadersFrame(stream_id, block, flags=["END_HEADERS"])),
+        (now_ns + after_ns, lambda stream_id: hf.RstStreamFrame(stream_id, 8)),
+    ):
+        for stream_id in range(first, last + 1, 2):
+            assert pair.server.feed(make(stream_id).serialize(), now)
+            said += pair.server.collect() or b""
+    pair.server.take_events()
+    return [each for each in read_frames(said) if isinstance(each, hf.GoAwayFrame)]
+
+
+def test_who_resets_in_floods_gets_no_more_calls_and_keeps_what_it_has() -> None:
+    pair = make_pair(max_concurrent_streams=1024)
+    stream_id = pair.open(SLOW, frame(b"x"))
+    pair.server.take_events()
+    assert open_and_reset(pair, BURST // 2, 1) == []
+    assert open_and_reset(pair, BURST // 2, 1) == []
+    (goaway,) = open_and_reset(pair, BURST, 1)  # once
+    assert (goaway.error_code, goaway.additional_data) == (0xB, b"too_many_resets")
+    pair.server.send_message(stream_id, b"answer")
+    assert any(isinstance(each, hf.DataFrame) for each in read_frames(pair.server.collect()))
+    assert not pair.server.is_over
+    assert not open_and_reset(pair, 1, 10 * S)
+    pair.server.finish(stream_id, 0, b"")
+    pair.server.collect()
+    assert pair.server.is_over
+
+
+def test_the_bound_of_resets_refills_and_follows_the_streams_that_may_be_open() -> None:
+    pair = make_pair(max_concurrent_streams=1024)
+    for second in range(1, 5):
+        assert open_and_reset(pair, BURST, second * S) == []
+    assert open_and_reset(pair, BURST // 2, 4 * S + S // 2) == []
+    assert len(open_and_reset(pair, 1 + 24, 4 * S + S // 2)) == 1  # 1024 streams may be open at a time
+
+
+@pytest.mark.parametrize(
+    ("timeout", "after_ns"),
+    [("20S", 20 * S), ("20S", 500 * MS), ("700m", 450 * MS), ("1n", 1), ("1S", 0)],
+    ids=["on time", "patient", "early", "no time", "seen late"],
+)
+def test_calls_whose_time_is_up_are_no_flood(timeout: str, after_ns: int) -> None:
+    """Whoever ends them first: without a reset the server would have done it as well."""
+    pair = make_pair(max_concurrent_streams=1024)
+    for second in range(10):
+        assert open_and_reset(pair, 1000, second + 1, after_ns=after_ns, **{"grpc-timeout": timeout}) == []
+
+
+def test_calls_that_expire_before_they_begin_are_bounded_too() -> None:
+    pair = make_pair(max_concurrent_streams=1024)
+    for _ in range(16):
+        assert open_and_reset(pair, 1024, 1, **{"grpc-timeout": "1n"}) == []
+    assert len(open_and_reset(pair, 1, 1, **{"grpc-timeout": "1n"})) == 1
+
+
+def test_calls_reset_long_before_their_time_count() -> None:
+    pair = make_pair(max_concurrent_streams=1024)
+    assert open_and_reset(pair, 1024, 1, after_ns=499 * MS, **{"grpc-timeout": "2S"}) == []
+    assert len(open_and_reset(pair, 1, 499 * MS, **{"grpc-timeout": "2S"})) == 1
 
 
 @pytest.mark.parametrize(
