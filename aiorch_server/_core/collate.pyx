@@ -17,18 +17,7 @@ from aiorch_server._core.buffers cimport (
     hold_for_python,
     new_buffer,
 )
-from aiorch_server._core.histogram cimport record
-from aiorch_server._core.loans cimport return_loans
-from aiorch_server._core.request cimport (
-    Stamps,
-    fail_request,
-    find_buffer,
-    is_cancelled,
-    now_ns,
-    pthread_mutex_lock,
-    pthread_mutex_unlock,
-)
-from aiorch_server._core.scheduler cimport (
+from aiorch_server._core.counters cimport (
     FAILURE_BACKEND,
     FAILURE_CANCELED,
     PHASE_BATCH_WAIT,
@@ -40,11 +29,19 @@ from aiorch_server._core.scheduler cimport (
     PHASE_WAIT,
     Counters,
     count_failure,
-    release_scheduler,
-    retain_scheduler,
-    settle_chain,
-    take_batch,
 )
+from aiorch_server._core.histogram cimport record
+from aiorch_server._core.loans cimport return_loans
+from aiorch_server._core.request cimport (
+    Stamps,
+    fail_request,
+    find_buffer,
+    is_cancelled,
+    now_ns,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+)
+from aiorch_server._core.scheduler cimport release_scheduler, retain_scheduler, settle_chain, take_batch
 from aiorch_server._core.spec cimport SpecState, TensorLayout
 from aiorch_server._core.watch cimport note_slow
 
@@ -418,9 +415,9 @@ cdef class Batch:
             self._members[i] = NULL
             if is_cancelled(request):   # may become true at any time: looked at once, so that it is counted once
                 fail_request(request, CANCELLED, b"cancelled")
-                count_failure(self._state, request, FAILURE_CANCELED, now)
+                count_failure(&self._state.counters, request, FAILURE_CANCELED, now)
             elif request.status:
-                count_failure(self._state, request, FAILURE_BACKEND, now)
+                count_failure(&self._state.counters, request, FAILURE_BACKEND, now)
             if request.stamps != NULL or now - request.received_ns >= self._state.watch.slow_ns:
                 self.stamp(request, run_ended_ns, now)
             request.next = NULL
@@ -430,7 +427,7 @@ cdef class Batch:
                 last.next = request
             last = request
         if is_success and chain != NULL:
-            pthread_mutex_lock(&self._state.stats_lock)
+            pthread_mutex_lock(&counters.lock)
             request = chain
             while request != NULL:
                 if not request.status:
@@ -453,7 +450,7 @@ cdef class Batch:
                 counters.batch_sizes[size - 1].input_ns += <unsigned long> input_ns
                 counters.batch_sizes[size - 1].infer_ns += <unsigned long> infer_ns
                 counters.batch_sizes[size - 1].output_ns += <unsigned long> output_ns
-            pthread_mutex_unlock(&self._state.stats_lock)
+            pthread_mutex_unlock(&counters.lock)
             if not self._is_detached:
                 pthread_mutex_lock(&self._state.lock)
                 # what form_batch expects of the next run: a slow average, so that one hiccup does not start batches early

@@ -8,6 +8,7 @@ from libc.stdlib cimport calloc
 from libc.string cimport memcmp, memcpy
 
 from aiorch_server._core.buffers cimport HeldBuffer, drop_buffer, hold_buffer, hold_for_python, new_buffer
+from aiorch_server._core.counters cimport FAILURE_REJECTED, count_failure
 from aiorch_server._core.loans cimport Loan, drop_loan, new_loan, return_loans
 from aiorch_server._core.request cimport (
     CompletionSink,
@@ -24,13 +25,11 @@ from aiorch_server._core.request cimport (
 )
 from aiorch_server._core.scheduler cimport (
     ENQUEUED,
-    FAILURE_REJECTED,
     REFUSED_CLOSED,
     REFUSED_FULL,
     EnqueueResult,
     Scheduler,
     cancel_request,
-    count_failure,
     enqueue,
     wake,
 )
@@ -165,7 +164,7 @@ cdef class Mailbox:
             result = enqueue(scheduler.state, request, priority, timeout_us, now)
         if result != ENQUEUED:
             if result == REFUSED_FULL or result == REFUSED_CLOSED:
-                count_failure(scheduler.state, request, FAILURE_REJECTED, now)
+                count_failure(&scheduler.state.counters, request, FAILURE_REJECTED, now)
             give_up(request)
             ticket.request = NULL
             if result == REFUSED_FULL:

@@ -4,6 +4,7 @@ from cpython.bytes cimport PyBytes_AS_STRING
 from libc.stdint cimport int64_t, uint8_t
 
 from aiorch_server._core.answers cimport encode_answer
+from aiorch_server._core.counters cimport BatchSizeCount, Counters
 from aiorch_server._core.request cimport (
     fail_request,
     is_cancelled,
@@ -11,7 +12,6 @@ from aiorch_server._core.request cimport (
     pthread_mutex_lock,
     pthread_mutex_unlock,
 )
-from aiorch_server._core.scheduler cimport BatchSizeCount, Counters
 
 cdef int RESOURCE_EXHAUSTED = 8
 
@@ -63,12 +63,12 @@ def count_run(Batch batch not None, int64_t rows, int64_t input_ns, int64_t infe
     """Counts one execution of a batch whose members were taken out."""
     cdef Counters *counters = &batch._state.counters
     cdef BatchSizeCount *counted = &counters.batch_sizes[min(max(rows, 1), counters.n_batch_sizes) - 1]
-    pthread_mutex_lock(&batch._state.stats_lock)
+    pthread_mutex_lock(&counters.lock)
     counters.executions += 1
     counted.executions += 1
     counted.input_ns += <unsigned long> input_ns
     counted.infer_ns += <unsigned long> infer_ns
-    pthread_mutex_unlock(&batch._state.stats_lock)
+    pthread_mutex_unlock(&counters.lock)
     pthread_mutex_lock(&batch._state.lock)
     batch._state.policy.run_ns += (input_ns + infer_ns - batch._state.policy.run_ns) // 8
     pthread_mutex_unlock(&batch._state.lock)

@@ -3,6 +3,7 @@
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy
 
+from aiorch_server._core.counters cimport FAILURE_REJECTED, count_failure
 from aiorch_server._core.request cimport (
     aiorch_add_reference,
     free_request,
@@ -18,11 +19,9 @@ from aiorch_server._core.request cimport (
 )
 from aiorch_server._core.scheduler cimport (
     ENQUEUED,
-    FAILURE_REJECTED,
     REFUSED_FULL,
     EnqueueResult,
     Scheduler,
-    count_failure,
     enqueue,
     release_scheduler,
     reserve_in_slab,
@@ -277,7 +276,7 @@ cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size,
     elif result == REFUSED_FULL:
         # Answered here: under overload a refusal must cost less than a request.
         refuse_request(candidate, UNAVAILABLE, b"Exceeds maximum queue size")
-        count_failure(scheduler, candidate, FAILURE_REJECTED, candidate.enqueued_ns)
+        count_failure(&scheduler.counters, candidate, FAILURE_REJECTED, candidate.enqueued_ns)
         put_settled(sink, candidate, candidate)
     else:
         # Also where the scheduler is closed: the round's table may be a moment old, and the model loaded anew since.

@@ -8,7 +8,7 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 from aiorch_server._core.batch_former cimport BatchPolicy
 from aiorch_server._core.buffers cimport Place
-from aiorch_server._core.histogram cimport HistogramState
+from aiorch_server._core.counters cimport Counters
 from aiorch_server._core.queue cimport Queue
 from aiorch_server._core.request cimport CompletionSink, Request, pthread_mutex_t
 from aiorch_server._core.slabs cimport Slab
@@ -23,44 +23,6 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef enum:
     MAX_LEVELS = 65536
-    N_PHASES = 7
-
-
-cdef enum Phase:
-    PHASE_QUEUE = 0         # enqueued -> an instance was free (or taken, if sooner)
-    PHASE_BATCH_WAIT = 1    # an instance was free and waited for company
-    PHASE_COMPUTE_INPUT = 2
-    PHASE_INFER = 3
-    PHASE_COMPUTE_OUTPUT = 4
-    PHASE_TOTAL = 5         # message complete -> answer encoded
-    PHASE_WAIT = 6          # enqueued -> taken: the first two together
-
-
-cdef enum FailureReason:
-    FAILURE_REJECTED = 0
-    FAILURE_CANCELED = 1
-    FAILURE_BACKEND = 2
-    FAILURE_OTHER = 3
-    N_REASONS = 4
-
-
-cdef struct BatchSizeCount:
-    uint64_t executions
-    uint64_t input_ns
-    uint64_t infer_ns
-    uint64_t output_ns
-
-
-cdef struct Counters:
-    uint64_t rows
-    uint64_t executions
-    uint64_t fail
-    uint64_t fail_ns
-    uint64_t failures[N_REASONS]
-    int64_t last_inference_ns       # CLOCK_MONOTONIC
-    HistogramState phases[N_PHASES]
-    BatchSizeCount *batch_sizes     # by rows, n_batch_sizes of them; what is larger counts in the last
-    int64_t n_batch_sizes
 
 
 # What holds for the requests of one priority level.
@@ -95,10 +57,9 @@ cdef struct SchedulerState:
     Request *first_arrived          # queued, running or settled, by arrival; only where `keeps_order`
     Request *last_arrived
     bint is_handing_over            # a thread takes answers off that list and gives them to their sinks
-    # guarded by stats_lock
-    pthread_mutex_t stats_lock
+    # these guard themselves
     Counters counters
-    Watch watch                     # guards itself
+    Watch watch
     # constant
     SpecState *spec                 # holds one reference
 
@@ -124,8 +85,6 @@ cdef void wake(SchedulerState *state) noexcept nogil
 cdef bint cancel_request(Request *request) noexcept nogil
 # Hands a chain of requests, answered or failed and no longer queued, to their sinks, one by one or in runs.
 cdef void settle_chain(SchedulerState *state, Request *first) noexcept nogil
-# Counts one failed request.
-cdef void count_failure(SchedulerState *state, const Request *request, FailureReason reason, int64_t now) noexcept nogil
 
 cdef void retain_scheduler(SchedulerState *state) noexcept nogil
 cdef void release_scheduler(SchedulerState *state) noexcept nogil

@@ -1,11 +1,18 @@
 """The scheduler of one model version: enqueue, cancel, take, settle; all of it callable without the interpreter."""
 
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from aiorch_server._core.batch_former cimport MAX_PREFERRED, FormedBatch, form_batch
 from aiorch_server._core.buffers cimport drop_buffer
-from aiorch_server._core.histogram cimport Histogram, N_BUCKETS, lower_bound, record
+from aiorch_server._core.counters cimport (
+    FAILURE_CANCELED,
+    FAILURE_REJECTED,
+    count_failure,
+    describe_counters,
+    drop_counters,
+    init_counters,
+)
 from aiorch_server._core.queue cimport clear_queue, init_queue, push_request, remove_all, remove_expired, remove_request
 from aiorch_server._core.request cimport (
     REQUEST_NEW,
@@ -33,10 +40,6 @@ from aiorch_server._core.watch cimport (
     take_sample,
     watch_slow,
 )
-
-import time
-
-from aiorch_server.types import BatchStatistics, Duration, PhaseHistogram, SchedulerCounters
 
 cdef extern from "<time.h>" nogil:
     struct timespec:
@@ -73,10 +76,6 @@ cdef int64_t MAX_NAP_NS = 1000000000
 DEFAULT_MAX_REQUESTS = 16384
 DEFAULT_MAX_BYTES = 1 << 30
 
-_PHASES = ("queue", "batch_wait", "compute_input", "infer", "compute_output", "total", "wait")
-_REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
-# Powers of two from 8 us to 69 s: edges of the log-linear buckets, so that the coarse counts are exact.
-_BOUNDS_NS = tuple(1 << bit for bit in range(13, 37))
 
 
 cdef void wait_until(pthread_cond_t *cond, pthread_mutex_t *lock, int64_t at_ns) noexcept nogil:
@@ -101,11 +100,10 @@ cdef void release_scheduler(SchedulerState *state) noexcept nogil:
     pthread_cond_destroy(&state.due)
     pthread_cond_destroy(&state.idle)
     pthread_mutex_destroy(&state.lock)
-    pthread_mutex_destroy(&state.stats_lock)
     drop_watch(&state.watch)
     release_spec(state.spec)
     free(state.levels)
-    free(state.counters.batch_sizes)
+    drop_counters(&state.counters)
     free(state)
 
 
@@ -233,20 +231,12 @@ cdef bint cancel_request(Request *request) noexcept nogil:
     pthread_mutex_unlock(&state.lock)
     if was_queued:
         now = now_ns()
-        count_failure(state, request, FAILURE_CANCELED, now)
+        count_failure(&state.counters, request, FAILURE_CANCELED, now)
         note_unserved(state, request, CANCELLED, now)
         if state.keeps_order:   # others may have waited for its answer
             settle_in_order(state, NULL)
         leave(state, 1)
     return was_queued
-
-
-cdef void count_failure(SchedulerState *state, const Request *request, FailureReason reason, int64_t now) noexcept nogil:
-    pthread_mutex_lock(&state.stats_lock)
-    state.counters.fail += 1
-    state.counters.fail_ns += <uint64_t> (now - request.received_ns)
-    state.counters.failures[<int> reason] += 1
-    pthread_mutex_unlock(&state.stats_lock)
 
 
 cdef void note_unserved(SchedulerState *state, const Request *request, int status, int64_t now) noexcept nogil:
@@ -335,7 +325,7 @@ cdef void refuse_chain(SchedulerState *state, Request *first, int status, const 
             refuse_request(request, DEADLINE_EXCEEDED, b"Deadline Exceeded")
         else:
             refuse_request(request, UNAVAILABLE, b"Request timeout expired")
-        count_failure(state, request, FAILURE_REJECTED, now)
+        count_failure(&state.counters, request, FAILURE_REJECTED, now)
         note_unserved(state, request, request.status, now)
         request = request.next
     settle_chain(state, first)
@@ -458,15 +448,12 @@ cdef class Scheduler:
         state = <SchedulerState *> calloc(1, sizeof(SchedulerState))
         if state == NULL:
             raise MemoryError
-        state.counters.n_batch_sizes = max(1, min(spec.state.max_batch_size, 4096))
-        state.counters.batch_sizes = <BatchSizeCount *> calloc(
-            <size_t> state.counters.n_batch_sizes, sizeof(BatchSizeCount))
-        if state.counters.batch_sizes == NULL:
+        if not init_counters(&state.counters, spec.state.max_batch_size):
             free(state)
             raise MemoryError
         state.levels = <LevelPolicy *> calloc(len(policies), sizeof(LevelPolicy))
         if state.levels == NULL:
-            free(state.counters.batch_sizes)
+            drop_counters(&state.counters)
             free(state)
             raise MemoryError
         for i, (size, timeout_us, allows_override, delays) in enumerate(policies):
@@ -478,7 +465,6 @@ cdef class Scheduler:
             state.has_delays |= bool(delays)
         state.keeps_order = preserve_ordering
         pthread_mutex_init(&state.lock, NULL)
-        pthread_mutex_init(&state.stats_lock, NULL)
         init_watch(&state.watch)
         pthread_condattr_init(&attributes)
         pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
@@ -598,65 +584,4 @@ cdef class Scheduler:
 
     def counters(self):
         """A consistent ``SchedulerCounters`` snapshot."""
-        cdef Counters *copy = <Counters *> calloc(1, sizeof(Counters))
-        cdef BatchSizeCount *sizes = <BatchSizeCount *> calloc(
-            <size_t> self.state.counters.n_batch_sizes, sizeof(BatchSizeCount))
-        if copy == NULL or sizes == NULL:
-            free(copy)
-            free(sizes)
-            raise MemoryError
-        try:
-            with nogil:
-                pthread_mutex_lock(&self.state.stats_lock)
-                memcpy(copy, &self.state.counters, sizeof(Counters))
-                memcpy(sizes, self.state.counters.batch_sizes,
-                       <size_t> copy.n_batch_sizes * sizeof(BatchSizeCount))
-                pthread_mutex_unlock(&self.state.stats_lock)
-            return describe_counters(self, copy, sizes)
-        finally:
-            free(copy)
-            free(sizes)
-
-
-cdef object duration_of(const HistogramState *histogram):
-    return Duration(histogram.count, histogram.sum_ns)
-
-
-cdef object coarsen(const HistogramState *histogram):
-    cdef Histogram fine = Histogram.copy_of(histogram)
-    below = [fine.count_below(bound) for bound in _BOUNDS_NS]
-    counts = [after - before for before, after in zip([0, *below], [*below, fine.count])]
-    return PhaseHistogram(tuple([bound / 1e9 for bound in _BOUNDS_NS]), tuple(counts), histogram.sum_ns / 1e9)
-
-
-cdef object describe_counters(Scheduler scheduler, const Counters *counters, const BatchSizeCount *sizes):
-    queue = Duration(counters.phases[<int> PHASE_QUEUE].count,
-                     counters.phases[<int> PHASE_QUEUE].sum_ns + counters.phases[<int> PHASE_BATCH_WAIT].sum_ns)
-    last_ms = 0
-    if counters.last_inference_ns:
-        last_ms = int(time.time() * 1000) - (now_ns() - counters.last_inference_ns) // 1000000
-    return SchedulerCounters(
-        rows=counters.rows,
-        executions=counters.executions,
-        success=duration_of(&counters.phases[<int> PHASE_TOTAL]),
-        fail=Duration(counters.fail, counters.fail_ns),
-        failures={reason: counters.failures[i] for i, reason in enumerate(_REASONS)},
-        queue=queue,
-        compute_input=duration_of(&counters.phases[<int> PHASE_COMPUTE_INPUT]),
-        compute_infer=duration_of(&counters.phases[<int> PHASE_INFER]),
-        compute_output=duration_of(&counters.phases[<int> PHASE_COMPUTE_OUTPUT]),
-        batch_sizes=tuple([
-            BatchStatistics(
-                i + 1,
-                Duration(sizes[i].executions, sizes[i].input_ns),
-                Duration(sizes[i].executions, sizes[i].infer_ns),
-                Duration(sizes[i].executions, sizes[i].output_ns),
-            )
-            for i in range(counters.n_batch_sizes)
-            if sizes[i].executions
-        ]),
-        last_inference_ms=last_ms,
-        pending=scheduler.pending,
-        in_flight=scheduler.in_flight,
-        phases={phase: coarsen(&counters.phases[i]) for i, phase in enumerate(_PHASES)},
-    )
+        return describe_counters(&self.state.counters, self.pending, self.in_flight)
