@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiorch_server._core import Batch, Mailbox, Scheduler
-from aiorch_server.errors import CapacityError, DeadlineExpired, ModelExecutionError, QueueFull
+from aiorch_server.errors import CapacityError, DeadlineExpired, ModelExecutionError, QueueFull, ServerStopping
 
 Policy = tuple[int, int, bool, bool]
 
@@ -206,6 +207,47 @@ async def test_a_queued_one_that_is_cancelled_lets_later_ones_out(mailbox: Mailb
     assert not later.done()
     first.cancel()
     assert values_of(await asyncio.wait_for(later, 20)) == [2.0, 4.0]
+    await reach(lambda: scheduler.in_flight == 0)
+
+
+class OnRelease:
+    """What Python keeps with a request; calls back when the request is freed."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+
+    def __del__(self) -> None:
+        self._callback()
+
+
+async def test_who_settles_while_another_hands_over_neither_waits_nor_overtakes(mailbox: Mailbox) -> None:
+    """Freeing the first request, whose mailbox is gone, runs Python in the middle of handing over the first two."""
+    scheduler = Scheduler(make_spec(1), preserve_ordering=True)
+    batches = [Batch(scheduler) for _ in range(3)]
+    done: list[bool] = []
+
+    def settle_the_third() -> None:
+        thread = threading.Thread(target=lambda: batches[2].settle({"Y": batches[2].gather()["X"] * 2}))
+        thread.start()
+        thread.join(5)
+        done.append(not thread.is_alive())
+
+    gone = Mailbox(asyncio.get_running_loop())
+    lost = gone.submit(scheduler, message(0), attachment=OnRelease(settle_the_third))
+    order: list[int] = []
+    futures = [mailbox.submit(scheduler, message(index)) for index in (1, 2)]
+    for index, future in enumerate(futures, start=1):
+        future.add_done_callback(lambda _, index=index: order.append(index))  # type: ignore[misc]
+    for batch in batches:
+        assert scheduler.take(batch)
+    gone.close()
+    assert isinstance(lost.exception(), ServerStopping)
+    batches[1].settle({"Y": batches[1].gather()["X"] * 2})
+    assert not done
+    batches[0].settle({"Y": batches[0].gather()["X"] * 2})
+    assert done == [True], "a thread that settled waited for the one that handed over"
+    await reach(lambda: len(order) == 2)
+    assert order == [1, 2]
     await reach(lambda: scheduler.in_flight == 0)
 
 
