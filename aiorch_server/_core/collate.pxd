@@ -4,7 +4,8 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t
 
 from aiorch_server._core.request cimport Request
-from aiorch_server._core.scheduler cimport Scheduler, SchedulerState
+from aiorch_server._core.scheduler cimport Scheduler
+from aiorch_server._core.scheduler_state cimport SchedulerState
 from aiorch_server._core.wire cimport Slice
 
 

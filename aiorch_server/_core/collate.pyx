@@ -41,7 +41,9 @@ from aiorch_server._core.request cimport (
     pthread_mutex_lock,
     pthread_mutex_unlock,
 )
-from aiorch_server._core.scheduler cimport release_scheduler, retain_scheduler, settle_chain, take_batch
+from aiorch_server._core.scheduler cimport take_batch
+from aiorch_server._core.scheduler_state cimport release_scheduler, retain_scheduler
+from aiorch_server._core.settlement cimport settle_chain
 from aiorch_server._core.spec cimport SpecState, TensorLayout
 from aiorch_server._core.watch cimport note_slow
 

@@ -7,6 +7,14 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc
 from libc.string cimport memcmp, memcpy
 
+from aiorch_server._core.admission cimport (
+    ENQUEUED,
+    REFUSED_CLOSED,
+    REFUSED_FULL,
+    EnqueueResult,
+    cancel_request,
+    enqueue,
+)
 from aiorch_server._core.buffers cimport HeldBuffer, drop_buffer, hold_buffer, hold_for_python, new_buffer
 from aiorch_server._core.counters cimport FAILURE_REJECTED, count_failure
 from aiorch_server._core.loans cimport Loan, drop_loan, new_loan, return_loans
@@ -23,16 +31,8 @@ from aiorch_server._core.request cimport (
     now_ns,
     release_sink,
 )
-from aiorch_server._core.scheduler cimport (
-    ENQUEUED,
-    REFUSED_CLOSED,
-    REFUSED_FULL,
-    EnqueueResult,
-    Scheduler,
-    cancel_request,
-    enqueue,
-    wake,
-)
+from aiorch_server._core.scheduler cimport Scheduler
+from aiorch_server._core.scheduler_state cimport wake
 from aiorch_server._core.spec cimport bind_request
 from aiorch_server._core.watch cimport describe_stamps
 from aiorch_server._core.wire cimport SCAN_OK, InferScan, Slice, find_tensor, scan_request
@@ -173,7 +173,7 @@ cdef class Mailbox:
                 raise ServerStopping(
                     "Server is stopping, scheduler for model has stopped accepting new inference requests")
             raise RequestError(
-                f"request priority {priority} is above the {scheduler.state.n_levels} priority levels of model "
+                f"request priority {priority} is above the {scheduler.state.levels.count} priority levels of model "
                 f"'{scheduler.spec.name}'")
         # Still on the loop's thread: nobody drains before this returns, so the owner's reference is in time.
         Py_INCREF(ticket)

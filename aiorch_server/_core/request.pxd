@@ -1,7 +1,7 @@
 # The request record, and the way an answer goes back to the thread that owns the connection.
 #
 # Ownership: a Request belongs to exactly one room at a time.
-#   door       allocated by routes.dispatch (or scheduler.submit), before it can be seen by anybody else
+#   door       allocated by routes.dispatch (or Mailbox.submit), before it can be seen by anybody else
 #   queue      from enqueue until an instance takes it, or until cancel_request gives it back to the caller
 #   instance   from take until it is settled (answered or failed), each member on its own
 #   sink       from settle until the owner thread drains it; the drainer frees it with free_request
@@ -86,7 +86,7 @@ cdef struct Request:
     void *bucket
     Request *older
     Request *newer
-    # place among all that arrived and have not left: written by scheduler.pyx only, where answers leave in that order
+    # place among all that arrived and have not left: written by arrivals.pyx only, where answers leave in that order
     Request *sooner
     Request *later
     bint is_settled

@@ -3,6 +3,7 @@
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy
 
+from aiorch_server._core.admission cimport ENQUEUED, REFUSED_FULL, EnqueueResult, enqueue, reserve_in_slab
 from aiorch_server._core.counters cimport FAILURE_REJECTED, count_failure
 from aiorch_server._core.request cimport (
     aiorch_add_reference,
@@ -17,17 +18,8 @@ from aiorch_server._core.request cimport (
     put_settled,
     refuse_request,
 )
-from aiorch_server._core.scheduler cimport (
-    ENQUEUED,
-    REFUSED_FULL,
-    EnqueueResult,
-    Scheduler,
-    enqueue,
-    release_scheduler,
-    reserve_in_slab,
-    retain_scheduler,
-    wake,
-)
+from aiorch_server._core.scheduler cimport Scheduler
+from aiorch_server._core.scheduler_state cimport release_scheduler, retain_scheduler, wake
 from aiorch_server._core.spec cimport bind_request, measure_rows
 from aiorch_server._core.watch cimport choose
 from aiorch_server._core.wire cimport (

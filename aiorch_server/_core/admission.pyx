@@ -1,0 +1,87 @@
+"""Requests enter the queue, or are refused; those that still wait can be taken back."""
+
+from libc.stdint cimport uint8_t
+
+from aiorch_server._core.arrivals cimport forget_arrival, note_arrival
+from aiorch_server._core.buffers cimport drop_buffer
+from aiorch_server._core.levels cimport LevelPolicy, count_out, policy_of, set_expiry, set_level
+from aiorch_server._core.queue cimport push_request, remove_request
+from aiorch_server._core.request cimport (
+    REQUEST_NEW,
+    REQUEST_QUEUED,
+    mark_cancelled,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+)
+from aiorch_server._core.scheduler_state cimport release_scheduler, retain_scheduler
+from aiorch_server._core.settlement cimport settle_taken_back
+from aiorch_server._core.slabs cimport reserve_rows
+
+
+cdef void drop_scheduler(void *state) noexcept nogil:
+    release_scheduler(<SchedulerState *> state)
+
+
+cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t priority, int64_t timeout_us,
+                           int64_t now) noexcept nogil:
+    cdef EnqueueResult result = ENQUEUED
+    cdef LevelPolicy *policy
+    if not set_level(&state.levels, request, priority):
+        return REFUSED_LEVEL
+    policy = policy_of(&state.levels, request)
+    set_expiry(policy, request, timeout_us, now)
+    request.enqueued_ns = now
+    if request.received_ns == 0:
+        request.received_ns = now
+    pthread_mutex_lock(&state.lock)
+    if state.is_closed:
+        result = REFUSED_CLOSED
+    elif (state.queue.n >= state.max_requests
+          or policy.max_requests and policy.n >= policy.max_requests
+          or state.queue.n_bytes + <int64_t> request.message_size > state.max_bytes and state.queue.n > 0
+          or not push_request(&state.queue, request)):
+        result = REFUSED_FULL
+    else:
+        request.state = REQUEST_QUEUED
+        request.scheduler = state
+        request.drop_scheduler = drop_scheduler
+        retain_scheduler(state)
+        state.in_flight += 1
+        if state.levels.is_bounded:
+            policy.n += 1
+        if state.keeps_order:
+            note_arrival(&state.arrivals, request)
+    pthread_mutex_unlock(&state.lock)
+    return result
+
+
+cdef bint reserve_in_slab(SchedulerState *state, size_t row_bytes, int64_t rows, Place *place) noexcept nogil:
+    cdef bint is_reserved = False
+    cdef uint8_t *dropped = NULL
+    pthread_mutex_lock(&state.lock)
+    if state.takes_rows and not state.is_closed:
+        is_reserved = reserve_rows(&state.slab, row_bytes, rows, place, &dropped)
+    pthread_mutex_unlock(&state.lock)
+    drop_buffer(dropped)
+    return is_reserved
+
+
+cdef bint cancel_request(Request *request) noexcept nogil:
+    cdef SchedulerState *state = <SchedulerState *> request.scheduler
+    cdef bint was_queued = False
+    if state == NULL:       # refused at once: it is in its sink
+        return False
+    pthread_mutex_lock(&state.lock)
+    if request.state == REQUEST_QUEUED:
+        remove_request(&state.queue, request)
+        count_out(&state.levels, request)
+        if state.keeps_order:
+            forget_arrival(&state.arrivals, request)
+        request.state = REQUEST_NEW
+        was_queued = True
+    else:
+        mark_cancelled(request)
+    pthread_mutex_unlock(&state.lock)
+    if was_queued:
+        settle_taken_back(state, request)
+    return was_queued
