@@ -65,9 +65,9 @@ cdef SchedulerState *find_version(const ModelRoute *model, const Slice *version)
         if version.data[i] < c'0' or version.data[i] > c'9':
             return NULL
         number = number * 10 + (version.data[i] - c'0')
-    for i in range(model.n_versions):
-        if model.versions[i].version == number:
-            return model.versions[i].scheduler
+    for at in range(model.n_versions):
+        if model.versions[at].version == number:
+            return model.versions[at].scheduler
     return NULL
 
 
