@@ -265,8 +265,13 @@ class LifecycleManager:
         except AiorchError as error:
             logger.error("%s", error)
         except Exception as error:
-            logger.exception("loading '%s' failed unexpectedly", name)
-            self._model(name).fail(f"load failed for model '{name}': unexpected {type(error).__name__}")
+            self._note_unexpected(name, error)
+
+    def _note_unexpected(self, name: str, error: Exception) -> str:
+        text = f"load failed for model '{name}': unexpected {type(error).__name__}"
+        logger.error("loading '%s' failed unexpectedly", name, exc_info=error)
+        self._model(name).fail(text)
+        return text
 
     async def _load(
         self, name: str, config_json: str | bytes | None, files: Mapping[str, bytes], *, is_asked: bool
@@ -318,8 +323,13 @@ class LifecycleManager:
                         await self._load(name, None, {}, is_asked=True)
             except AiorchError as error:
                 failures[name] = str(error)
+            except Exception as error:
+                failures[name] = self._note_unexpected(name, error)
 
-        await asyncio.gather(*map(require, names))
+        # Unlike gather, it never ends before all of them have.
+        async with asyncio.TaskGroup() as loads:
+            for name in names:
+                loads.create_task(require(name))
         # An override that failed is not tried again by itself: it is not what the repository holds.
         model.is_waiting = model.seen is not None and not self._dependencies.are_met(model)
         return failures

@@ -332,6 +332,41 @@ async def test_who_cancels_a_load_does_not_cancel_the_loading(tmp_path: Path) ->
         assert rig.backend.loads == [("m", 1)]
 
 
+async def test_an_unexpected_failure_of_one_step_waits_for_the_loads_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a model goes on loading for an ensemble that nobody loads any more."""
+    steps = " ".join(
+        f'step {{ model_name: "{name}" model_version: -1 input_map {{ key: "X" value: "X" }} '
+        f'output_map {{ key: "Y" value: "{output}" }} }}'
+        for name, output in (("slow", "A"), ("odd", "B"))
+    )
+    inputs = 'input { name: "X" data_type: TYPE_INT32 dims: [1] }'
+    outputs = " ".join(f'output {{ name: "{name}" data_type: TYPE_INT32 dims: [1] }}' for name in "AB")
+    async with running(tmp_path, {"slow": {1: {"hang": True}}, "odd": {1: {}}}, control_mode="explicit") as rig:
+        (tmp_path / "both" / "1").mkdir(parents=True)
+        config = f"max_batch_size: 8 {inputs} {outputs} ensemble_scheduling {{ {steps} }}"
+        (tmp_path / "both" / "config.pbtxt").write_text(config)
+        rig.backend.gates["slow"] = threading.Event()
+        opening = FilesystemRepository.open
+
+        def open_model(self: FilesystemRepository, name: str, *more: Any) -> Any:
+            if name == "odd":
+                raise RuntimeError("unheard of")
+            return opening(self, name, *more)
+
+        monkeypatch.setattr(FilesystemRepository, "open", open_model)
+        load = asyncio.create_task(rig.manager.load("both"))
+        await see(rig.backend.loading)
+        await eventually(lambda: load.done() or "RuntimeError" in rig.manager.problems().get("odd", ""))
+        assert not load.done()
+        rig.backend.gates["slow"].set()
+        error = await outcome(load)
+        assert isinstance(error, ModelLoadError)
+        assert "load failed for model 'odd': unexpected RuntimeError" in str(error)
+        assert rig.index("slow") == [("1", "READY")]
+
+
 async def test_an_output_that_is_asked_for_many_times_is_given_once(tmp_path: Path) -> None:
     async with running(tmp_path, {"m": {1: {}}}) as rig:
         inputs = [Tensor("X", "INT32", (1, 1), np.array([[4]], np.int32).tobytes())]
