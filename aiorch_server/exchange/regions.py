@@ -12,7 +12,10 @@ from __future__ import annotations
 import os
 import stat
 import weakref
+from collections import deque
 from dataclasses import dataclass
+
+import numpy as np
 
 from aiorch_server.errors import (
     AlreadyExists,
@@ -56,12 +59,21 @@ class OpenRegion:
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
 
-    def read(self, offset: int, size: int) -> bytes:
-        """A copy of ``size`` bytes at ``offset`` of the region; RequestError if the object has become too small."""
-        data = os.pread(self._descriptor, size, self.facts.offset + offset)
-        if len(data) < size:
-            raise self._shrunk()
-        return data
+    def read(self, offset: int, size: int, booking: Booking) -> memoryview:
+        """A copy of ``size`` bytes at ``offset`` of the region; RequestError if the object has become too small.
+
+        The copy keeps ``booking``, whoever holds it and as long as they do.
+        """
+        copied = np.empty(size, np.uint8)
+        weakref.finalize(copied, _drop, booking)
+        data = copied.data
+        done = 0
+        while done < size:
+            read = os.preadv(self._descriptor, [data[done:]], self.facts.offset + offset + done)
+            if not read:
+                raise self._shrunk()
+            done += read
+        return data.toreadonly()
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Copies ``data`` to ``offset`` of the region; RequestError if the object has become too small."""
@@ -94,13 +106,27 @@ class Place:
     offset: int
     byte_size: int
 
-    def read(self) -> bytes:
-        """A copy of the bytes; raises as OpenRegion.read."""
-        return self.region.read(self.offset, self.byte_size)
+    def read(self, booking: Booking) -> memoryview:
+        """A copy of the bytes; see OpenRegion.read."""
+        return self.region.read(self.offset, self.byte_size, booking)
 
     def write(self, data: bytes | memoryview) -> None:
         """Copies ``data``, at most ``byte_size`` bytes, to the start; raises as OpenRegion.write."""
         self.region.write(self.offset, data)
+
+
+class Booking:
+    """Bytes that copies may take; they are given back with the last reference to it, on any thread.
+
+    Each copy holds one, and so does the thread that makes it: it goes on after its request was cancelled, and a model
+    may have its input longer than anybody waits for the answer.
+    """
+
+    __slots__ = ("__weakref__",)
+
+
+def _drop(booking: Booking) -> None:
+    """The end of a copy: its reference goes."""
 
 
 class SharedRegions:
@@ -118,6 +144,8 @@ class SharedRegions:
         self._max_bytes = max_bytes
         self._regions: dict[str, OpenRegion] = {}
         self._copied_bytes = 0
+        #: What was given back and is not counted yet; filled by any thread, also by the garbage collector.
+        self._given: deque[int] = deque()
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
         """Makes ``byte_size`` bytes at ``offset`` of the object ``key`` known as ``name``.
@@ -177,18 +205,24 @@ class SharedRegions:
             raise PayloadTooLarge(f"a tensor of {byte_size} bytes, expected at most {_LARGEST_TENSOR_BYTES}")
         return Place(region, offset, byte_size)
 
-    def take_copied(self, size: int) -> None:
+    def take_copied(self, size: int) -> Booking:
         """Books ``size`` bytes of copies; CapacityError where that is too much."""
-        if self._copied_bytes + size > self._max_bytes:
+        held = self.count_copied()
+        if held + size > self._max_bytes:
             raise CapacityError(
-                f"requests hold {self._copied_bytes} bytes copied from shared memory and {size} more are asked for, "
-                f"expected at most {self._max_bytes}; try again later"
+                f"requests hold {held} bytes copied from shared memory and {size} more are asked for, expected at most "
+                f"{self._max_bytes}; try again later"
             )
-        self._copied_bytes += size
+        booking = Booking()
+        weakref.finalize(booking, self._given.append, size)
+        self._copied_bytes = held + size
+        return booking
 
-    def give_copied(self, size: int) -> None:
-        """Gives booked bytes back."""
-        self._copied_bytes -= size
+    def count_copied(self) -> int:
+        """Bytes that are booked now."""
+        while self._given:
+            self._copied_bytes -= self._given.popleft()
+        return self._copied_bytes
 
     def check_enabled(self) -> None:
         """UnsupportedRequest while shared memory is switched off."""

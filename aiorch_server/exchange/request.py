@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from aiorch_server.errors import RequestError
 from aiorch_server.exchange.classes import CLASSIFICATION, classify, read_count
-from aiorch_server.exchange.regions import Place, SharedRegions
+from aiorch_server.exchange.regions import Booking, Place, SharedRegions
 from aiorch_server.types import InferenceRequest, InferenceResponse, ModelSignature, Parameter, Tensor, TensorSpec
 
 _T = TypeVar("_T")
@@ -27,7 +28,7 @@ class Exchange:
     """Brings a request's inputs out of shared memory, and its outputs into it or into classes; used on the event loop.
 
     Regions are found when it is made, so that unregistering one during the request changes nothing for it. Used as a
-    context manager; leaving it gives the memory of the copies back.
+    context manager; leaving it drops its hold on the copies, whose memory is given back when nobody has them any more.
     """
 
     def __init__(self, regions: SharedRegions, request: InferenceRequest, signature: ModelSignature) -> None:
@@ -50,28 +51,27 @@ class Exchange:
                 self._classes[output.name] = count
             if place := _find_place(regions, output.name, output.parameters):
                 self._outputs[output.name] = place
-        self._copied_bytes = 0
+        self._booking: Booking | None = None
 
     def __enter__(self) -> Self:
         size = sum(place.byte_size for place in self._inputs.values())
         if size:
-            self._regions.take_copied(size)
-            self._copied_bytes = size
+            self._booking = self._regions.take_copied(size)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._copied_bytes:
-            self._regions.give_copied(self._copied_bytes)
+        self._booking = None
 
     async def bring(self) -> InferenceRequest:
         """The request with the bytes of all its inputs; RequestError if an object has become too small."""
-        if not self._inputs:
+        booking = self._booking
+        if booking is None:
             return self._request
         inputs = list(self._request.inputs)
         for index, place in self._inputs.items():
-            data = await _run(place.read, place.byte_size)
+            data = await _run(functools.partial(place.read, booking), place.byte_size)
             inputs[index] = dataclasses.replace(inputs[index], data=data)
         return dataclasses.replace(self._request, inputs=inputs)
 

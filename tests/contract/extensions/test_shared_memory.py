@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import threading
@@ -18,7 +19,10 @@ from running_site import TIMEOUT_S, Site
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor
 from tritonclient.utils import shared_memory as shm
 
-from aiorch_server.exchange import SharedRegions
+from aiorch_server.errors import CapacityError
+from aiorch_server.exchange import Exchange, SharedRegions
+from aiorch_server.exchange.regions import OpenRegion
+from aiorch_server.types import InferenceRequest, ModelSignature, Tensor
 
 LIBRARIES = {"grpc": grpc_client, "http": http_client}
 NOWHERE = "Unable to find shared memory region: 'nowhere'"
@@ -338,11 +342,53 @@ def test_the_number_of_regions_is_bounded(client: Any, region: Any) -> None:
 
 def test_copies_are_bounded_together() -> None:
     regions = SharedRegions("on", max_bytes=100)
-    regions.take_copied(60)
+    booking = regions.take_copied(60)
     with pytest.raises(Exception, match="expected at most 100; try again later"):
         regions.take_copied(41)
-    regions.give_copied(60)
-    regions.take_copied(100)
+    del booking
+    assert regions.take_copied(100) is not None
+    assert regions.count_copied() == 0
+
+
+async def test_a_copy_is_counted_until_nobody_has_it(region: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is given up leaves a thread that copies, and a model that computes with what was copied."""
+    name, _ = region("counted", size := 1 << 21)
+    regions = SharedRegions("on", max_bytes=size)
+    regions.register("r", name, 0, size)
+    place = {"shared_memory_region": "r", "shared_memory_byte_size": size}
+    request = InferenceRequest("m", "", [Tensor("X", "UINT8", (size,), None, place)])
+    started, may_end, read = threading.Event(), threading.Event(), OpenRegion.read
+    kept: list[Any] = []
+
+    def read_slowly(*arguments: Any) -> Any:
+        started.set()
+        assert may_end.wait(TIMEOUT_S)
+        return read(*arguments)
+
+    async def use() -> None:
+        with Exchange(regions, request, ModelSignature((), (), 0)) as exchange:
+            kept.append((await exchange.bring()).inputs[0].data)
+            await asyncio.get_running_loop().create_future()
+
+    async def start_and_cancel(condition: Callable[[], bool]) -> None:
+        task = asyncio.create_task(use())
+        async with asyncio.timeout(TIMEOUT_S):
+            while not condition():
+                await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.wait([task])
+
+    monkeypatch.setattr(OpenRegion, "read", read_slowly)
+    await start_and_cancel(started.is_set)
+    with pytest.raises(CapacityError):  # the thread still copies
+        regions.take_copied(1)
+    may_end.set()
+    await asyncio.to_thread(wait_until, lambda: regions.count_copied() == 0)
+    await start_and_cancel(lambda: bool(kept))
+    with pytest.raises(CapacityError):  # a model may still have it
+        regions.take_copied(1)
+    kept.clear()
+    assert regions.count_copied() == 0
 
 
 def test_switched_off(open_site: Callable[..., Site], door: str, region: Any) -> None:
