@@ -128,11 +128,12 @@ def render_infer(response: InferenceResponse, call: InferCall) -> tuple[bytes, i
     binary: list[bytes | memoryview] = []
     for tensor in response.outputs:
         entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+        if tensor.data is None:  # it went to shared memory; Triton's C++ client takes parameters as a sign of binary data
+            outputs.append(_dump(entry))
+            continue
         if tensor.parameters:
             entry["parameters"] = dict(tensor.parameters)
-        if tensor.data is None:  # it went to shared memory
-            outputs.append(_dump(entry))
-        elif _is_binary(tensor, call):
+        if _is_binary(tensor, call):
             data = tensor.data
             size = data.nbytes if isinstance(data, memoryview) else len(data)
             entry.setdefault("parameters", {})["binary_data_size"] = size
