@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from typing import Any
-
-from prometheus_client.platform_collector import PlatformCollector
-from prometheus_client.process_collector import ProcessCollector
-from prometheus_client.registry import Collector, CollectorRegistry
+from typing import TYPE_CHECKING, Any
 
 from aiorch_server.frontends.rest.body import Receive, Send, choose_coding, encode_body, find_header
 from aiorch_server.frontends.rest.listener import HttpListener
-from aiorch_server.observability.collector import (
-    CopyCollector,
-    DoorCollector,
-    DoorLedger,
-    MachineCollector,
-    MeasuredModel,
-    ModelCollector,
-)
-from aiorch_server.observability.exposition import render_metrics
+from aiorch_server.observability.machine import MachineProbe
+
+if TYPE_CHECKING:
+    from prometheus_client.registry import Collector
+
+    from aiorch_server.observability.collector import DoorLedger, MeasuredModel
 
 logger = logging.getLogger(__name__)
+Exposition = Callable[[str | None], tuple[bytes, str]]
 
 #: Scrapers are few; a limit of its own keeps a flood here away from the other doors' descriptors.
 _MAX_CONNECTIONS = 64
@@ -44,16 +39,10 @@ class MetricsServer:
         host: str = "127.0.0.1",
         port: int = 8002,
     ) -> None:
-        # Not the library's global registry: two servers in one process (tests) must not share their numbers.
-        self.registry = CollectorRegistry()
-        self.registry.register(ModelCollector(list_models))
-        self.registry.register(DoorCollector(list_ledgers))
-        self.registry.register(CopyCollector())
-        self.registry.register(MachineCollector())
-        for collector in own:
-            self.registry.register(collector)
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
+        # Utilization is that since the start: the first reading is now.
+        self._parts = (list_models, list_ledgers, MachineProbe(), tuple(own))
+        self._exposition: Exposition | None = None
+        self._opening = asyncio.Lock()
         self._listener = HttpListener(self._serve, host, port, max_connections=_MAX_CONNECTIONS)
 
     async def start(self) -> int:
@@ -74,7 +63,7 @@ class MetricsServer:
         else:
             status, body = HTTPStatus.OK, b""
             try:
-                body, content_type = render_metrics(self.registry, find_header(scope["headers"], b"accept"))
+                body, content_type = await self._render(find_header(scope["headers"], b"accept"))
                 headers = [(b"content-type", content_type.encode("ascii"))]
                 coding = choose_coding(find_header(scope["headers"], b"accept-encoding"))
                 body, coding = await encode_body(body, coding)
@@ -86,3 +75,21 @@ class MetricsServer:
         headers.append((b"content-length", b"%d" % len(body)))
         await send({"type": "http.response.start", "status": status.value, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    async def _render(self, accept: str | None) -> tuple[bytes, str]:
+        async with self._opening:
+            if self._exposition is None:
+                self._exposition = await asyncio.to_thread(_build_exposition, *self._parts)
+        return self._exposition(accept)
+
+
+def _build_exposition(
+    list_models: Callable[[], Iterable[MeasuredModel]],
+    list_ledgers: Callable[[], Iterable[DoorLedger]],
+    probe: MachineProbe,
+    own: Iterable[Collector],
+) -> Exposition:
+    """Imports Prometheus' library: 2 MB that a server does without until its first scrape."""
+    from aiorch_server.observability.registry import build_exposition
+
+    return build_exposition(list_models, list_ledgers, probe, own)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final, Protocol
-
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from typing import TYPE_CHECKING, Final, Protocol
 
 from aiorch_server.types import ModelStatistics
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
 
 #: Counters of models with a cache: what they count, and how to read them.
 CACHE_COUNTERS: Final[tuple[tuple[str, str, Callable[[ModelStatistics], float]], ...]] = (
@@ -46,7 +46,7 @@ class Use(Protocol):
         ...
 
 
-class CacheCollector(Collector):
+class CacheCollector:
     """The use of one cache."""
 
     def __init__(self, read_use: Callable[[], Use]) -> None:
@@ -54,6 +54,8 @@ class CacheCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Three families."""
+        from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily  # here: with the first scrape
+
         use = self._read_use()
         yield GaugeMetricFamily("aiorch_cache_entries", "Answers that the response cache holds", use.entries)
         yield GaugeMetricFamily("aiorch_cache_used_bytes", "Bytes that the response cache holds", use.used_bytes)

@@ -7,10 +7,10 @@ import threading
 import weakref
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
 
 KINDS: Final = ("counter", "gauge", "histogram")
 #: All models together; a label with a value per request would grow without end.
@@ -77,7 +77,7 @@ class _Family:
         self.series: weakref.WeakValueDictionary[_Labels, Series] = weakref.WeakValueDictionary()
 
 
-class ModelMetrics(Collector):
+class ModelMetrics:
     """The metrics of all models; a series is shown as long as its model holds it. Thread-safe."""
 
     def __init__(self) -> None:
@@ -119,6 +119,8 @@ class ModelMetrics(Collector):
 
 
 def _render(name: str, family: _Family, series: Sequence[tuple[_Labels, Series]]) -> Metric:
+    from prometheus_client.metrics_core import Metric  # here: models declare before anybody scrapes
+
     # The samples of a counter have the model's own name: the library's counters would append "_total".
     metric = Metric(name, family.description, family.kind)
     for labels, each in series:

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import numpy as np
 from aiorch_proto.v2 import inference_pb2, model_config_pb2
-from google.protobuf import json_format
 from google.protobuf.message import DecodeError, Message
 
 from aiorch_server.errors import PayloadTooLarge, RequestError
@@ -304,6 +303,8 @@ def encode_model_metadata(metadata: ModelMetadata) -> inference_pb2.ModelMetadat
 
 def encode_model_config(config: Mapping[str, Any]) -> inference_pb2.ModelConfigResponse:
     """The message for a configuration in protobuf's JSON form with the field names of the .proto file."""
+    from google.protobuf import json_format  # few ask
+
     return inference_pb2.ModelConfigResponse(config=json_format.ParseDict(config, model_config_pb2.ModelConfig()))
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from aiorch_proto.tfserving.service import SERVICE_NAMES as TFSERVING_NAMES
+from aiorch_proto.tfserving.names import METHOD_NAMES
 from aiorch_proto.v2.service import SERVICE_NAME
 
 from aiorch_server.frontends.grpc.health import HEALTH_NAME
@@ -22,7 +22,7 @@ _V1: Final = "grpc.reflection.v1.ServerReflection"
 
 def add_reflection_service(server: Any) -> None:
     """Registers reflection (v1 and v1alpha) of all services that the application serves with ``server``."""
-    service = ReflectionService((SERVICE_NAME, *TFSERVING_NAMES, HEALTH_NAME, _V1, _V1ALPHA))
+    service = ReflectionService((SERVICE_NAME, *METHOD_NAMES, HEALTH_NAME, _V1, _V1ALPHA))
     methods = {"ServerReflectionInfo": RpcMethod(True, True, stream_stream=service.reflect)}
     for name in (_V1, _V1ALPHA):
         add_methods(server, name, methods)

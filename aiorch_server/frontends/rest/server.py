@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from aiorch_server.frontends.rest.body import Receive, Send
-from aiorch_server.frontends.rest.control import ControlRoutes
 from aiorch_server.frontends.rest.generate import GenerateRoute, GenerateStreamRoute
 from aiorch_server.frontends.rest.infer import InferRoute
 from aiorch_server.frontends.rest.listener import HttpListener
@@ -15,6 +15,8 @@ from aiorch_server.frontends.rest.planes import InferencePlane, ManagementPlane,
 from aiorch_server.frontends.unpacking import UnpackBudget
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from aiorch_server.frontends.tfserving.rest import ServingRoute
 
 #: TensorFlow Serving's protocol, whose paths do not mind the case.
@@ -47,7 +49,9 @@ class RestServer:
             "generate_stream": GenerateStreamRoute(dataplane, controlplane, limits, budget),
         }
         self._serving_parts = (controlplane, infer, limits, budget)
-        self._control = ControlRoutes(controlplane, limits, budget).build_app()
+        self._control_parts = (controlplane, limits, budget)
+        self._control: Starlette | None = None
+        self._opening = asyncio.Lock()
         self._listener = HttpListener(
             self._serve, host, port, max_connections=max_connections, patience=limits.patience
         )
@@ -84,4 +88,18 @@ class RestServer:
         elif _SERVING_PATH.match(scope["path"]) is not None:
             await self._serving(scope, receive, send)
         else:
-            await self._control(scope, receive, send)
+            control = self._control or await self._open_control()
+            await control(scope, receive, send)
+
+    async def _open_control(self) -> Starlette:
+        async with self._opening:
+            if self._control is None:
+                self._control = await asyncio.to_thread(_build_control, *self._control_parts)
+        return self._control
+
+
+def _build_control(controlplane: ManagementPlane, limits: RestLimits, budget: UnpackBudget) -> Starlette:
+    """Imports the web framework: 1 MB that a server does without until it is asked something beside inference."""
+    from aiorch_server.frontends.rest.control import ControlRoutes
+
+    return ControlRoutes(controlplane, limits, budget).build_app()

@@ -6,10 +6,12 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from aiorch_proto.tfserving.service import METHODS, SERVICE_NAMES
+from aiorch_proto.tfserving.names import METHOD_NAMES
 
-from aiorch_server.frontends.grpc.methods import add_methods
+from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
 from aiorch_server.frontends.grpc.unary import build_unary_method
+
+Answer = Callable[[bytes, Any], Awaitable[bytes]]
 
 if TYPE_CHECKING:
     from aiorch_server.dataplane import DataPlane
@@ -21,7 +23,7 @@ def add_serving_services(
 ) -> None:
     """Registers both services with ``server``, a ``grpc.aio.Server`` or one with its surface, at the standard paths.
 
-    What answers them, see ServingServicer, is imported and made with the first call.
+    What answers them, see ServingServicer, is imported with its messages and made with the first call.
     """
 
     @functools.cache
@@ -30,12 +32,19 @@ def add_serving_services(
 
         return ServingServicer(dataplane, catalogue, max_tensor_bytes=max_tensor_bytes)
 
-    def build(name: str) -> Callable[[Any, Any], Awaitable[Any]]:
-        async def rpc(request: Any, context: Any) -> Any:
-            return await getattr(get_servicer(), name)(request, context)
+    @functools.cache
+    def get_answer(name: str) -> Answer:
+        from aiorch_proto.tfserving.service import METHODS
 
-        return rpc
+        answer = build_unary_method(getattr(get_servicer(), name), METHODS[name].request).unary_unary
+        assert answer is not None
+        return answer
 
-    for service in SERVICE_NAMES:
-        names = [name for name, method in METHODS.items() if method.service == service]
-        add_methods(server, service, {name: build_unary_method(build(name), METHODS[name].request) for name in names})
+    def build(name: str) -> RpcMethod:
+        async def answer(message: bytes, context: Any) -> bytes:
+            return await get_answer(name)(message, context)
+
+        return RpcMethod(request_streaming=False, response_streaming=False, unary_unary=answer)
+
+    for service, names in METHOD_NAMES.items():
+        add_methods(server, service, {name: build(name) for name in names})

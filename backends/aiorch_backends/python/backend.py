@@ -5,33 +5,38 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aiorch_backends.common import FoundTensor, OpenedArtefacts, complete_signature, encode_text, refuse
-from aiorch_backends.python.modules import UserModule, explain, summarize
-from aiorch_backends.python.triton.instance import TritonInstance
-from aiorch_backends.python.triton.model_config import read_signature
 from aiorch_server.backend import Backend, LoadContext, ModelInstance
 from aiorch_server.errors import AiorchError, ModelExecutionError
 from aiorch_server.types import DataType, ModelSignature, NumpyArray, TensorSpec
+
+if TYPE_CHECKING:
+    from aiorch_backends.python.modules import UserModule
 
 logger = logging.getLogger(__name__)
 
 
 class PythonBackend(Backend):
-    """Serves ``model.py``; see the package's docstring for the interface of ``Model``."""
+    """Serves ``model.py``; see the package's docstring for the interface of ``Model``.
+
+    What opens files and speaks Triton's interface is imported with the first model: every server knows this class.
+    """
 
     name = "python"
     platforms = ("python",)
     artefacts = ("model.py",)
 
     def __init__(self) -> None:
-        self._modules: OpenedArtefacts[UserModule] = OpenedArtefacts(UserModule.close)
+        self._modules: OpenedArtefacts[UserModule] = OpenedArtefacts(lambda module: module.close())
 
     def inspect(self, context: LoadContext) -> ModelSignature:
         """What ``Model`` declares, completed and narrowed by the configuration; ModelLoadError."""
+        from aiorch_backends.python.modules import UserModule
+
         module = UserModule.open(context)
         try:
             if module.is_triton:
@@ -45,9 +50,13 @@ class PythonBackend(Backend):
 
     def load(self, context: LoadContext, signature: ModelSignature) -> ModelInstance:
         """Makes a ``Model`` and calls its ``load``."""
+        from aiorch_backends.python.modules import UserModule, explain
+
         module = self._modules.take(context) or UserModule.open(context)
         try:
             if module.is_triton:
+                from aiorch_backends.python.triton.instance import TritonInstance
+
                 return TritonInstance(module, context, signature)
             if hasattr(module.model, "load"):
                 module.model.load(context)
@@ -59,6 +68,9 @@ class PythonBackend(Backend):
         return PythonInstance(module, signature, context.model_name)
 
     def _inspect_triton(self, context: LoadContext, module: UserModule) -> ModelSignature:
+        from aiorch_backends.python.modules import explain
+        from aiorch_backends.python.triton.model_config import read_signature
+
         try:
             signature = read_signature(context, module.model_class)
         except (Exception, SystemExit) as error:
@@ -85,6 +97,8 @@ class PythonInstance(ModelInstance):
         except AiorchError:
             raise
         except (Exception, SystemExit) as error:
+            from aiorch_backends.python.modules import summarize
+
             self._log(error)
             raise ModelExecutionError(summarize(error)) from error
         if not isinstance(outputs, Mapping):
@@ -114,6 +128,8 @@ class PythonInstance(ModelInstance):
 
 def _read_declaration(context: LoadContext, model: Any) -> ModelSignature:
     """The signature as the user's class declares it; max_batch_size -1 where it does not say."""
+    from aiorch_backends.python.modules import explain
+
     try:
         if hasattr(model, "signature"):
             signature = model.signature()

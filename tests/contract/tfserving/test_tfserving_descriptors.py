@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from aiorch_proto.tfserving import core_pb2, error_pb2, serving_pb2
+from aiorch_proto.tfserving.names import METHOD_NAMES
 from aiorch_proto.tfserving.service import METHODS, SERVICE_NAMES
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -105,7 +106,10 @@ def test_enums(theirs: DescriptorPool) -> None:
 
 def test_services(theirs: DescriptorPool) -> None:
     assert SERVICE_NAMES == ("tensorflow.serving.PredictionService", "tensorflow.serving.ModelService")
+    assert tuple(METHOD_NAMES) == SERVICE_NAMES
+    assert [name for names in METHOD_NAMES.values() for name in names] == list(METHODS)
     for service in SERVICE_NAMES:
+        assert all(METHODS[name].service == service for name in METHOD_NAMES[service])
         methods = theirs.FindServiceByName(service).methods
         assert {method.name for method in methods} == {m.name for m in METHODS.values() if m.service == service}
         for method in methods:
