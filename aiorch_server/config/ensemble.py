@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from aiorch_server.config.batching import EnsembleStep
@@ -15,11 +15,14 @@ PLATFORM = "ensemble"
 _LATEST = -1
 
 
-def find_ensemble_problems(config: ModelConfig) -> Iterator[Problem]:
-    """Yields what is wrong with the ensemble ``config``, whatever its models are; texts as Triton has them."""
+def find_ensemble_problems(config: ModelConfig, unknown: Collection[str] = ()) -> Iterator[Problem]:
+    """Yields what is wrong with the ensemble ``config``, whatever its models are; texts as Triton has them.
+
+    ``unknown`` names sections that were written and taken out because they are wrong by themselves.
+    """
     scheduling = config.ensemble_scheduling
     if scheduling is None:
-        if config.platform == PLATFORM:
+        if config.platform == PLATFORM and "ensemble_scheduling" not in unknown:
             yield Problem(("ensemble_scheduling",), f"is missing; platform '{PLATFORM}' needs it")
         return
     for field in ("platform", "backend"):
@@ -29,14 +32,15 @@ def find_ensemble_problems(config: ModelConfig) -> Iterator[Problem]:
         if getattr(config, field):
             yield Problem((field,), f"should not be specified for ensemble '{config.name}': its models have their own")
     for field in ("input", "output"):
-        if not getattr(config, field):
+        if not getattr(config, field) and field not in unknown:
             yield Problem((field,), f"is empty; ensemble '{config.name}' must list its {field}s")
     if not scheduling.step:
         yield Problem(("ensemble_scheduling", "step"), f"must specify 'step' for ensemble '{config.name}'")
         return
     for index, step in enumerate(scheduling.step):
         yield from _find_step_problems(config.name, index, step)
-    yield from _find_graph_problems(config, scheduling.step)
+    if not {"input", "output"} & set(unknown):
+        yield from _find_graph_problems(config, scheduling.step)
 
 
 def _find_step_problems(ensemble: str, index: int, step: EnsembleStep) -> Iterator[Problem]:

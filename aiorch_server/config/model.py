@@ -7,10 +7,10 @@ The keys are those of ``ModelConfig`` in the protocol's model_config.proto, so t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from aiorch_server.backend import DeclaredSignature
 from aiorch_server.config.batching import DynamicBatching, EnsembleScheduling
@@ -194,11 +194,12 @@ class ModelConfig(Section):
         return tuple(find_without_effect(self))
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        raise_problems((*self._find_problems(), *find_refused(self)))
+    def _check(self, info: ValidationInfo) -> Self:
+        unknown = (info.context or {}).get("unknown", ())
+        raise_problems((*self._find_problems(unknown), *find_refused(self)))
         return self
 
-    def _find_problems(self) -> Iterator[Problem]:
+    def _find_problems(self, unknown: Collection[str]) -> Iterator[Problem]:
         if self.name:
             try:
                 check_name(self.name)
@@ -211,7 +212,7 @@ class ModelConfig(Section):
         written = [name for name in schedulers if getattr(self, name) is not None]
         if len(written) > 1:
             yield Problem((written[1],), f"found beside {written[0]}; only one scheduler can be written")
-        yield from find_ensemble_problems(self)
+        yield from find_ensemble_problems(self, unknown)
         yield from self._find_batching_problems()
         yield from self._find_sequence_problems()
         yield from self._find_cache_problems()

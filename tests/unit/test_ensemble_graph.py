@@ -186,3 +186,21 @@ def test_shapes_between_models_that_batch_and_others(
     dims: tuple[int, ...], is_batching: bool, rows: int, shape: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
     assert convert_shape(dims, is_batching, rows, shape) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (write(CHAIN[:1]), "'t' is unused in ensemble 'e'"),
+        (write([{**CHAIN[0], "wrong": 1}, CHAIN[1]]), "ensemble_scheduling.step[0].wrong: unknown key"),
+        (write([{**CHAIN[0], "model_version": "x"}]), "ensemble_scheduling.step[0].model_version: found 'x'"),
+        (write([{**CHAIN[0], "input_map": ["X"]}, CHAIN[1]]), "ensemble_scheduling.step[0].input_map: found ['X']"),
+        (write(CHAIN, input=[tensor("IN", "TYPE_FLOAT")]), "input[0].data_type: found 'TYPE_FLOAT'"),
+        (write(CHAIN, output=[tensor("OUT", wrong=1)]), "output[0].wrong: unknown key"),
+    ],
+)
+def test_a_section_that_is_wrong_by_itself_is_not_called_missing(data: dict[str, Any], expected: str) -> None:
+    text = problems_of(data)
+    assert expected in text
+    for untrue in ("is missing", "is empty", "is neither"):
+        assert untrue not in text
