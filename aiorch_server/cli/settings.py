@@ -8,6 +8,7 @@ from typing import Any
 
 from aiorch_server.cli.output import UsageError
 from aiorch_server.config.load import load_server_config, setting_names
+from aiorch_server.config.problems import suggest
 from aiorch_server.config.server import ServerConfig
 from aiorch_server.errors import InvalidSettings
 
@@ -35,8 +36,13 @@ def build_config(
     settings = {name: value for name, value in options.items() if value is not None and value != []}
     known = setting_names()
     given = {known[name]: name for name in settings}
-    for written, value in [*_split(others, "--set"), *_translate(backend_config), *_translate_cache(cache_config)]:
-        name = written.lstrip("-").replace("-", "_").replace(".", "_")
+    told = _split(others, "--set")
+    strange = [written for written, _ in told if _name(written) not in known]
+    if strange:
+        each = (f"--set {written}: there is no such setting{suggest(_name(written), known)}" for written in strange)
+        raise UsageError(f"{'; '.join(each)} (docs/settings.md has all)")
+    for written, value in [*told, *_translate(backend_config), *_translate_cache(cache_config)]:
+        name = _name(written)
         name = given.setdefault(known.get(name, (name,)), name)
         if str(settings.setdefault(name, value)) != value:
             raise UsageError(f"setting {name} is given twice, as {settings[name]} and as {value}")
@@ -57,6 +63,11 @@ def build_config(
     if not config.repository.paths:
         raise UsageError("no model repository is given: add --model-repository FOLDER (it holds one folder per model)")
     return config
+
+
+def _name(written: str) -> str:
+    """A setting's flat name, however it is written: ``--grpc-port``, ``grpc.port``."""
+    return written.lstrip("-").replace("-", "_").replace(".", "_")
 
 
 def _translate(entries: Sequence[str]) -> list[tuple[str, str]]:

@@ -160,7 +160,10 @@ class _Settings:
     def _add_tree(self, prefix: tuple[str, ...], tree: Mapping[str, Any], source: str) -> None:
         for key, value in tree.items():
             path = (*prefix, key)
-            if isinstance(value, Mapping) and _is_section(path):
+            if not prefix and key not in ServerConfig.model_fields and key in self._names:
+                text = f"a file has sections: write {_nest(self._names[key])} (from {source})"
+                self._problems.append(Problem((key,), text))
+            elif isinstance(value, Mapping) and _is_section(path):
                 self._add_tree(path, value, source)
             else:
                 self._set(path, value, source)
@@ -199,6 +202,10 @@ def _read_text(path: tuple[str, ...], text: str) -> Any:
         separator = os.pathsep if path == ALIASES["model_repository"] else ","
         return [part.strip() for part in text.split(separator) if part.strip()]
     return text
+
+
+def _nest(path: tuple[str, ...]) -> str:
+    return f"{path[0]}: {{{_nest(path[1:])}}}" if len(path) > 1 else f"{path[0]}: ..."
 
 
 def _find_annotation(path: tuple[str, ...]) -> Any:

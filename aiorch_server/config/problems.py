@@ -18,6 +18,7 @@ _MOST_TOLD = 50
 #: Finding the words for a problem takes time, and nobody reads more.
 _MOST_COLLECTED = 2 * _MOST_TOLD
 _MOST_SUGGESTED = 30
+_MOST_LONGER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +77,21 @@ def format_problems(problems: Iterable[Problem]) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` or, where nothing is near, the known names unless they are many."""
+    """``; did you mean 'x'?`` or, where nothing is near, the known names unless they are many.
+
+    Near is what is written almost alike, or has all words of ``name``: for "port" grpc_port, http_port, metrics_port.
+    """
     names = sorted(known)
     # Case and underscores are what people mix up most: maxBatchSize, max-batch-size.
     near = difflib.get_close_matches(_fold(name), [_fold(each) for each in names], n=1, cutoff=0.7)
     if near:
         return f"; did you mean '{next(each for each in names if _fold(each) == near[0])}'?"
+    words = set(_split_words(name))
+    longer = [each for each in names if words <= set(_split_words(each))]
+    shortest = min((len(_split_words(each)) for each in longer), default=0)
+    longer = [f"'{each}'" for each in longer if len(_split_words(each)) == shortest]
+    if 0 < len(longer) <= _MOST_LONGER:
+        return f"; did you mean {' or '.join(longer)}?"
     return f"; known here: {', '.join(names)}" if 0 < len(names) <= _MOST_SUGGESTED else ""
 
 
@@ -125,6 +135,10 @@ def validate_whole(model: type[Model], values: Mapping[str, Any]) -> tuple[Model
 
 def _fold(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
+
+
+def _split_words(name: str) -> list[str]:
+    return name.lower().replace("-", "_").replace(".", "_").split("_")
 
 
 def _known_keys(model: type[BaseModel], location: Location) -> tuple[str, ...]:

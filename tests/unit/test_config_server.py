@@ -241,3 +241,31 @@ def test_a_setting_given_twice_is_told_however_it_is_spelt(tmp_path: Path, name:
     with pytest.raises(UsageError, match="given twice, as 4000 and as 4001"):
         build("4001")
     assert build("4000").grpc.port == 4000
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("grcp_port", "--set grcp_port: there is no such setting; did you mean 'grpc_port'?"),
+        ("grpc.prot", "--set grpc.prot: there is no such setting; did you mean 'grpc_port'?"),
+        ("port", "did you mean 'grpc_port' or 'http_port' or 'metrics_port' or 'reuse_port'?"),
+        ("poll-secs", "did you mean 'lifecycle_poll_secs' or 'repository_poll_secs'?"),
+        ("xyz", "--set xyz: there is no such setting (docs/settings.md has all)"),
+    ],
+)
+def test_a_misspelt_setting_is_told_with_the_nearest_names(written: str, expected: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        build_config(
+            {}, file=None, use_ssl=None, log_verbose=None, backend_config=[], others=["no_such=1", f"{written}=1"]
+        )
+    assert expected in str(caught.value)
+    assert "--set no_such: " in str(caught.value)
+
+
+def test_a_flat_name_in_a_file_is_told_how_it_is_written_there(tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("grpc_port: 5\ngrpc_server_cert: x\ngrpc: {port: 4}\n")
+    text = problems_of({}, file=file)
+    assert f"grpc_port: a file has sections: write grpc: {{port: ...}} (from file {file})" in text
+    assert "grpc_server_cert: a file has sections: write grpc: {tls: {certificate: ...}}" in text
+    assert "unknown key" not in text
