@@ -34,7 +34,7 @@ class ResourceLimit:
 
 @dataclass(eq=False, slots=True)
 class Claim:
-    """What one instance of ``model`` takes at a time; ``turn`` grows with each run by its priority: the lowest first."""
+    """What one instance of ``model`` takes at a time; ``turn`` grows with each run by its priority: lowest first."""
 
     pool: ResourcePool
     model: str

@@ -128,7 +128,7 @@ def render_infer(response: InferenceResponse, call: InferCall) -> tuple[bytes, i
     binary: list[bytes | memoryview] = []
     for tensor in response.outputs:
         entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
-        if tensor.data is None:  # it went to shared memory; Triton's C++ client takes parameters as a sign of binary data
+        if tensor.data is None:  # shared memory: for Triton's C++ client parameters mean binary data
             outputs.append(_dump(entry))
             continue
         if tensor.parameters:
