@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 from instrumented import PACKAGES, build, find_library, make_python_path  # noqa: E402
 
 #: Programs that nothing of ours runs in: some hang, or take minutes, with a sanitizer loaded before them.
-FOREIGN = ("curl", "h2load", "node", "npm", "openssl", "prometheus", "gcc", "cc", "clang")
+FOREIGN = ("curl", "h2load", "node", "npm", "openssl", "prometheus", "espeak-ng", "redis-server", "gcc", "cc", "clang")
 #: How much longer than usual the tests wait.
 PATIENCE = 5
 TEST_LIMIT_S = 120 * PATIENCE
