@@ -24,7 +24,8 @@ cdef class Batch:
     # Owned: `_members` between take and settle. Each entry is a RUNNING request, or NULL once it was answered or failed.
     cdef Scheduler _scheduler
     cdef SchedulerState *_state     # holds one reference
-    cdef Request **_members         # room for max_rows of them
+    cdef Request **_members         # room for so many of them: max_rows once it may be filled
+    cdef int64_t _room
     cdef int _n
     cdef int _first, _last          # the selected members: [first, last)
     cdef int64_t _rows              # of the selected members
@@ -35,6 +36,8 @@ cdef class Batch:
     cdef Slice _extra               # encoded fields that each answer ends with; memory of whoever sets it
     cdef bint _is_detached          # one request taken out of a batch, whose run is counted there: see member.pxd
 
+    # Called before it is filled or given a member. MemoryError: it holds what it held.
+    cdef int make_room(self, int64_t members) except -1
     cdef bint pull(self) noexcept nogil
     cdef void sort_members(self) noexcept nogil     # only where rows of a slab may be viewed; else in order of urgency
     cdef int64_t count_rows(self) noexcept nogil
@@ -43,6 +46,7 @@ cdef class Batch:
     cdef void copy_rows(self, int index, uint8_t *out, bint is_bool) noexcept nogil
     cdef tuple shape_of(self, int index)
     cdef object fail_rest(self)
+    cdef object make_ready(self)
     cdef object gather_plain(self, int index)
     cdef object gather_big(self, int index, size_t size, object dtype)
     cdef object gather_bytes(self, int index)

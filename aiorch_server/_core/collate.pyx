@@ -4,7 +4,7 @@ from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.ref cimport Py_REFCNT
 from libc.stdint cimport uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
 from aiorch_server._core.answers cimport Encoder, count_own_bytes
@@ -97,10 +97,6 @@ cdef class Batch:
         self._scheduler = scheduler
         self._state = scheduler.state
         retain_scheduler(self._state)
-        # each member has a row, so there are never more members than rows
-        self._members = <Request **> calloc(<size_t> self._state.policy.max_rows, sizeof(Request *))
-        if self._members == NULL:
-            raise MemoryError
         self._staging = [Staging() for _ in range(self._state.spec.n_inputs)]
 
     def __dealloc__(self):
@@ -108,6 +104,15 @@ cdef class Batch:
             self.fail_rest()
             release_scheduler(self._state)
         free(self._members)
+
+    cdef int make_room(self, int64_t members) except -1:
+        cdef Request **grown
+        if members > self._room:
+            grown = <Request **> realloc(self._members, <size_t> members * sizeof(Request *))
+            if grown == NULL:
+                raise MemoryError
+            self._members, self._room = grown, members
+        return 0
 
     @property
     def members(self):
@@ -131,11 +136,16 @@ cdef class Batch:
         cdef bint is_taken
         if scheduler is not self._scheduler:
             raise ValueError("a batch belongs to the scheduler it was made for")
-        self.fail_rest()
-        return_loans()
+        self.make_ready()
         with nogil:
             is_taken = self.pull()
         return is_taken
+
+    cdef object make_ready(self):
+        """Before the first ``pull``: nobody of the batch before is left, and the largest has room."""
+        self.fail_rest()
+        return_loans()
+        self.make_room(self._state.policy.max_rows)     # each member has a row: there are never more of them
 
     cdef bint has_members(self) noexcept nogil:
         """Whether any member is not settled yet."""
@@ -319,8 +329,7 @@ cdef class Batch:
         cdef Encoder encoder
         cdef int64_t run_ended_ns
         cdef bint is_taken
-        self.fail_rest()
-        return_loans()
+        self.make_ready()
         with nogil:
             is_taken = self.pull()
         while is_taken:

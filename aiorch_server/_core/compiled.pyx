@@ -44,7 +44,7 @@ def serve_compiled(Batch batch not None, instance not None):
     cdef bint is_closed
     if target.abi != AIORCH_INSTANCE_ABI:
         raise ValueError(f"a compiled instance of ABI {target.abi}; this server runs {AIORCH_INSTANCE_ABI}")
-    batch.fail_rest()
+    batch.make_ready()
     pthread_mutex_lock(&batch._state.lock)
     batch._state.takes_rows = True      # the contract forbids an instance to write there
     pthread_mutex_unlock(&batch._state.lock)

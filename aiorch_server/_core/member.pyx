@@ -24,6 +24,7 @@ def detach(Batch batch not None):
         if batch._members[i] == NULL:
             continue
         member = Member(batch._scheduler)
+        member.make_room(1)
         member.id = batch._members[i].id.data[:batch._members[i].id.size].decode("utf-8", "replace")
         if batch._members[i].attachment != NULL:
             member.attachment = <object> batch._members[i].attachment

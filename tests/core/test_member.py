@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import threading
 
@@ -27,6 +28,23 @@ class Notice:
 
     def __del__(self) -> None:
         Notice.alive -= 1
+
+
+class MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks")
+    ] + [("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t)]
+
+
+def allocated_bytes() -> int:
+    """What malloc has given out and not got back, of its heap or mapped."""
+    describe = ctypes.CDLL(None).mallinfo2
+    describe.restype = MallocInfo
+    info = describe()
+    return int(info.uordblks + info.hblkhd)
 
 
 @pytest.fixture
@@ -130,3 +148,17 @@ async def test_dropped_and_cancelled_members(scheduler: Scheduler, mailbox: Mail
     assert await asyncio.to_thread(scheduler.wait_idle, TIMEOUT_S)
     assert scheduler.counters().failures == {"REJECTED": 0, "CANCELED": 1, "BACKEND": 2, "OTHER": 0}
     assert [array.ravel().tolist() for array in kept.values()] == [[2.0] * 4]  # inputs outlive their request
+
+
+async def test_a_member_is_as_small_as_one_request(mailbox: Mailbox) -> None:
+    """However many the batch may hold that it came from."""
+    n, largest = 50, 1_000_000
+    scheduler = Scheduler(make_spec(largest), preferred_batch_sizes=[n], max_queue_delay_us=1_000_000)
+    futures, batch = await take(scheduler, mailbox, n)
+    before = allocated_bytes()
+    members = detach(batch)
+    assert len(members) == n
+    assert allocated_bytes() - before < largest
+    for member in members:
+        double(member)
+    await asyncio.wait_for(asyncio.gather(*futures), TIMEOUT_S)
