@@ -248,7 +248,7 @@ class RequestInstance(ModelInstance):
 
     @abc.abstractmethod
     def execute_requests(self, requests: Sequence[ModelRequest]) -> None:
-        """Runs the requests of one batch, which have the same shapes but for their rows.
+        """Runs the requests of one batch, which have the same shapes but for their rows and their ragged inputs.
 
         When it raises, what it left open fails: an ordinary model's unanswered requests are first run again one by one.
         It must not keep ``requests`` itself, only those it still has to answer.

@@ -101,7 +101,8 @@ _BY_NUMPY = {dtype: member for member, dtype in _NUMPY.items() if member is not 
 class TensorSpec:
     """One input or output of a model.
 
-    ``shape`` leaves out the batch dimension of a batching model; -1 stands for any size. ``optional`` is for inputs.
+    ``shape`` leaves out the batch dimension of a batching model; -1 stands for any size. ``optional`` is for inputs,
+    and so is ``is_ragged``: requests whose sizes differ there may run in one batch.
     """
 
     name: str
@@ -109,6 +110,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     optional: bool = False
     labels: tuple[str, ...] = ()
+    is_ragged: bool = False
 
 
 @dataclass(frozen=True, slots=True)

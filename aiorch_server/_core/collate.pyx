@@ -220,6 +220,9 @@ cdef class Batch:
         cdef const SpecState *spec = self._state.spec
         cdef const TensorLayout *layout = &spec.inputs[index]
         cdef int at = self._first
+        if layout.is_ragged and self._last - self._first > 1:
+            raise RuntimeError(f"input '{self._scheduler.spec.signature.inputs[index].name}' is ragged: each member "
+                               "has to be gathered on its own")
         while self._members[at] == NULL:
             at += 1
         cdef const int64_t *dims = self._members[at].shape_key + layout.key_at

@@ -51,7 +51,7 @@ cdef SchedulerState *new_scheduler(SpecState *spec) noexcept nogil:
     pthread_cond_init(&state.due, &attributes)
     pthread_cond_init(&state.idle, &attributes)
     pthread_condattr_destroy(&attributes)
-    init_queue(&state.queue, spec.n_key)
+    init_queue(&state.queue, spec.n_shared)
     state.references = 1
     state.spec = spec
     retain_spec(spec)

@@ -15,7 +15,9 @@ cdef struct TensorLayout:
     int n_dims              # without the batch dimension
     int64_t dims[MAX_DIMS]  # -1: any
     bint is_optional
+    bint is_ragged          # members of a batch may bring different sizes
     int key_at              # inputs: where its dimensions start in the shape key
+    int mark_at             # inputs: a number of the key that only tells present from absent; -1: its dimensions do
 
 
 cdef struct SpecText:        # a string that slices point to
@@ -30,7 +32,8 @@ cdef struct SpecState:
     int n_inputs
     int n_outputs
     int n_required
-    int n_key
+    int n_key               # of the shape key: first what members of a batch share, then the sizes of ragged inputs
+    int n_shared
     Slice response_head     # the encoded model_name and model_version fields of a response
     TensorLayout inputs[MAX_TENSORS]
     TensorLayout outputs[MAX_TENSORS]
@@ -49,6 +52,7 @@ cdef class ModelSpec:
     cdef readonly object signature
 
     cdef object keep(self, bytes text, Slice *slice)
+    cdef object place_key(self, TensorLayout *layout)
     cdef object describe(self, tensor, TensorLayout *layout)
 
 

@@ -62,8 +62,8 @@ cdef size_t measure_rows(const SpecState *spec, const InferScan *scan, int64_t *
     if index < 0:
         return 0
     layout = &spec.inputs[index]
-    # BYTES have no fixed size, BOOL is made 0 and 1 on its way to the model
-    if (layout.itemsize == 0 or layout.datatype.data[0] == c'B' and layout.itemsize == 1
+    # BYTES have no fixed size, BOOL is made 0 and 1 on its way to the model, rows of ragged inputs differ
+    if (layout.is_ragged or layout.itemsize == 0 or layout.datatype.data[0] == c'B' and layout.itemsize == 1
             or not slice_equals(&tensor.datatype, &layout.datatype) or not fits_shape(layout, tensor, 1)
             or not 1 <= tensor.dims[0] <= spec.max_batch_size or not fits_size(layout, tensor)):
         return 0
@@ -106,8 +106,8 @@ cdef bint bind_request(const SpecState *spec, const InferScan *scan, Request *re
             request.inputs[index].data = request.message    # present but empty is not absent
         for k in range(layout.n_dims):
             request.shape_key[layout.key_at + k] = tensor.dims[k + batch_dims]
-        if layout.n_dims == 0:
-            request.shape_key[layout.key_at] = 0
+        if layout.mark_at >= 0:
+            request.shape_key[layout.mark_at] = 0
         if not layout.is_optional:
             n_required += 1
     if n_required != spec.n_required:
@@ -163,11 +163,14 @@ cdef class ModelSpec:
                   &self.state.response_head)
         for i, tensor in enumerate(signature.inputs):
             self.describe(tensor, &self.state.inputs[i])
-            self.state.inputs[i].key_at = self.state.n_key
-            # a scalar still needs one number, to tell present from absent
-            self.state.n_key += max(1, self.state.inputs[i].n_dims)
+            self.place_key(&self.state.inputs[i])
             if not tensor.optional:
                 self.state.n_required += 1
+        self.state.n_shared = self.state.n_key
+        for i in range(self.state.n_inputs):
+            if self.state.inputs[i].is_ragged:
+                self.state.inputs[i].key_at = self.state.n_key
+                self.state.n_key += self.state.inputs[i].n_dims
         for i, tensor in enumerate(signature.outputs):
             self.describe(tensor, &self.state.outputs[i])
 
@@ -186,6 +189,15 @@ cdef class ModelSpec:
         slice.data = <const uint8_t *> (copy + 1)
         slice.size = size
 
+    cdef object place_key(self, TensorLayout *layout):
+        layout.mark_at = -1
+        layout.key_at = self.state.n_key
+        if layout.is_ragged or layout.n_dims == 0:
+            layout.mark_at = self.state.n_key
+            self.state.n_key += 1
+        else:
+            self.state.n_key += layout.n_dims
+
     cdef object describe(self, tensor, TensorLayout *layout):
         # one dimension is kept free for the batch
         if len(tensor.shape) >= MAX_DIMS:
@@ -197,5 +209,6 @@ cdef class ModelSpec:
         layout.itemsize = tensor.datatype.itemsize
         layout.n_dims = len(tensor.shape)
         layout.is_optional = tensor.optional
+        layout.is_ragged = tensor.is_ragged
         for i, dim in enumerate(tensor.shape):
             layout.dims[i] = dim

@@ -37,6 +37,7 @@ from aiorch_server.config.problems import (
     raise_problems,
     validate_whole,
 )
+from aiorch_server.config.ragged import find_ragged_problems
 from aiorch_server.config.reshape import find_reshape_problems
 from aiorch_server.config.section import FileName, Int32, Section
 from aiorch_server.config.sequence import SequenceBatching
@@ -217,6 +218,7 @@ class ModelConfig(Section):
         yield from self._find_sequence_problems()
         yield from self._find_cache_problems()
         yield from find_reshape_problems(self)
+        yield from find_ragged_problems(self, unknown)
 
     def _find_cache_problems(self) -> Iterator[Problem]:
         if not self.is_cached:

@@ -31,14 +31,11 @@ class Restriction:
 
 REFUSED: tuple[Restriction, ...] = (
     Restriction("sequence_batching.iterative_sequence", "a request is run once; write false"),
-    Restriction("batch_input", "generated batch inputs are not supported; give the tensors as inputs"),
-    Restriction("batch_output", "batch outputs are not supported; give equal shapes per request"),
     Restriction("model_repository_agents.agents", "repository agents are not supported; prepare the folder before"),
     Restriction("model_operations.op_library_filename", "custom operation libraries are not loaded; remove it"),
     Restriction("cc_model_filenames", "artefacts per compute capability are not supported; use default_model_filename"),
     Restriction("runtime", "the backend chooses its runtime; write 'backend' instead"),
     Restriction("input[].is_shape_tensor", "shape tensors are not supported; remove it"),
-    Restriction("input[].allow_ragged_batch", "requests of different shapes are never merged; write false"),
     Restriction("input[].is_non_linear_format_io", "only row-major tensors are supported; write false"),
     Restriction("output[].is_shape_tensor", "shape tensors are not supported; remove it"),
     Restriction("output[].is_non_linear_format_io", "only row-major tensors are supported; write false"),

@@ -16,6 +16,8 @@ from aiorch_server.errors import AiorchError, ModelLoadError
 from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.model_calls import InstanceCalls, ModelCalls
 from aiorch_server.execution.placement import Place, count_cpus, place_instances
+from aiorch_server.execution.ragged import RaggedBackend
+from aiorch_server.execution.ragged_tensors import RaggedTensors
 from aiorch_server.execution.reshape import ReshapedBackend, Reshaping
 from aiorch_server.execution.resources import LimitedBackend, ResourcePool
 from aiorch_server.execution.thread_executor import InstanceGroup, describe_error
@@ -143,6 +145,9 @@ class Loader:
         reshaping = Reshaping.of(model.config)
         if reshaping is not None:
             declared = reshaping.declare(declared)
+        ragged = RaggedTensors.of(model.config)
+        if ragged is not None:
+            declared = ragged.declare(declared)
         contexts = [
             LoadContext(
                 model_name=model.name,
@@ -170,6 +175,9 @@ class Loader:
         if reshaping is not None:
             loading = ReshapedBackend(loading, reshaping, signature)
             signature = reshaping.show(signature)
+        if ragged is not None:
+            loading = RaggedBackend(loading, ragged, signature)
+            signature = ragged.show(signature)
         public = signature if plan is None else plan.separate(signature, model.declared)
         policy = model.config.model_transaction_policy
         if policy is not None and policy.decoupled:

@@ -165,14 +165,11 @@ def test_rules_between_sections_run_beside_a_wrong_section() -> None:
 # What asks for each refused feature; a line that leaves the table must leave here too.
 ASKING: dict[str, dict[str, Any]] = {
     "sequence_batching.iterative_sequence": {"sequence_batching": {"iterative_sequence": True}},
-    "batch_input": {"batch_input": [{"data_type": "TYPE_FP32"}]},
-    "batch_output": {"batch_output": [{"target_name": ["y"]}]},
     "model_repository_agents.agents": {"model_repository_agents": {"agents": [{"name": "a"}]}},
     "model_operations.op_library_filename": {"model_operations": {"op_library_filename": ["a.so"]}},
     "cc_model_filenames": {"cc_model_filenames": {"8.0": "m.plan"}},
     "runtime": {"runtime": "x"},
     "input[].is_shape_tensor": {"input": [{**INPUT, "is_shape_tensor": True}]},
-    "input[].allow_ragged_batch": {"input": [{**INPUT, "allow_ragged_batch": True}]},
     "input[].is_non_linear_format_io": {"input": [{**INPUT, "is_non_linear_format_io": True}]},
     "output[].is_shape_tensor": {"output": [{**OUTPUT, "is_shape_tensor": True}]},
     "output[].is_non_linear_format_io": {"output": [{**OUTPUT, "is_non_linear_format_io": True}]},
