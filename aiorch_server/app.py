@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from aiorch_server._core import Mailbox, Router
 from aiorch_server.cache import ResponseCache, open_cache
-from aiorch_server.config.server import GrpcConfig, ServerConfig, TlsConfig, Transport
+from aiorch_server.config.server import GrpcConfig, ServerConfig, Transport
 from aiorch_server.controlplane import EXTENSIONS, ControlPlane
 from aiorch_server.dataplane import DataPlane
 from aiorch_server.errors import InvalidSettings
@@ -77,6 +77,7 @@ class Application:
         self._metrics: Any = None
         self._health: Any = None
         self._health_task: asyncio.Task[None] | None = None
+        self._certificate_task: asyncio.Task[None] | None = None
         self._model_metrics = ModelMetrics()
         self._tracer = Tracer()
         self._writer: OtlpWriter | None = None
@@ -249,12 +250,36 @@ class Application:
         from aiorch_server.frontends.tfserving.registration import add_serving_services
 
         server = self._grpc = self._make_grpc_server(config)
-        self.grpc_port = _bind(server, config)
+        self.grpc_port = self._bind(server, config)
         add_inference_service(InferenceServicer(self.dataplane, self.controlplane), server)
         add_serving_services(server, self.dataplane, self.controlplane, max_tensor_bytes=config.max_message_bytes)
         add_reflection_service(server)
         self._health = await add_health_service(server)
         return server
+
+    def _bind(self, server: Any, config: GrpcConfig) -> int:
+        """Binds the gRPC port and gives its number; OSError when it cannot be had. Follows the files of its TLS."""
+        from aiorch_server.frontends import grpc as door
+
+        port: int
+        address, tls = config.write_address(config.port), config.tls
+        try:
+            if tls.certificate is None or tls.key is None:  # both are there, or none
+                return int(server.add_insecure_port(address))
+            files = door.CredentialFiles(tls.certificate, tls.key, tls.root, tls.require_client_auth)
+            stamp, credentials = files.stamp(), files.read()
+            if isinstance(server, door.GrpcDoor):
+                renew: Callable[[ServerCredentials], None] = server.renew_credentials
+                port = server.add_secure_port(address, credentials)
+            else:
+                renewable = door.RenewableCredentials(credentials)
+                renew = renewable.renew
+                port = server.add_secure_port(address, renewable.for_port)
+        except RuntimeError as error:  # grpcio has no errno to tell
+            raise OSError(f"cannot listen on {address}: {error}") from error
+        if tls.reload_secs:
+            self._certificate_task = asyncio.create_task(files.follow(stamp, renew, tls.reload_secs))
+        return port
 
     def _make_grpc_server(self, config: GrpcConfig) -> Any:
         from aiorch_server.frontends import grpc as door
@@ -323,9 +348,10 @@ class Application:
 
     async def _stop(self, grace_s: float) -> None:
         """Readiness first, then the doors, then the models: whoever has not heard of the end yet is still served."""
-        if self._health_task is not None:
-            self._health_task.cancel()
-            await asyncio.gather(self._health_task, return_exceptions=True)
+        for task in (self._health_task, self._certificate_task):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         if self._mailbox is None:
             return
         until = asyncio.get_running_loop().time() + grace_s
@@ -354,25 +380,6 @@ class Application:
             await asyncio.to_thread(self._writer.close)
 
 
-def _bind(server: Any, config: GrpcConfig) -> int:
-    """Binds the gRPC port and gives its number; OSError when it cannot be had."""
-    from aiorch_server.frontends import grpc as door
-
-    port: int
-    address = config.write_address(config.port)
-    try:
-        if not config.tls.is_enabled:
-            port = server.add_insecure_port(address)
-        else:
-            credentials: Any = _read_credentials(config.tls)
-            if not isinstance(server, door.GrpcDoor):
-                credentials = door.make_grpcio_credentials(credentials)
-            port = server.add_secure_port(address, credentials)
-    except RuntimeError as error:  # grpcio has no errno to tell
-        raise OSError(f"cannot listen on {address}: {error}") from error
-    return port
-
-
 def _make_life(config: GrpcConfig) -> ConnectionLife:
     from aiorch_server.frontends.grpc import ConnectionLife
 
@@ -385,18 +392,6 @@ def _make_life(config: GrpcConfig) -> ConnectionLife:
         max_connection_idle_s=config.max_connection_idle_ms / 1e3,
         max_connection_age_s=config.max_connection_age_ms / 1e3,
         max_connection_age_grace_s=config.max_connection_age_grace_ms / 1e3,
-    )
-
-
-def _read_credentials(tls: TlsConfig) -> ServerCredentials:
-    from aiorch_server.frontends.grpc import ServerCredentials
-
-    assert tls.certificate is not None and tls.key is not None  # both are there, or the configuration is refused
-    return ServerCredentials(
-        private_key=tls.key.read_bytes(),
-        certificate_chain=tls.certificate.read_bytes(),
-        root_certificates=tls.root.read_bytes() if tls.root is not None else None,
-        require_client_auth=tls.require_client_auth,
     )
 
 

@@ -11,12 +11,14 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t
 
 from aiorch_server._core.openssl cimport SSL, SSL_CTX
+from aiorch_server._core.request cimport pthread_mutex_t
 from aiorch_server._core.transport cimport PortSecurity, Transport
 
 
 cdef struct TlsSecurity:
     PortSecurity base
-    SSL_CTX *context                # shared by all threads, and not changed any more
+    pthread_mutex_t lock            # of the pointer: taken for each new connection, and to put another context there
+    SSL_CTX *context                # shared by all threads, and not changed itself any more
 
 
 cdef struct TlsTransport:

@@ -11,6 +11,12 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy
 
 from aiorch_server._core.openssl cimport *
+from aiorch_server._core.request cimport (
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+)
 from aiorch_server._core.transport cimport *
 
 cdef extern from "<sys/socket.h>" nogil:
@@ -93,8 +99,11 @@ if _wire == NULL:
 cdef Transport *_open(PortSecurity *security) noexcept nogil:
     cdef TlsTransport *tls = <TlsTransport *> calloc(1, sizeof(TlsTransport))
     cdef BIO *bio = BIO_new(_wire)
+    cdef TlsSecurity *shared = <TlsSecurity *> security
     if tls != NULL:
-        tls.ssl = SSL_new((<TlsSecurity *> security).context)
+        pthread_mutex_lock(&shared.lock)
+        tls.ssl = SSL_new(shared.context)       # holds the context from now on
+        pthread_mutex_unlock(&shared.lock)
     if tls == NULL or bio == NULL or tls.ssl == NULL:
         if tls != NULL:
             SSL_free(tls.ssl)
@@ -225,7 +234,9 @@ cdef Py_ssize_t _seal(Transport *transport, const uint8_t *plain, size_t size, u
 
 # ----------------------------------------------------------------------------------------------------------- one port
 cdef void _free(PortSecurity *security) noexcept nogil:
-    SSL_CTX_free((<TlsSecurity *> security).context)
+    cdef TlsSecurity *shared = <TlsSecurity *> security
+    SSL_CTX_free(shared.context)
+    pthread_mutex_destroy(&shared.lock)
     free(security)
 
 
@@ -250,6 +261,9 @@ cdef TlsSecurity *_new_security() noexcept nogil:
     cdef TlsSecurity *security = <TlsSecurity *> calloc(1, sizeof(TlsSecurity))
     cdef SSL_CTX *context
     if security == NULL:
+        return NULL
+    if pthread_mutex_init(&security.lock, NULL) != 0:
+        free(security)
         return NULL
     security.base.references = 1
     security.base.open, security.base.receive, security.base.seal = _open, _receive, _seal
@@ -287,7 +301,7 @@ cdef class TlsContext:
 
     TLS 1.2 and later with ALPN ``h2``, no renegotiation, no compression. With ``require_client_auth`` clients must
     show a certificate that ``root_certificates`` vouch for; otherwise they are not asked. Raises ValueError when a key
-    or a certificate cannot be used. Immutable; may serve any number of ports and threads.
+    or a certificate cannot be used. May serve any number of ports and threads.
     """
 
     def __cinit__(self, bytes private_key not None, bytes certificate_chain not None, bytes root_certificates=None,
@@ -315,6 +329,19 @@ cdef class TlsContext:
     def capsule(self):
         """For ``IoThread.listen``, as long as this object lives."""
         return PyCapsule_New(&self.security.base, b"aiorch.PortSecurity", NULL)
+
+    def renew(self, TlsContext other not None):
+        """Connections from now on get what ``other`` was made of; those that are open keep what they have.
+
+        Sessions from before are not resumed: clients see the new certificate, and theirs are checked anew. ``other``
+        has what was here, and is of no more use.
+        """
+        cdef SSL_CTX *context = other.security.context
+        if other is self:
+            return
+        pthread_mutex_lock(&self.security.lock)
+        other.security.context, self.security.context = self.security.context, context
+        pthread_mutex_unlock(&self.security.lock)
 
     cdef int set_key(self, bytes pem) except -1:
         cdef BIO *bio = BIO_new_mem_buf(PyBytes_AS_STRING(pem), <int> PyBytes_GET_SIZE(pem))

@@ -96,13 +96,15 @@ class LogFormat(enum.StrEnum):
 class TlsConfig(Section):
     """PEM files of a door that speaks TLS; nothing written means plain text.
 
-    ``root`` holds the authorities that clients' certificates are checked against.
+    ``root`` holds the authorities that clients' certificates are checked against. Every ``reload_secs`` (0: never) the
+    files are looked at, and new connections get what was replaced.
     """
 
     certificate: FilePath | None = None
     key: FilePath | None = None
     root: FilePath | None = None
     require_client_auth: Flag = False
+    reload_secs: Seconds = 60.0
 
     @property
     def is_enabled(self) -> bool:

@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from aiorch_server.frontends.grpc.compression import COMPRESSIONS, Compression, ResponseCompression
+from aiorch_server.frontends.grpc.credential_files import CredentialFiles
 from aiorch_server.frontends.grpc.credentials import ServerCredentials
 from aiorch_server.frontends.grpc.intercept import import_interceptor
 from aiorch_server.frontends.grpc.limits import ConnectionLife, ConnectionLimits, ServerLimits
@@ -15,7 +16,11 @@ from aiorch_server.frontends.grpc.server import FAST_PATH, MAX_MESSAGE_BYTES, Gr
 
 if TYPE_CHECKING:
     from aiorch_server.frontends.grpc.embedded import NativeGrpcServer
-    from aiorch_server.frontends.grpc.grpcio_server import create_grpcio_server, make_grpcio_credentials
+    from aiorch_server.frontends.grpc.grpcio_server import (
+        RenewableCredentials,
+        create_grpcio_server,
+        make_grpcio_credentials,
+    )
 
 __all__ = [
     "COMPRESSIONS",
@@ -24,8 +29,10 @@ __all__ = [
     "Compression",
     "ConnectionLife",
     "ConnectionLimits",
+    "CredentialFiles",
     "GrpcDoor",
     "NativeGrpcServer",
+    "RenewableCredentials",
     "ResponseCompression",
     "ServerCredentials",
     "ServerLimits",
@@ -37,6 +44,7 @@ __all__ = [
 
 _WITH_GRPC = {
     "NativeGrpcServer": "embedded",
+    "RenewableCredentials": "grpcio_server",
     "create_grpcio_server": "grpcio_server",
     "make_grpcio_credentials": "grpcio_server",
 }

@@ -67,6 +67,20 @@ class ServerCredentials:
         return context
 
 
+def renew_ssl_context(context: ssl.SSLContext, renewed: ssl.SSLContext) -> None:
+    """Handshakes with ``context`` from now on go on with ``renewed``, roots included; on the loop's thread.
+
+    Tickets would bring sessions back that ``context`` opened, so there are none any more.
+    """
+
+    def switch(ssl_object: ssl.SSLObject, name: str | None, original: ssl.SSLContext) -> None:
+        ssl_object.context = renewed
+
+    context.sni_callback = switch  # called for every client, also without a name
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0
+
+
 @contextlib.contextmanager
 def _write_private_file(content: bytes) -> Iterator[Path]:
     """A file that only this user can read, for the time of the block: the ssl module loads keys from files only."""

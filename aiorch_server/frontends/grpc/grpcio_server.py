@@ -46,8 +46,25 @@ def create_grpcio_server(
 
 def make_grpcio_credentials(credentials: ServerCredentials) -> grpc.ServerCredentials:
     """Our credentials in the form that ``create_grpcio_server(...).add_secure_port`` takes."""
-    return grpc.ssl_server_credentials(
-        [(credentials.private_key, credentials.certificate_chain)],
-        root_certificates=credentials.root_certificates,
-        require_client_auth=credentials.require_client_auth,
+    return RenewableCredentials(credentials).for_port
+
+
+class RenewableCredentials:
+    """``for_port`` is for ``create_grpcio_server(...).add_secure_port``; ``renew`` changes what it stands for."""
+
+    def __init__(self, credentials: ServerCredentials) -> None:
+        self._latest = _configure(credentials)
+        self.for_port: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
+            self._latest, lambda: self._latest, require_client_authentication=credentials.require_client_auth
+        )
+
+    def renew(self, credentials: ServerCredentials) -> None:
+        """Connections get these from now on; raises ValueError when key or certificates are not usable."""
+        credentials.make_ssl_context()  # grpc would only log it
+        self._latest = _configure(credentials)
+
+
+def _configure(credentials: ServerCredentials) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration(
+        [(credentials.private_key, credentials.certificate_chain)], root_certificates=credentials.root_certificates
     )

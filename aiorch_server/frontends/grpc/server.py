@@ -22,7 +22,7 @@ from aiorch_server.frontends.grpc.address import bind_sockets, remove_socket_fil
 from aiorch_server.frontends.grpc.call import run_call
 from aiorch_server.frontends.grpc.compression import Compression, ResponseCompression
 from aiorch_server.frontends.grpc.context import ServicerContext
-from aiorch_server.frontends.grpc.credentials import ServerCredentials, is_tls_compiled
+from aiorch_server.frontends.grpc.credentials import ServerCredentials, is_tls_compiled, renew_ssl_context
 from aiorch_server.frontends.grpc.intercept import chain_interceptors, check_interceptors, is_skipped
 from aiorch_server.frontends.grpc.limits import ConnectionLife, ConnectionLimits, ServerLimits, make_ledger, make_rules
 from aiorch_server.frontends.grpc.metadata import MalformedMetadata, decode_metadata
@@ -159,6 +159,19 @@ class GrpcDoor:
         if self._io_threads == 0 or not is_tls_compiled():
             return self._add_port(address, _Port([], True, ssl_context=server_credentials.make_ssl_context()))
         return self._add_port(address, _Port([], False, tls_context=server_credentials.make_tls_context()))
+
+    def renew_credentials(self, server_credentials: ServerCredentials) -> None:
+        """Connections of all secure ports get these from now on; those that are open keep what they have.
+
+        Raises ValueError when key or certificates are not usable, and nothing has changed then. On the loop's thread.
+        """
+        for_loop = server_credentials.make_ssl_context()
+        for_threads = [server_credentials.make_tls_context() for port in self._ports if port.tls_context is not None]
+        for port in self._ports:
+            if port.tls_context is not None:
+                port.tls_context.renew(for_threads.pop())
+            elif port.ssl_context is not None:
+                renew_ssl_context(port.ssl_context, for_loop)
 
     def _add_port(self, address: str, port: _Port) -> int:
         if self._is_started:
