@@ -79,10 +79,10 @@ class Application:
         self._health_task: asyncio.Task[None] | None = None
         self._certificate_task: asyncio.Task[None] | None = None
         self._model_metrics = ModelMetrics()
-        self._tracer = Tracer()
+        self._slow_log = SlowLog(lambda: self.manager.servables(), config.log.slow_us, config.log.slow_lines_per_s)
+        self._tracer = Tracer(slow_log=self._slow_log)
         self._writer: OtlpWriter | None = None
         self._trace_settings = TraceSettings()
-        self._slow_log = SlowLog(lambda: self.manager.servables(), config.log.slow_us, config.log.slow_lines_per_s)
         self._changed = asyncio.Event()
         self._stop_task: asyncio.Task[None] | None = None
 
@@ -162,7 +162,7 @@ class Application:
         default = TraceSetting(levels, config.rate, config.count, mode="opentelemetry")
         self._trace_settings = TraceSettings(default, levels=frozenset({TraceLevel.OFF, TraceLevel.TIMESTAMPS}))
         self._writer = OtlpWriter(config.endpoint, config.service)
-        self._tracer = Tracer(self._trace_settings, self._writer)
+        self._tracer = Tracer(self._trace_settings, self._writer, self._slow_log)
 
     def _build(self) -> None:
         config = self.config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
-from contextlib import aclosing, contextmanager, nullcontext
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from aiorch_server._core import Mailbox, decode_response
@@ -24,7 +24,7 @@ from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.execution.response_channel import ResponseChannel
 from aiorch_server.execution.submission import submit
 from aiorch_server.observability.tracer import Tracer
-from aiorch_server.tracing import current_incoming, current_run
+from aiorch_server.tracing import current_run, find_trace
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse, Parameter, Tensor
 from aiorch_server.validation import QueueTerms, check_request
 
@@ -89,16 +89,26 @@ class DataPlane:
                 return
             name, version = servable.name, str(servable.version)
             is_final = False
-            with _name_request(request), Exchange(self._regions, request, servable.signature) as exchange:
+            with (
+                self._tracer.watch_stream(servable, request.id) as run,
+                _name_request(request),
+                Exchange(self._regions, request, servable.signature) as exchange,
+            ):
                 brought = await exchange.bring()
                 terms = check_request(brought, name, servable.signature)
                 check_callers(name, servable.instances.alive)
                 channel = ResponseChannel(asyncio.get_running_loop())
-                details = RequestDetails.of(brought, terms.sequence, timeout_us=terms.timeout_us, channel=channel)
+                details = RequestDetails.of(
+                    brought, terms.sequence, timeout_us=terms.timeout_us, channel=channel, run=run
+                )
                 end = self._submit(servable, brought, terms, deadline_ns, details)
                 async with aclosing(channel.follow(end, deadline_ns)) as answers:
                     async for answer in answers:
                         is_final = bool(answer.parameters.get(FINAL_RESPONSE))
+                        if run is not None:
+                            run.note_response(is_error=answer.error is not None)
+                            if is_final:  # it is being settled: its phases can be told with this answer
+                                await asyncio.wait((end,))
                         yield await exchange.deliver(
                             dataclasses.replace(answer, model_name=name, model_version=version, id=request.id)
                         )
@@ -123,19 +133,17 @@ class DataPlane:
         leases: Mapping[ModelKey, Servable] | None = None,
     ) -> InferenceResponse:
         """Runs one request on a servable that the caller holds a lease on; ``leases``: and what its steps need."""
-        with _name_request(request):
-            watched = current_run.get()
-            with nullcontext() if watched is None else watched.enter(servable.name, servable.version):
-                terms = check_request(request, servable.name, servable.signature)
-                if servable.cache is not None:
+        with _name_request(request), self._tracer.enter(servable, request.id):
+            terms = check_request(request, servable.name, servable.signature)
+            if servable.cache is not None:
 
-                    def run() -> Awaitable[InferenceResponse]:
-                        return self._run(servable, request, terms, deadline_ns, leases)
+                def run() -> Awaitable[InferenceResponse]:
+                    return self._run(servable, request, terms, deadline_ns, leases)
 
-                    return await servable.cache.infer(
-                        request, terms.sequence, run, deadline_ns=deadline_ns, is_called=bool(current_callers.get())
-                    )
-                return await self._run(servable, request, terms, deadline_ns, leases)
+                return await servable.cache.infer(
+                    request, terms.sequence, run, deadline_ns=deadline_ns, is_called=bool(current_callers.get())
+                )
+            return await self._run(servable, request, terms, deadline_ns, leases)
 
     async def _run(
         self,
@@ -176,7 +184,9 @@ class DataPlane:
             raise InternalError(f"model '{servable.name}' has no queue of its own")
         if deadline_ns and asyncio.get_running_loop().time() * 1e9 >= deadline_ns:
             raise DeadlineExpired("Deadline Exceeded")
-        run, incoming = details.run, current_incoming.get()
+        run = details.run
+        if run is not None:
+            run.is_queued = True
         return submit(
             self._mailbox,
             scheduler,
@@ -188,7 +198,7 @@ class DataPlane:
             timeout_us=terms.timeout_us,
             deadline_ns=deadline_ns,
             stamps=None if run is None else run.stamps,
-            trace_id=(run.trace_id if run else None) or (incoming.trace_id if incoming else None),
+            trace=(None if run is None else run.trace) or find_trace(),
         )
 
 

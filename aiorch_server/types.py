@@ -374,9 +374,13 @@ class PhaseStamps:
 
 @dataclass(frozen=True, slots=True)
 class SlowRequest:
-    """A request that took longer than the scheduler was told to note; ``status`` is gRPC's code."""
+    """A request that took longer than the scheduler was told to note.
+
+    ``status`` is gRPC's code, the ids of trace and span are hexadecimal or empty.
+    """
 
     id: str
     trace_id: str
+    span_id: str
     status: int
     stamps: PhaseStamps

@@ -51,7 +51,9 @@ cdef void read_trace_parent(const uint8_t *text, size_t size, TraceParent *paren
     if trace_bits == 0 or span_bits == 0 or (text[0] == c'f' and text[1] == c'f'):
         return
     for i in range(16):
-        parent.id[i] = <uint8_t> (_hex(text[3 + 2 * i]) << 4 | _hex(text[4 + 2 * i]))
+        parent.trace_id[i] = <uint8_t> (_hex(text[3 + 2 * i]) << 4 | _hex(text[4 + 2 * i]))
+    for i in range(8):
+        parent.span_id[i] = <uint8_t> (_hex(text[36 + 2 * i]) << 4 | _hex(text[37 + 2 * i]))
     parent.is_sampled = _hex(text[54]) & 1
     parent.is_present = True
 

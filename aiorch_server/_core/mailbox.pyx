@@ -102,13 +102,14 @@ cdef class Mailbox:
 
     def submit(self, Scheduler scheduler not None, bytes message not None, contents=None, *, uint64_t priority=0,
                int64_t timeout_us=0, int64_t deadline_ns=0, object attachment=None,
-               object stamps=None, bytes trace_id=None):
+               object stamps=None, bytes trace=None):
         """Queues a serialized ModelInferRequest and gives a future of the serialized ModelInferResponse, a memoryview.
 
         ``contents``, if given, are buffers with the bytes of the inputs, which the message then leaves empty. They are
         not copied but held until the request is settled, however long its caller waits; only BYTES that somebody else
         could write into meanwhile are. ``attachment`` stays with the request until it is settled: ``Member.attachment``.
-        ``stamps``, a PhaseStamps, is filled before the future is resolved; ``trace_id``, 16 bytes, is told with a slow request.
+        ``stamps``, a PhaseStamps, is filled before the future is resolved; ``trace``, the ids of trace and span
+        (16 and 8 bytes), is told with a slow request.
         ``deadline_ns`` is absolute on the monotonic clock, 0 for none. The message must be plain and fit the model
         (InternalError otherwise: the data plane checks before). Raises QueueFull, ServerStopping or RequestError when
         the scheduler refuses. Cancelling the future takes the request out of the queue.
@@ -145,8 +146,9 @@ cdef class Mailbox:
                 give_up(request)
                 raise MemoryError
             ticket.stamps = stamps
-        if trace_id is not None and len(trace_id) == sizeof(request.parent.id):
-            memcpy(request.parent.id, PyBytes_AS_STRING(trace_id), sizeof(request.parent.id))
+        if trace is not None and len(trace) == sizeof(request.parent.trace_id) + sizeof(request.parent.span_id):
+            memcpy(request.parent.trace_id, PyBytes_AS_STRING(trace), sizeof(request.parent.trace_id))
+            memcpy(request.parent.span_id, PyBytes_AS_STRING(trace) + 16, sizeof(request.parent.span_id))
             request.parent.is_present = True
         if contents is not None:
             try:

@@ -54,7 +54,8 @@ cdef struct Stamps:
 
 # What the W3C header `traceparent` of a request said.
 cdef struct TraceParent:
-    uint8_t id[16]
+    uint8_t trace_id[16]
+    uint8_t span_id[8]
     bint is_present
     bint is_sampled
 

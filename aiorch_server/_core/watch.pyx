@@ -124,9 +124,11 @@ cdef object take_notes(Watch *watch):
     try:
         for i in range(n):
             note = &copy[i]
-            trace_id = note.parent.id[:16].hex() if note.parent.is_present else ""
+            trace_id = note.parent.trace_id[:16].hex() if note.parent.is_present else ""
+            span_id = note.parent.span_id[:8].hex() if note.parent.is_present else ""
             text = note.id[:note.id_size].decode("utf-8", "replace")
-            taken.append(SlowRequest(text, trace_id, note.status, describe_stamps(&note.stamps, PhaseStamps())))
+            stamps = describe_stamps(&note.stamps, PhaseStamps())
+            taken.append(SlowRequest(text, trace_id, span_id, note.status, stamps))
     finally:
         free(copy)
     return taken, n_lost

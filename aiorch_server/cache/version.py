@@ -12,6 +12,7 @@ from typing import Final
 from aiorch_server.cache.answers import hash_request, hash_steps, hash_version, pack_answer, unpack_answer
 from aiorch_server.cache.base import ResponseCache
 from aiorch_server.errors import DeadlineExpired, QueueFull
+from aiorch_server.tracing import CacheHit, current_run
 from aiorch_server.types import Duration, InferenceRequest, InferenceResponse, ModelStatistics, SequencePlace, Tensor
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class VersionCache:
             answer = running.result()
             if answer is None:
                 return await run()
-            self._count_hit(started_ns, time.monotonic_ns() - started_ns)
+            self._count_hit(started_ns, time.monotonic_ns() - started_ns, is_shared=True)
             return dataclasses.replace(answer, id=request.id)
         running = self._running[key] = asyncio.get_running_loop().create_future()
         try:
@@ -186,7 +187,10 @@ class VersionCache:
             self._logged_at = now
             logger.warning("cache of '%s': a %s failed, the model runs instead", self._name, what, exc_info=error)
 
-    def _count_hit(self, started_ns: int, waited_ns: int) -> None:
+    def _count_hit(self, started_ns: int, waited_ns: int, *, is_shared: bool = False) -> None:
+        run = current_run.get()
+        if run is not None:
+            run.cached = CacheHit(started_ns, started_ns + waited_ns, is_shared)
         self._hits.add(waited_ns)
         self._queue.add(waited_ns)
         self._success.add(time.monotonic_ns() - started_ns)

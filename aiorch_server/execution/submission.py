@@ -26,7 +26,7 @@ def submit(
     timeout_us: int = 0,
     deadline_ns: int = 0,
     stamps: PhaseStamps | None = None,
-    trace_id: bytes | None = None,
+    trace: bytes | None = None,
 ) -> asyncio.Future[memoryview]:
     """Queues ``request`` with ``tensors`` as its inputs and gives the future of its serialized answer.
 
@@ -54,7 +54,7 @@ def submit(
         deadline_ns=deadline_ns,
         attachment=details,
         stamps=stamps,
-        trace_id=trace_id,
+        trace=trace,
     )
 
 

@@ -13,7 +13,6 @@ from aiorch_server._core import ModelSpec, Scheduler
 from aiorch_server.cache import VersionCache
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import Code, ModelNotReady
-from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.response_counts import ResponseCounts
 from aiorch_server.lifecycle.threads import wait_until
 from aiorch_server.scheduling import SequenceScheduler
@@ -111,11 +110,9 @@ class Servable:
         return self.scheduler if isinstance(self.scheduler, Scheduler) else None
 
     @property
-    def queues(self) -> tuple[Scheduler, ...]:
-        """The core's queues that its requests go through; an ensemble has none."""
-        if isinstance(self.scheduler, SchedulerGroup):
-            return tuple(self.scheduler.members)
-        return (self.scheduler,) if isinstance(self.scheduler, Scheduler) else ()
+    def is_plain(self) -> bool:
+        """Whether each request goes through ``plain_scheduler``: none is answered from a cache."""
+        return self.plain_scheduler is not None and self.cache is None
 
     @property
     def leases(self) -> int:

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Literal, TextIO
 
-from aiorch_server.tracing import current_incoming, current_run
+from aiorch_server.tracing import find_trace
 
 LogFormat = Literal["text", "json"]
 
@@ -79,7 +79,7 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object per line with the keys time, level, logger, message, and trace where there is a traceback.
 
-    Structured records have more; what belongs to a trace has ``trace_id``, and ``span_id`` where that is traced here.
+    Structured records have more; what belongs to a trace has ``trace_id`` and ``span_id``, of the server or the caller.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -103,12 +103,8 @@ def _list_fields(record: logging.LogRecord) -> dict[str, object]:
     fields: dict[str, object] = getattr(record, "fields", {})
     if "trace_id" in fields:
         return fields
-    run, incoming = current_run.get(), current_incoming.get()
-    span = None if run is None else run.root.span
-    if span is not None:
-        return fields | {"trace_id": span.trace_id.hex(), "span_id": span.span_id.hex()}
-    trace_id = None if incoming is None else incoming.trace_id
-    return fields if trace_id is None else fields | {"trace_id": trace_id.hex()}
+    trace = find_trace()
+    return fields if trace is None else fields | {"trace_id": trace[:16].hex(), "span_id": trace[16:].hex()}
 
 
 def _show_time(record: logging.LogRecord) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Protocol
 
 from aiorch_server._core import Scheduler
+from aiorch_server.errors import AiorchError, Code
+from aiorch_server.tracing import Run, find_trace
 from aiorch_server.types import SlowRequest
 
 logger = logging.getLogger(__name__)
 
 #: How often the schedulers are asked; each holds 64 notes meanwhile.
 LOOK_INTERVAL_S: Final = 0.25
+#: What a line holds of a request's id, as the core's notes do.
+_MAX_ID: Final = 64
 
 
 class NotedModel(Protocol):
@@ -24,8 +28,8 @@ class NotedModel(Protocol):
     version: int
 
     @property
-    def queues(self) -> Iterable[Scheduler]:
-        """None where it has no queue of its own."""
+    def plain_scheduler(self) -> Scheduler | None:
+        """The queue that its requests come to as they are; what else there is tells ``SlowLog.note``."""
         ...
 
 
@@ -46,11 +50,24 @@ class SlowLog:
         self._n_lost = 0
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is written at all."""
+        return self._threshold_us > 0
+
     def prepare(self, model: NotedModel) -> None:
         """Has the slow requests of a model noted; may be called again."""
-        if self._threshold_us:
-            for queue in model.queues:
-                queue.watch_slow(self._threshold_us)
+        if self._threshold_us and model.plain_scheduler is not None:
+            model.plain_scheduler.watch_slow(self._threshold_us)
+
+    def note(self, run: Run, request_id: str) -> None:
+        """Writes a request down that has ended, if it took long; for those that no queue notes."""
+        if not self._threshold_us or run.ended_ns - run.started_ns < self._threshold_us * 1000:
+            return
+        trace = run.trace or find_trace()
+        ids = ("", "") if trace is None else (trace[:16].hex(), trace[16:].hex())
+        request = SlowRequest(request_id[:_MAX_ID], *ids, _read_status(run.error), run.stamps)
+        self._write(run.model, run.version, request, run.phases_us())
 
     def start(self) -> None:
         """Begins to write."""
@@ -83,25 +100,35 @@ class SlowLog:
             self._n_lost = 0
             self._allowed -= 1.0
         for model in tuple(self._list_models()):
-            for queue in model.queues:
-                requests, n_lost = queue.take_slow()
-                self._n_lost += n_lost
-                for request in requests:
-                    self._write(model, request)
+            if model.plain_scheduler is None:
+                continue
+            requests, n_lost = model.plain_scheduler.take_slow()
+            self._n_lost += n_lost
+            for request in requests:
+                self._write(model.name, model.version, request, request.stamps.phases_us())
 
-    def _write(self, model: NotedModel, request: SlowRequest) -> None:
+    def _write(self, model: str, version: int, request: SlowRequest, phases_us: Mapping[str, float]) -> None:
         if self._allowed < 1.0:
             self._n_lost += 1
             return
         self._allowed -= 1.0
-        phases = {f"{phase}_us": round(us, 1) for phase, us in request.stamps.phases_us().items()}
         fields = {
-            "model": model.name,
-            "version": model.version,
+            "model": model,
+            "version": version,
             "id": request.id,
             "trace_id": request.trace_id,
+            "span_id": request.span_id,
             "status": request.status,
-            **phases,
+            **{f"{phase}_us": round(us, 1) for phase, us in phases_us.items()},
             "batch_size": request.stamps.batch_rows,
         }
         logger.warning("slow request", extra={"fields": fields})
+
+
+def _read_status(error: BaseException | None) -> int:
+    """As gRPC's code."""
+    if error is None:
+        return 0
+    if isinstance(error, AiorchError):
+        return int(error.code)
+    return int(Code.INTERNAL if isinstance(error, Exception) else Code.CANCELLED)

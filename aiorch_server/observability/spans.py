@@ -85,9 +85,7 @@ class OtlpWriter:
         """Makes the spans of the whole tree below the server's and ends that."""
         server: Span = run.span.span
         offset_ns = time.time_ns() - time.monotonic_ns()
-        self._write_phases(run, server, offset_ns)
-        for child in run.children:
-            self._write_run(child, server, offset_ns)
+        self._write_below(run, server, offset_ns)
         _end(server, run.error, 0)
 
     def close(self, timeout_s: float = SEND_TIMEOUT_S) -> None:
@@ -101,10 +99,27 @@ class OtlpWriter:
         context = trace.set_span_in_context(parent)
         attributes = _describe_model(run.model, run.version)
         span = self._tracer.start_span(f"infer {run.model}", context, attributes=attributes, start_time=started_ns)
+        self._write_below(run, span, offset_ns)
+        _end(span, run.error, (run.ended_ns or time.monotonic_ns()) + offset_ns)
+
+    def _write_below(self, run: Run, span: Span, offset_ns: int) -> None:
+        """What ``span``, which stands for ``run``, has: its answers as events, its phases and models as children."""
         self._write_phases(run, span, offset_ns)
+        if run.cached is not None:
+            started_ns, ended_ns, is_shared = run.cached
+            context = trace.set_span_in_context(span)
+            attributes: dict[str, bool | int] = {"aiorch.cache.shared": is_shared}
+            hit = self._tracer.start_span(
+                "cache_hit", context, attributes=attributes, start_time=started_ns + offset_ns
+            )
+            hit.end(ended_ns + offset_ns)
+        for index, response in enumerate(run.responses):
+            attributes = {"aiorch.response.index": index, "aiorch.response.is_error": response.is_error}
+            span.add_event("response", attributes, response.at_ns + offset_ns)
+        if run.n_responses:
+            span.set_attribute("aiorch.responses", run.n_responses)
         for child in run.children:
             self._write_run(child, span, offset_ns)
-        _end(span, run.error, (run.ended_ns or time.monotonic_ns()) + offset_ns)
 
     def _write_phases(self, run: Run, parent: Span, offset_ns: int) -> None:
         stamps, context = run.stamps, trace.set_span_in_context(parent)

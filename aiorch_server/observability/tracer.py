@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol
 
 from aiorch_server._core import Scheduler
+from aiorch_server.observability.slow_log import SlowLog
 from aiorch_server.observability.trace_settings import TraceSettings
 from aiorch_server.tracing import Incoming, Run, current_incoming, current_run
 
@@ -27,6 +29,11 @@ class WatchedModel(Protocol):
     @property
     def plain_scheduler(self) -> Scheduler | None:
         """The queue that the compiled path knows, if it does."""
+        ...
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each of its requests goes through that queue."""
         ...
 
 
@@ -54,14 +61,20 @@ class SpanWriter(Protocol):
 
 
 class Tracer:
-    """Watches single requests for their callers' sake, or for traces; belongs to the event loop's thread.
+    """Watches single requests for their callers' sake, for traces or the slow log; for the event loop's thread.
 
-    Without ``writer`` nothing is traced.
+    Without ``writer`` nothing is traced. ``slow_log`` hears of what no queue tells it.
     """
 
-    def __init__(self, settings: TraceSettings | None = None, writer: SpanWriter | None = None) -> None:
+    def __init__(
+        self,
+        settings: TraceSettings | None = None,
+        writer: SpanWriter | None = None,
+        slow_log: SlowLog | None = None,
+    ) -> None:
         self._settings = settings or TraceSettings()
         self._writer = writer
+        self._slow_log = slow_log
         self._batch_timer: asyncio.TimerHandle | None = None
         self._turns: dict[tuple[str, int], int] = {}
         self._list_models: Callable[[], Iterable[WatchedModel]] = tuple
@@ -87,19 +100,10 @@ class Tracer:
     @contextmanager
     def watch(self, model: WatchedModel) -> Iterator[None]:
         """Surrounds one request from outside; what already belongs to a watched request needs nothing."""
-        incoming = current_incoming.get()
-        if current_run.get() is not None:
+        run = None if current_run.get() is not None else self._begin(model)
+        if run is None:
             yield
             return
-        is_traced = self._writer is not None and self._is_chosen(model, incoming)
-        if not is_traced and (incoming is None or not incoming.wants_timing):
-            yield
-            return
-        run = Run(model.name, model.version)
-        if is_traced and self._writer is not None:
-            run.span = self._writer.begin(model.name, model.version, incoming)
-        if incoming is not None:
-            incoming.run = run
         token = current_run.set(run)
         try:
             yield
@@ -108,10 +112,70 @@ class Tracer:
             raise
         finally:
             current_run.reset(token)
-            if run.span is not None and self._writer is not None:
-                self._finish(run, self._writer)
+            self._finish(run)
 
-    def _finish(self, run: Run, writer: SpanWriter) -> None:
+    @contextmanager
+    def enter(self, model: WatchedModel, request_id: str) -> Iterator[None]:
+        """Surrounds what one model does for a request, as its first or as a step or call of it."""
+        outer = current_run.get()
+        if outer is None:
+            yield
+            return
+        run = outer.begin(model.name, model.version)
+        token = current_run.set(run)
+        try:
+            yield
+        except BaseException as error:
+            run.error = error
+            raise
+        finally:
+            current_run.reset(token)
+            self._end(run, request_id)
+
+    @contextmanager
+    def watch_stream(self, model: WatchedModel, request_id: str) -> Iterator[Run | None]:
+        """``watch`` and ``enter`` for a generator, each step of which may be run by another task: gives the run."""
+        outer = current_run.get() or self._begin(model)
+        if outer is None:
+            yield None
+            return
+        run = outer.begin(model.name, model.version)
+        try:
+            yield run
+        except BaseException as error:
+            run.error = error
+            raise
+        finally:
+            self._end(run, request_id)
+            if run is run.root:
+                self._finish(run)
+
+    def _begin(self, model: WatchedModel) -> Run | None:
+        """A request that is to be watched for its caller's sake, to be traced, or because no queue notes it if slow."""
+        incoming, writer = current_incoming.get(), self._writer
+        is_traced = writer is not None and self._is_chosen(model, incoming)
+        is_noted = self._slow_log is not None and self._slow_log.is_on and not model.is_plain
+        if not (is_traced or is_noted or (incoming is not None and incoming.wants_timing)):
+            return None
+        run = Run(model.name, model.version)
+        if is_traced and writer is not None:
+            try:
+                run.span = writer.begin(model.name, model.version, incoming)
+            except Exception:  # a trace is never worth a request
+                logger.exception("a trace could not be begun")
+        if incoming is not None:
+            incoming.run = run
+        return run
+
+    def _end(self, run: Run, request_id: str) -> None:
+        run.ended_ns = time.monotonic_ns()
+        if self._slow_log is not None and not run.is_queued:
+            self._slow_log.note(run, request_id)
+
+    def _finish(self, run: Run) -> None:
+        writer = self._writer
+        if run.span is None or writer is None:
+            return
         try:
             writer.finish(run)
         except Exception:  # a trace is never worth a request

@@ -126,6 +126,8 @@ class SequenceScheduler:
         finally:
             if patience is not None:
                 patience.cancel()
+            if member.sequence is None or member.sequence.running is not member:  # else it is not known how far it came
+                job.close_stamps()
             if not job.future.done() or job.future.cancelled():
                 job.future.cancel()
                 self._withdraw(member)

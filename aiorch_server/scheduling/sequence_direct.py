@@ -6,6 +6,7 @@ A batch is composed here and enters the instance's queue as one request of that 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from aiorch_server.scheduling.sequence_feeder import Feeder, Seat
 from aiorch_server.scheduling.sequence_job import Job, describe_loss, job_of, read_outcome
 from aiorch_server.scheduling.sequence_table import Member
 from aiorch_server.scheduling.sequence_tensors import Row, encode_absent, encode_control
-from aiorch_server.types import DataType, Tensor
+from aiorch_server.types import DataType, PhaseStamps, Tensor
 
 #: A step as it is sent: name, datatype, shape and bytes of each input.
 _Input = tuple[str, str, tuple[int, ...], bytes | memoryview]
@@ -56,7 +57,7 @@ class DirectFeeder(Feeder):
             for member in members:
                 self._table.take(member)
         try:
-            answer = self._submit(mailbox, members)
+            answer, stamps = self._submit(mailbox, members)
         except Exception as error:
             is_closed = isinstance(error, CapacityError) and self._scheduler.is_closed
             if not is_closed:
@@ -69,7 +70,7 @@ class DirectFeeder(Feeder):
             self._alone.clear()
             raise
         self._is_running = True
-        answer.add_done_callback(partial(self._on_answer, members))
+        answer.add_done_callback(partial(self._on_answer, members, stamps))
         return 0
 
     def _find_due(self, ready: Sequence[Member]) -> int:
@@ -90,14 +91,23 @@ class DirectFeeder(Feeder):
         inputs = sorted((tensor.name, tensor.shape) for tensor in job_of(member).request.inputs)
         return inputs, [row[0] for row in memory.values()]
 
-    def _submit(self, mailbox: Mailbox, members: Sequence[Member]) -> asyncio.Future[memoryview]:
-        first = job_of(members[0]).request
-        outputs = dict.fromkeys(name for member in members for name in job_of(member).outputs)
+    def _submit(
+        self, mailbox: Mailbox, members: Sequence[Member]
+    ) -> tuple[asyncio.Future[memoryview], PhaseStamps | None]:
+        """The answer to the composed batch, and what will hold its doorways if any of ``members`` is watched."""
+        jobs = [job_of(member) for member in members]
+        first = jobs[0].request
+        outputs = dict.fromkeys(name for job in jobs for name in job.outputs)
         inputs = self._compose(members)
         contents = [each[3] for each in inputs]
         heads = [(name, datatype, shape, b"") for name, datatype, shape, _ in inputs]
         message = encode_request(first.model_name, first.model_version, "", heads, list(outputs))
-        return mailbox.submit(self._scheduler, message, contents, attachment=RequestDetails())
+        # Of several the first, or the deepest: nobody can tell for which one a model calls another.
+        run = next((job.run for job in jobs if job.run is not None), None)
+        callers = max((job.details.callers for job in jobs), key=len)
+        stamps = None if run is None else PhaseStamps()
+        details = RequestDetails(callers=callers, run=run)
+        return mailbox.submit(self._scheduler, message, contents, attachment=details, stamps=stamps), stamps
 
     def _compose(self, members: Sequence[Member]) -> list[_Input]:
         signature, plan = self._steps.signature, self._steps.plan
@@ -130,8 +140,14 @@ class DirectFeeder(Feeder):
             composed.append((name, datatype.value, (len(rows), *shape), b"".join(parts)))
         return composed
 
-    def _on_answer(self, members: Sequence[Member], answer: asyncio.Future[memoryview]) -> None:
+    def _on_answer(
+        self, members: Sequence[Member], stamps: PhaseStamps | None, answer: asyncio.Future[memoryview]
+    ) -> None:
         self._is_running = False
+        for member in members:
+            run = job_of(member).run
+            if stamps is not None and run is not None:
+                run.stamps = dataclasses.replace(stamps, batch_members=len(members))
         outcome = read_outcome(answer)
         if not isinstance(outcome, Exception):
             by_slot = split_rows(outcome) if self._steps.signature.max_batch_size else [outcome]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 
 from aiorch_server._core import decode_response
@@ -21,7 +22,18 @@ Settle = Callable[[Member, Outcome], None]
 class Job:
     """A request, the outputs to ask the model for, and the future of who sent it."""
 
-    __slots__ = ("deadline_ns", "details", "future", "n_bytes", "outputs", "place", "request", "run", "wanted")
+    __slots__ = (
+        "deadline_ns",
+        "details",
+        "future",
+        "n_bytes",
+        "outputs",
+        "place",
+        "received_ns",
+        "request",
+        "run",
+        "wanted",
+    )
 
     def __init__(
         self,
@@ -36,10 +48,19 @@ class Job:
         self.outputs = outputs
         self.wanted = frozenset(output.name for output in request.outputs)
         self.deadline_ns = deadline_ns
-        self.details = RequestDetails.of(request, place)
+        self.received_ns = time.monotonic_ns()
+        self.run = current_run.get()  # made in the task of who sent it
+        self.details = RequestDetails.of(request, place, run=self.run)
         self.n_bytes = sum(memoryview(tensor.data or b"").nbytes for tensor in request.inputs)
         self.future: asyncio.Future[InferenceResponse] = loop.create_future()
-        self.run = current_run.get()  # made in the task of who sent it
+
+    def close_stamps(self) -> None:
+        """Completes the doorways of a request that has ended: it was queued when it came, whenever its turn was."""
+        if self.run is None:
+            return
+        stamps = self.run.stamps
+        stamps.received_ns = stamps.enqueued_ns = self.received_ns
+        stamps.settled_ns = stamps.settled_ns or time.monotonic_ns()
 
     def find_input(self, name: str) -> bytes | memoryview:
         """The bytes of an input that is there."""

@@ -53,7 +53,6 @@ class OldestFeeder(Feeder):
             job.details,
             deadline_ns=job.deadline_ns,
             stamps=None if job.run is None else job.run.stamps,
-            trace_id=None if job.run is None else job.run.trace_id,
         )
 
     def _on_answer(self, member: Member, answer: asyncio.Future[memoryview]) -> None:

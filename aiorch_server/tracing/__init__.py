@@ -1,6 +1,15 @@
 """What is watched of one request on the control plane: who sent it, and the models that it ran through."""
 
-from aiorch_server.tracing.incoming import TIMING_HEADER, Incoming, current_incoming, receive
-from aiorch_server.tracing.run import Run, current_run
+from aiorch_server.tracing.incoming import TIMING_HEADER, Incoming, current_incoming, find_trace, receive
+from aiorch_server.tracing.run import CacheHit, Run, current_run
 
-__all__ = ["TIMING_HEADER", "Incoming", "Run", "current_incoming", "current_run", "receive"]
+__all__ = [
+    "TIMING_HEADER",
+    "CacheHit",
+    "Incoming",
+    "Run",
+    "current_incoming",
+    "current_run",
+    "find_trace",
+    "receive",
+]

@@ -6,16 +6,17 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from aiorch_server.tracing.run import Run
+from aiorch_server.tracing.run import Run, current_run
 
 #: A request with this header is answered with its phases; the compiled desk looks for the same name.
 TIMING_HEADER: Final = "aiorch-timing"
 _OFF: Final = ("", "0", "false", "off")
-#: https://www.w3.org/TR/trace-context/
-_PARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]([0-9a-f])(-.*)?")
+#: https://www.w3.org/TR/trace-context/; only versions that nobody knows yet may go on behind the flags.
+_PARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_PARENT_CHARACTERS: Final = 55
 _MAX_STATE_CHARACTERS: Final = 512
 
 
@@ -23,7 +24,8 @@ _MAX_STATE_CHARACTERS: Final = 512
 class Incoming:
     """One request at its door; ``run`` is set when it was watched.
 
-    ``protocol`` is grpc or http, ``method`` the path of what was called.
+    ``protocol`` is grpc or http, ``method`` the path of what was called, ``parent`` the caller's ``traceparent``, empty
+    where there is none or it is malformed.
     """
 
     protocol: str
@@ -36,14 +38,18 @@ class Incoming:
     @property
     def is_sampled(self) -> bool | None:
         """What the caller has decided about tracing; None where there is no caller who traces."""
-        found = _PARENT.fullmatch(self.parent)
-        return None if found is None else bool(int(found[2], 16) & 1)
+        return bool(int(self.parent[54], 16) & 1) if self.parent else None
 
     @property
-    def trace_id(self) -> bytes | None:
-        """Of the caller's trace, 16 bytes."""
-        found = _PARENT.fullmatch(self.parent)
-        return None if found is None else bytes.fromhex(found[1])
+    def trace(self) -> bytes | None:
+        """Ids of the caller's trace and span, 16 and 8 bytes."""
+        return bytes.fromhex(self.parent[3:35] + self.parent[36:52]) if self.parent else None
+
+    def separate(self) -> Incoming:
+        """One of its own for the task that runs now: of many requests that came with the same headers."""
+        own = replace(self, run=None)
+        current_incoming.set(own)
+        return own
 
     def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
         """The phases for gRPC, microseconds; empty where they were not asked for, or there are none."""
@@ -76,7 +82,7 @@ def receive(headers: Iterable[tuple[str, str | bytes]], protocol: str, method: s
         if name == TIMING_HEADER:
             incoming.wants_timing = value.lower() not in _OFF
         elif name == "traceparent":
-            incoming.parent = value if len(value) <= _MAX_STATE_CHARACTERS else ""
+            incoming.parent = value if _is_parent(value) else ""
         elif name == "tracestate" and len(incoming.state) + len(value) < _MAX_STATE_CHARACTERS:
             incoming.state = f"{incoming.state},{value}" if incoming.state else value
     token = current_incoming.set(incoming)
@@ -84,6 +90,21 @@ def receive(headers: Iterable[tuple[str, str | bytes]], protocol: str, method: s
         yield incoming
     finally:
         current_incoming.reset(token)
+
+
+def find_trace() -> bytes | None:
+    """Ids of the trace and the span that the task which runs now is about, 16 and 8 bytes.
+
+    The span is the server's where the request is traced here, else its caller's.
+    """
+    run, incoming = current_run.get(), current_incoming.get()
+    return (None if run is None else run.trace) or (None if incoming is None else incoming.trace)
+
+
+def _is_parent(text: str) -> bool:
+    if len(text) > _MAX_STATE_CHARACTERS or _PARENT.fullmatch(text) is None:
+        return False
+    return len(text) == _PARENT_CHARACTERS or not text.startswith("00")
 
 
 #: The request that the task which runs now is about.

@@ -22,8 +22,13 @@ from aiorch_server.frontends.grpc.regions import SharedMemoryRpcs
 from aiorch_server.frontends.grpc.settings import SettingRpcs
 from aiorch_server.frontends.grpc.status import describe_error
 from aiorch_server.frontends.grpc.stream import SequenceOrder, Turn, run_stream
-from aiorch_server.frontends.grpc.unary import build_unary_method, own_cancellation_only, read_deadline_ns
-from aiorch_server.tracing import receive
+from aiorch_server.frontends.grpc.unary import (
+    build_unary_method,
+    own_cancellation_only,
+    read_deadline_ns,
+    watch_call,
+)
+from aiorch_server.tracing import Incoming, receive
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse
 
 if TYPE_CHECKING:
@@ -84,12 +89,8 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         """One request, one response."""
-        with receive(context.invocation_metadata() or (), "grpc", f"{SERVICE_NAME}/ModelInfer") as incoming:
-            try:
-                return convert.encode_infer_response(await self._infer(request, context))
-            finally:
-                if incoming.wants_timing:
-                    context.set_trailing_metadata(incoming.trailing_metadata())
+        with watch_call(context, f"{SERVICE_NAME}/ModelInfer"):
+            return convert.encode_infer_response(await self._infer(request, context))
 
     async def ModelStreamInfer(self, messages: AsyncIterator[bytes], context: Any) -> None:
         """Answers to each request, in order for ordinary models; errors travel inside them and leave the stream open.
@@ -109,6 +110,7 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
                 await context.write(response.SerializeToString())
 
         async def respond(message: bytes, turn: Turn) -> None:
+            own = incoming.separate()
             failed = pb.ModelStreamInferResponse()
             failed.infer_response.parameters[FINAL_RESPONSE].bool_param = True
             own_turn: Turn | None = None
@@ -126,13 +128,14 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
                         if own_turn is not None:
                             own_turn.leave()
                         await turn.wait()
-                        await write(_encode_answer(answer), answer.error)
+                        await write(_encode_answer(answer, own), answer.error)
             except _StreamFailed:
                 raise
             except Exception as error:
                 if own_turn is not None:
                     own_turn.leave()
                 await turn.wait()
+                _add_timing(failed.infer_response, own)
                 await write(failed, error)
             finally:
                 if own_turn is not None:
@@ -141,7 +144,6 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
         method = f"{SERVICE_NAME}/ModelStreamInfer"
         try:
             with receive(context.invocation_metadata() or (), "grpc", method) as incoming:
-                incoming.wants_timing = False  # trailers come once, and are for all of its requests
                 await run_stream(messages, respond)
         except _StreamFailed as failed:
             await context.abort(*describe_error(failed.error))
@@ -208,11 +210,19 @@ def _build_method(rpc: Callable[..., Awaitable[Any]], method: Method) -> RpcMeth
     return build_unary_method(rpc, method.request)
 
 
-def _encode_answer(answer: InferenceResponse) -> pb.ModelStreamInferResponse:
+def _encode_answer(answer: InferenceResponse, incoming: Incoming) -> pb.ModelStreamInferResponse:
     message = convert.encode_infer_response(answer)
     if FINAL_RESPONSE not in answer.parameters:
         message.parameters[FINAL_RESPONSE].bool_param = False
+    elif answer.parameters[FINAL_RESPONSE]:
+        _add_timing(message, incoming)
     return pb.ModelStreamInferResponse(infer_response=message)
+
+
+def _add_timing(message: pb.ModelInferResponse, incoming: Incoming) -> None:
+    """What a single request has as trailing metadata: those of a stream come once, and it has many requests."""
+    for name, value in incoming.trailing_metadata():
+        message.parameters[name].string_param = value
 
 
 def _refuse_repository_name(request: Any) -> None:

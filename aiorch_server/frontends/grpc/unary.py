@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, TypeVar
 
 from aiorch_server.errors import RequestCancelled
 from aiorch_server.frontends.grpc import convert
 from aiorch_server.frontends.grpc.methods import RpcMethod
 from aiorch_server.frontends.grpc.status import describe_error
+from aiorch_server.tracing import Incoming, receive
 
 #: gRPC's timeouts reach 11,000 years; 30 of them fit into 64 bits of nanoseconds and are as good.
 _LONGEST_WAIT_S: Final = 1e9
@@ -50,6 +52,17 @@ async def own_cancellation_only(awaitable: Awaitable[_Result]) -> _Result:
         if task is None or task.cancelling():
             raise
         raise RequestCancelled("the request was cancelled inside the server") from None
+
+
+@contextlib.contextmanager
+def watch_call(context: Any, method: str) -> Iterator[Incoming]:
+    """Surrounds a call to ``method`` (service and name) with what its metadata ask to be watched, and tells them."""
+    with receive(context.invocation_metadata() or (), "grpc", method) as incoming:
+        try:
+            yield incoming
+        finally:
+            if incoming.wants_timing:
+                context.set_trailing_metadata(incoming.trailing_metadata())
 
 
 def read_deadline_ns(context: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
@@ -15,12 +15,15 @@ from aiorch_server.frontends.rest.infer import (
     JSON,
     LARGEST_INLINE_BYTES,
     InferRoute,
+    add_timing,
     describe_failure,
     parse_apart,
     respond,
+    watch_headers,
 )
 from aiorch_server.frontends.rest.planes import InferencePlane, ManagementPlane, RestLimits
 from aiorch_server.frontends.unpacking import UnpackBudget
+from aiorch_server.tracing import Incoming
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse
 
 _NOT_ONE = (
@@ -95,9 +98,17 @@ class GenerateStreamRoute(GenerateRoute):
         if scope["method"] != "POST":
             await super().__call__(scope, receive, send, model_name, model_version)
             return
+        with watch_headers(scope) as incoming:
+            await self._send_events(
+                self._read(scope["headers"], receive, model_name, model_version), receive, send, incoming
+            )
+
+    async def _send_events(
+        self, reading: Awaitable[InferenceRequest], receive: Receive, send: Send, incoming: Incoming
+    ) -> None:
         has_begun = False
         try:
-            request = await self._read(scope["headers"], receive, model_name, model_version)
+            request = await reading
             async with aclosing(self._follow(request, receive)) as answers:
                 async for answer in answers:
                     body = await _render(answer) if answer.error is None else describe_failure(answer.error)[1]
@@ -111,12 +122,16 @@ class GenerateStreamRoute(GenerateRoute):
         except Exception as error:
             status, body, headers = describe_failure(error)
             if not has_begun:
+                add_timing(headers, incoming)
                 await respond(send, status, headers, body)
                 return
             await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": True})
         if not has_begun:
             await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": [_EVENTS]})
-        await send({"type": "http.response.body", "body": b""})
+        timing = incoming.server_timing()
+        # A comment, which readers of events skip: the headers are sent before there is a time to tell.
+        last = b": server-timing: %s\n\n" % timing.encode("ascii") if timing else b""
+        await send({"type": "http.response.body", "body": last})
 
 
 async def _render(response: InferenceResponse) -> bytes:

@@ -64,8 +64,7 @@ class InferRoute:
                 return
             except Exception as error:
                 status, body, headers = describe_failure(error)
-        if timing := incoming.server_timing():
-            headers.append((b"server-timing", timing.encode("ascii")))
+        add_timing(headers, incoming)
         await respond(send, status, headers, body)
 
     def abandon(self) -> None:
@@ -126,7 +125,13 @@ class InferRoute:
 def watch_headers(scope: Mapping[str, Any]) -> AbstractContextManager[Incoming]:
     """What the request's headers ask to be watched."""
     headers = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
-    return receive_headers(headers, "http", f"POST {scope['path']}")
+    return receive_headers(headers, "http", f"{scope['method']} {scope['path']}")
+
+
+def add_timing(headers: list[tuple[bytes, bytes]], incoming: Incoming) -> None:
+    """Tells how long the phases of a request took, if it has asked for that."""
+    if timing := incoming.server_timing():
+        headers.append((b"server-timing", timing.encode("ascii")))
 
 
 async def parse_apart(json_bytes: int, parse: Callable[..., _T], *arguments: Any) -> _T:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aiorch_proto.tfserving.names import METHOD_NAMES
 
 from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
-from aiorch_server.frontends.grpc.unary import build_unary_method
+from aiorch_server.frontends.grpc.unary import build_unary_method, watch_call
 
 Answer = Callable[[bytes, Any], Awaitable[bytes]]
 
@@ -33,18 +33,24 @@ def add_serving_services(
         return ServingServicer(dataplane, catalogue, max_tensor_bytes=max_tensor_bytes)
 
     @functools.cache
-    def get_answer(name: str) -> Answer:
+    def get_answer(service: str, name: str) -> Answer:
         from aiorch_proto.tfserving.service import METHODS
 
-        answer = build_unary_method(getattr(get_servicer(), name), METHODS[name].request).unary_unary
+        method = getattr(get_servicer(), name)
+
+        async def rpc(request: Any, context: Any) -> Any:
+            with watch_call(context, f"{service}/{name}"):
+                return await method(request, context)
+
+        answer = build_unary_method(rpc, METHODS[name].request).unary_unary
         assert answer is not None
         return answer
 
-    def build(name: str) -> RpcMethod:
+    def build(service: str, name: str) -> RpcMethod:
         async def answer(message: bytes, context: Any) -> bytes:
-            return await get_answer(name)(message, context)
+            return await get_answer(service, name)(message, context)
 
         return RpcMethod(request_streaming=False, response_streaming=False, unary_unary=answer)
 
     for service, names in METHOD_NAMES.items():
-        add_methods(server, service, {name: build(name) for name in names})
+        add_methods(server, service, {name: build(service, name) for name in names})

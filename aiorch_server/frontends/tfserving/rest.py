@@ -21,7 +21,14 @@ from aiorch_server.frontends.rest.body import (
     find_header,
     receive_body,
 )
-from aiorch_server.frontends.rest.infer import InferRoute, describe_failure, parse_apart, respond
+from aiorch_server.frontends.rest.infer import (
+    InferRoute,
+    add_timing,
+    describe_failure,
+    parse_apart,
+    respond,
+    watch_headers,
+)
 from aiorch_server.frontends.rest.infer_json import parse_document
 from aiorch_server.frontends.rest.planes import RestLimits
 from aiorch_server.frontends.tfserving import examples, json_answer, json_request
@@ -62,15 +69,17 @@ class ServingRoute:
         """Reads the request, answers it or sends the error document."""
         headers: list[tuple[bytes, bytes]] = [(b"content-type", b"application/json")]
         status: int = HTTPStatus.OK
-        try:
-            body = await self._answer(scope, receive)
-            body, coding = await encode_body(body, choose_coding(find_header(scope["headers"], b"accept-encoding")))
-            if coding is not None:
-                headers.append((b"content-encoding", coding.encode("ascii")))
-        except ClientGone:
-            return
-        except Exception as error:
-            status, body, headers = describe_failure(error)
+        with watch_headers(scope) as incoming:
+            try:
+                body = await self._answer(scope, receive)
+                body, coding = await encode_body(body, choose_coding(find_header(scope["headers"], b"accept-encoding")))
+                if coding is not None:
+                    headers.append((b"content-encoding", coding.encode("ascii")))
+            except ClientGone:
+                return
+            except Exception as error:
+                status, body, headers = describe_failure(error)
+        add_timing(headers, incoming)
         await respond(send, status, headers, body)
 
     async def _answer(self, scope: Mapping[str, Any], receive: Receive) -> bytes:
