@@ -94,8 +94,8 @@ class Announcer:
 
             self._status.update(Text(f"{self._done} done, loading {', '.join(self._loading) or 'models'}"))
         else:
-            text = f"{entry.state.value.lower()} {name}" + (f": {entry.reason}" if entry.reason else "")
-            self._output.show({**event, "reason": entry.reason}, text)
+            # A line says only what happened: why stands in the log.
+            self._output.show({**event, "reason": entry.reason}, f"{entry.state.value.lower()} {name}")
 
     def on_ready(self, addresses: Mapping[str, str], models: Sequence[ServedModel], *, has_tls: bool) -> None:
         """The server takes requests at ``addresses`` (by door: grpc, http, metrics)."""
@@ -105,7 +105,9 @@ class Announcer:
         where = "\nserving: " + "  ".join(f"{door} {address}" for door, address in addresses.items()) + "\n"
         examples = write_examples(addresses, models, has_tls=has_tls)
         table = self._paint(write_table(rows)) if rows else _NO_MODELS
-        self._output.show(document, table, *write_reasons(rows), where, *examples)
+        # Whoever sits at the terminal has seen the log scroll by; elsewhere each reason stands in it once.
+        reasons = [] if self._status is None else write_reasons(rows)
+        self._output.show(document, table, *reasons, where, *examples)
 
     def _paint(self, table: str) -> RenderableType:
         """The table with its header and states marked for people at a terminal."""

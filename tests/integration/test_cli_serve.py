@@ -162,3 +162,14 @@ def test_settings_from_every_source(options, tmp_path):
         process.terminate()
         assert process.wait(LIMIT_S) == 0
         assert time.monotonic() - started < 20
+
+
+def test_why_a_model_does_not_load_is_told_once(options):
+    with start(*options) as process:
+        for line in read_lines(process):
+            assert "config.pbtxt" not in line
+            if line.startswith("serving:"):
+                break
+        process.terminate()
+        assert process.wait(LIMIT_S) == 0
+        assert process.stderr.read().decode().count("config.pbtxt") == 1

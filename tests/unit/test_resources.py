@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -181,9 +182,14 @@ def open_site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
         )
         return opened[-1]
 
+    before = set(sys.modules)
     yield make_site
     for each in opened:
         each.close()
+    # the backend keeps what it has opened for a load that never came
+    for name in set(sys.modules) - before:
+        if name.startswith("aiorch_models_"):
+            sys.modules.pop(name)
 
 
 def ask(site: Site, models: list[str], value: float) -> Any:
