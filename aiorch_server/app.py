@@ -196,7 +196,9 @@ class Application:
         self._mailbox = Mailbox(asyncio.get_running_loop())
         memory = config.shared_memory
         regions = SharedRegions(memory.keys, max_regions=memory.max_regions, max_bytes=memory.max_bytes)
-        self.dataplane = DataPlane(self.manager, self._mailbox, regions, self._tracer)
+        self.dataplane = DataPlane(
+            self.manager, self._mailbox, regions, self._tracer, stream_stall_s=config.limits.stream_stall_secs
+        )
         calls.attach(asyncio.get_running_loop(), self.dataplane.stream)
         optional = {"binary_tensor_data": config.http.enabled, "response_cache": cache is not None}
         extensions = (*EXTENSIONS, *(name for name, works in optional.items() if works))

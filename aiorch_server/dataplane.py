@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 from aiorch_server._core import Mailbox, decode_response
@@ -23,8 +24,9 @@ from aiorch_server.execution.callers import check_callers, current_callers
 from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.execution.response_channel import ResponseChannel
 from aiorch_server.execution.submission import submit
+from aiorch_server.execution.taker import Taker
 from aiorch_server.observability.tracer import Tracer
-from aiorch_server.tracing import current_run, find_trace
+from aiorch_server.tracing import Run, current_run, find_trace
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse, Parameter, Tensor
 from aiorch_server.validation import QueueTerms, check_request
 
@@ -45,11 +47,14 @@ class DataPlane:
         mailbox: Mailbox,
         regions: SharedRegions | None = None,
         tracer: Tracer | None = None,
+        *,
+        stream_stall_s: float = 0.0,
     ) -> None:
         self._manager = manager
         self._mailbox = mailbox
         self._tracer = tracer or Tracer()
         self._regions = regions or SharedRegions()
+        self._patience_s = stream_stall_s or math.inf
 
     def is_decoupled(self, model_name: str, model_version: str) -> bool:
         """Whether requests to that version have any number of answers; False where there is no such version."""
@@ -79,7 +84,8 @@ class DataPlane:
 
         An ordinary model gives one. A decoupled one may end without a last answer: the final one has no outputs then.
         Answers with ``error`` set do not end the stream. Raises what ``infer`` raises, at any time. Leaving it (use
-        ``contextlib.aclosing``) cancels the request; while nobody takes its answers, the model has to wait.
+        ``contextlib.aclosing``) cancels the request; while nobody takes its answers, the model has to wait. After
+        ``stream_stall_s`` it need not any more: what comes next is StreamStalled.
         """
         with self._manager.acquire(request.model_name, request.model_version) as servable:
             if not servable.signature.is_decoupled:
@@ -89,29 +95,25 @@ class DataPlane:
                 return
             name, version = servable.name, str(servable.version)
             is_final = False
+            taker = Taker(self._patience_s, servable.instances.responses.add_stalled)
+            # A model that calls is busy between two answers: it has the call's timeout instead.
+            away = nullcontext if current_callers.get() else taker.away
             with (
                 self._tracer.watch_stream(servable, request.id) as run,
                 _name_request(request),
                 Exchange(self._regions, request, servable.signature) as exchange,
             ):
                 brought = await exchange.bring()
-                terms = check_request(brought, name, servable.signature)
-                check_callers(name, servable.instances.alive)
-                channel = ResponseChannel(asyncio.get_running_loop())
-                details = RequestDetails.of(
-                    brought, terms.sequence, timeout_us=terms.timeout_us, channel=channel, run=run
-                )
-                end = self._submit(servable, brought, terms, deadline_ns, details)
-                async with aclosing(channel.follow(end, deadline_ns)) as answers:
+                async with aclosing(
+                    self.stream_on(servable, brought, taker, deadline_ns=deadline_ns, run=run)
+                ) as answers:
                     async for answer in answers:
                         is_final = bool(answer.parameters.get(FINAL_RESPONSE))
-                        if run is not None:
-                            run.note_response(is_error=answer.error is not None)
-                            if is_final:  # it is being settled: its phases can be told with this answer
-                                await asyncio.wait((end,))
-                        yield await exchange.deliver(
+                        answer = await exchange.deliver(
                             dataclasses.replace(answer, model_name=name, model_version=version, id=request.id)
                         )
+                        with away():
+                            yield answer
             if not is_final:
                 yield InferenceResponse(name, version, (), request.id, {FINAL_RESPONSE: True})
 
@@ -144,6 +146,33 @@ class DataPlane:
                     request, terms.sequence, run, deadline_ns=deadline_ns, is_called=bool(current_callers.get())
                 )
             return await self._run(servable, request, terms, deadline_ns, leases)
+
+    async def stream_on(
+        self,
+        servable: Servable,
+        request: InferenceRequest,
+        taker: Taker,
+        *,
+        deadline_ns: int = 0,
+        run: Run | None = None,
+    ) -> AsyncGenerator[InferenceResponse, None]:
+        """Runs one request on a decoupled servable that the caller holds a lease on, for ``taker``.
+
+        Yields what the model answers; a last answer that is none is left out.
+        """
+        with _name_request(request):
+            terms = check_request(request, servable.name, servable.signature)
+            check_callers(servable.name, servable.instances.alive)
+            channel = ResponseChannel(asyncio.get_running_loop(), taker)
+            details = RequestDetails.of(request, terms.sequence, timeout_us=terms.timeout_us, channel=channel, run=run)
+            end = self._submit(servable, request, terms, deadline_ns, details)
+            async with aclosing(channel.follow(end, deadline_ns)) as answers:
+                async for answer in answers:
+                    if run is not None:
+                        run.note_response(is_error=answer.error is not None)
+                        if answer.parameters.get(FINAL_RESPONSE):  # it is being settled: its phases can be told with it
+                            await asyncio.wait((end,))
+                    yield answer
 
     async def _run(
         self,

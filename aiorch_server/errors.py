@@ -19,6 +19,7 @@
     |  |- QueueFull               the model's queue is at its bound
     |  |- QueueTimeout            the queue policy's time ran out
     |  |- DeadlineExpired         the caller's own deadline ran out
+    |  |- StreamStalled           nobody took a stream's answers for too long
     |  |- ModelNotReady           the version exists, but does not serve (yet)
     |  `- ServerStopping          the server takes no new requests
     |- BackendError            the model's owner must act
@@ -152,6 +153,12 @@ class DeadlineExpired(CapacityError):
     """The caller's deadline passed before an answer was ready."""
 
     code = Code.DEADLINE_EXCEEDED
+    retryable = False
+
+
+class StreamStalled(CapacityError):
+    """The answers of a stream were not taken for so long that the model had to wait too long to send more."""
+
     retryable = False
 
 

@@ -279,8 +279,9 @@ class ModelStatistics:
     ``inference_count`` counts rows, ``success.count`` requests, ``execution_count`` batches; ``last_inference_ms`` is
     milliseconds since the epoch, 0 for never. ``failures`` splits ``fail.count`` by reason: REJECTED, CANCELED,
     BACKEND, OTHER. ``pending`` is the number of requests queued now. ``responses`` are those of a decoupled model, by
-    their place in the stream ("0" is the first); ``first_response`` says how long the first ones took. ``cache_hit``
-    counts requests answered without a run (look-up, or the wait for an equal one), ``cache_miss`` those run and kept.
+    their place in the stream ("0" is the first); ``first_response`` says how long the first ones took, ``stalled`` how
+    many streams were ended because nobody took their answers. ``cache_hit`` counts requests answered without a run
+    (look-up, or the wait for an equal one), ``cache_miss`` those run and kept.
     """
 
     name: str
@@ -299,6 +300,7 @@ class ModelStatistics:
     pending: int = 0
     responses: Mapping[str, ResponseStatistics] = field(default_factory=dict)
     first_response: PhaseHistogram | None = None
+    stalled: int = 0
     has_cache: bool = False
     cache_hit: Duration = Duration()
     cache_miss: Duration = Duration()

@@ -263,12 +263,14 @@ class ExecutionConfig(Section):
 class LimitsConfig(Section):
     """Bounds that protect the server, for all doors together.
 
-    ``max_queue_size`` holds per model where its own configuration gives no bound.
+    ``max_queue_size`` holds per model where its own configuration gives no bound. A stream of answers ends when its
+    client takes none for ``stream_stall_secs`` (0: any time) while the model waits to send more.
     """
 
     max_concurrent_streams: Count = 1024
     max_header_bytes: Annotated[Whole, Field(ge=1024, le=1024 * 1024)] = 16 * 1024
     max_queue_size: Annotated[Whole, Field(ge=1, le=2**31 - 1)] = 100_000
+    stream_stall_secs: Seconds = 30.0
 
 
 def _read_keys(value: object) -> object:

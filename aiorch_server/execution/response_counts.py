@@ -47,6 +47,12 @@ class ResponseCounts:
         self._places: list[_Place] = []
         self._first = [0] * (len(FIRST_RESPONSE_BOUNDS_MS) + 1)
         self._first_ns = 0
+        self._stalled = 0
+
+    @property
+    def stalled(self) -> int:
+        """Streams that were ended because nobody took their answers."""
+        return self._stalled
 
     def add_success(self, index: int, infer_ns: int, output_ns: int) -> None:
         """An answer was sent."""
@@ -70,6 +76,11 @@ class ResponseCounts:
         """An answer was dropped because nobody waited for it."""
         with self._lock:
             self._place(index).cancel.add(ns)
+
+    def add_stalled(self) -> None:
+        """A stream was ended because nobody took its answers."""
+        with self._lock:
+            self._stalled += 1
 
     def add_first(self, ns: int) -> None:
         """The first answer of a request came so long after the request."""

@@ -194,6 +194,7 @@ class Servable:
             pending=counters.pending,
             responses=self.instances.responses.read() if self.signature.is_decoupled else {},
             first_response=self.instances.responses.read_first() if self.signature.is_decoupled else None,
+            stalled=self.instances.responses.stalled,
         )
         return statistics if self.cache is None else self.cache.add_to(statistics)
 

@@ -69,6 +69,7 @@ _FAILURE = "nv_inference_request_failure"
 _REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 _PENDING = "nv_inference_pending_request_count"
 _PHASES = "aiorch_request_phase_seconds"
+_STALLED = "aiorch_stalled_streams_total"
 _FIRST = "nv_inference_first_response_histogram_ms"
 #: Names proposed for Triton (triton-inference-server/core, pull request 474), and the phases that they show.
 _DURATIONS = (
@@ -134,6 +135,7 @@ class ModelCollector(Collector):
         pending: dict[Labels, float] = {}
         phases: dict[Labels, PhaseHistogram] = {}
         firsts: dict[Labels, PhaseHistogram] = {}
+        stalled: dict[Labels, float] = {}
         cached: dict[str, dict[Labels, float]] = {name: {} for name, _, _ in CACHE_COUNTERS}
         durations: dict[str, dict[Labels, PhaseHistogram]] = {phase: {} for _, _, phase in _DURATIONS}
         for model in tuple(self._list_models()):
@@ -152,6 +154,7 @@ class ModelCollector(Collector):
                 for name, _, read in CACHE_COUNTERS:
                     _add(cached[name], labels, read(statistics))
             if (first := statistics.first_response) is not None:
+                _add(stalled, labels, statistics.stalled)
                 firsts[labels] = _sum_histograms(firsts[labels], first) if labels in firsts else first
             for phase, histogram in histograms.items():
                 if phase in durations:
@@ -173,6 +176,7 @@ class ModelCollector(Collector):
             yield _scaled_family(name, documentation, durations[phase], 1e6)
         if firsts:
             yield _first_response_family(firsts)
+            yield _family(_STALLED, "Streams ended because nobody took their answers", "counter", stalled)
 
 
 class DoorCollector(Collector):

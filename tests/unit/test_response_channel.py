@@ -8,9 +8,11 @@ from contextlib import aclosing
 
 import pytest
 
-from aiorch_server.errors import DeadlineExpired, ModelExecutionError
+from aiorch_server.errors import DeadlineExpired, ModelExecutionError, StreamStalled
 from aiorch_server.execution import response_channel
+from aiorch_server.execution import taker as taker_module
 from aiorch_server.execution.response_channel import MAX_WAITING, MAX_WAITING_BYTES, ResponseChannel
+from aiorch_server.execution.taker import Taker
 from aiorch_server.types import FINAL_RESPONSE, InferenceResponse
 
 TIMEOUT_S = 20
@@ -99,3 +101,50 @@ async def test_a_deadline_ends_it() -> None:
 
 async def _collect(channel: ResponseChannel, end: asyncio.Future[memoryview], deadline_ns: int = 0) -> list[str]:
     return [each.id async for each in channel.follow(end, deadline_ns)]
+
+
+async def test_a_taker_that_stays_away_for_too_long_loses_its_stream() -> None:
+    lost: list[str] = []
+    taker = Taker(0.05, lambda: lost.append("lost"))
+    channel, end = ResponseChannel(asyncio.get_running_loop(), taker), new_end()
+    async with aclosing(channel.follow(end)) as answers:
+        channel.put(answer(0), 1)
+        assert (await anext(answers)).id == "0"
+        with taker.away():
+            thread, results = await put_until_full(channel, MAX_WAITING_BYTES)
+            await asyncio.to_thread(thread.join, TIMEOUT_S)
+            assert results == [True, False] and lost == ["lost"]
+            async with asyncio.timeout(TIMEOUT_S):  # the model learns it though nobody comes back
+                await asyncio.wait((end,))
+        with pytest.raises(StreamStalled, match=r"taken for 0\.05 s while its model waited"):
+            await anext(answers)
+    assert end.cancelled() and response_channel._ledger.size_bytes == 0
+
+
+async def test_a_taker_that_is_slow_but_comes_keeps_its_stream() -> None:
+    taker = Taker(0.2)
+    channel, end = ResponseChannel(asyncio.get_running_loop(), taker), new_end()
+    channel.put(answer(0), 1)
+    async with aclosing(channel.follow(end)) as answers:
+        assert (await anext(answers)).id == "0"
+        thread, _ = await put_until_full(channel, MAX_WAITING_BYTES)
+        for place in range(1, 6):  # half a second in all
+            with taker.away():
+                await asyncio.sleep(0.1)
+            assert await asyncio.wait_for(anext(answers), TIMEOUT_S)
+            assert not end.done(), place
+    await asyncio.to_thread(thread.join, TIMEOUT_S)
+
+
+async def test_a_model_waits_for_others_inside_as_long_as_for_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taker_module, "_MAX_WAIT_INSIDE_S", 0.2)
+    channel, end = ResponseChannel(asyncio.get_running_loop(), Taker(0.01)), new_end()
+    following = channel.follow(end)
+    channel.put(answer(0), 1)
+    await anext(following)
+    thread, results = await put_until_full(channel, MAX_WAITING_BYTES)
+    assert results == [True]
+    await asyncio.to_thread(thread.join, TIMEOUT_S)
+    with pytest.raises(StreamStalled, match="by the models behind it"):
+        await anext(following)
+    assert results == [True, False]
