@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import math
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
@@ -98,15 +99,9 @@ class DataPlane:
             taker = Taker(self._patience_s, servable.instances.responses.add_stalled)
             # A model that calls is busy between two answers: it has the call's timeout instead.
             away = nullcontext if current_callers.get() else taker.away
-            with (
-                self._tracer.watch_stream(servable, request.id) as run,
-                _name_request(request),
-                Exchange(self._regions, request, servable.signature) as exchange,
-            ):
+            with _name_request(request), Exchange(self._regions, request, servable.signature) as exchange:
                 brought = await exchange.bring()
-                async with aclosing(
-                    self.stream_on(servable, brought, taker, deadline_ns=deadline_ns, run=run)
-                ) as answers:
+                async with aclosing(self.stream_on(servable, brought, taker, deadline_ns=deadline_ns)) as answers:
                     async for answer in answers:
                         is_final = bool(answer.parameters.get(FINAL_RESPONSE))
                         answer = await exchange.deliver(
@@ -154,24 +149,34 @@ class DataPlane:
         taker: Taker,
         *,
         deadline_ns: int = 0,
-        run: Run | None = None,
+        leases: Mapping[ModelKey, Servable] | None = None,
     ) -> AsyncGenerator[InferenceResponse, None]:
-        """Runs one request on a decoupled servable that the caller holds a lease on, for ``taker``.
+        """Runs one request on a decoupled servable that the caller holds a lease on, for ``taker``; ``leases``: and
+        what its steps need.
 
         Yields what the model answers; a last answer that is none is left out.
         """
-        with _name_request(request):
+        with _name_request(request), self._tracer.watch_stream(servable, request.id) as run:
             terms = check_request(request, servable.name, servable.signature)
-            check_callers(servable.name, servable.instances.alive)
-            channel = ResponseChannel(asyncio.get_running_loop(), taker)
-            details = RequestDetails.of(request, terms.sequence, timeout_us=terms.timeout_us, channel=channel, run=run)
-            end = self._submit(servable, request, terms, deadline_ns, details)
-            async with aclosing(channel.follow(end, deadline_ns)) as answers:
+            end: asyncio.Future[memoryview] | None = None
+            if servable.ensemble is not None:
+                following = servable.ensemble.stream(
+                    request, self, taker, deadline_ns=deadline_ns, leases=leases, context=_make_context(run)
+                )
+            else:
+                check_callers(servable.name, servable.instances.alive)
+                channel = ResponseChannel(asyncio.get_running_loop(), taker)
+                details = RequestDetails.of(
+                    request, terms.sequence, timeout_us=terms.timeout_us, channel=channel, run=run
+                )
+                end = self._submit(servable, request, terms, deadline_ns, details)
+                following = channel.follow(end, deadline_ns)
+            async with aclosing(following) as answers:
                 async for answer in answers:
                     if run is not None:
                         run.note_response(is_error=answer.error is not None)
-                        if answer.parameters.get(FINAL_RESPONSE):  # it is being settled: its phases can be told with it
-                            await asyncio.wait((end,))
+                        if end is not None and answer.parameters.get(FINAL_RESPONSE):
+                            await asyncio.wait((end,))  # it is being settled: its phases can be told with this answer
                     yield answer
 
     async def _run(
@@ -183,13 +188,13 @@ class DataPlane:
         leases: Mapping[ModelKey, Servable] | None,
     ) -> InferenceResponse:
         """Runs a checked request on whatever the servable is."""
+        if servable.signature.is_decoupled:
+            raise UnsupportedRequest(f"model '{servable.name}' is decoupled: it does not give exactly one answer")
         if servable.ensemble is not None:
             return await servable.ensemble.run(request, self, deadline_ns=deadline_ns, leases=leases)
         if servable.sequencer is not None:
             check_callers(servable.name, servable.instances.alive)
             return await servable.sequencer.infer(request, terms, self._mailbox, deadline_ns=deadline_ns)
-        if servable.signature.is_decoupled:
-            raise UnsupportedRequest(f"model '{servable.name}' is decoupled: it does not give exactly one answer")
         check_callers(servable.name, servable.instances.alive)
         run = current_run.get()
         details = RequestDetails.of(request, terms.sequence, timeout_us=terms.timeout_us, run=run)
@@ -251,3 +256,10 @@ def _decode(answer: memoryview, request_id: str, parameters: Mapping[str, Parame
         id=request_id,
         parameters=parameters,
     )
+
+
+def _make_context(run: Run | None) -> contextvars.Context:
+    """Where tasks work for ``run``: a generator cannot set it for itself."""
+    context = contextvars.copy_context()
+    context.run(current_run.set, run)
+    return context

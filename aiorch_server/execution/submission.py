@@ -33,7 +33,7 @@ def submit(
     Tensors that stay where they are have to keep until the request is settled. Raises what ``Mailbox.submit`` raises.
     """
     contents = [tensor.data or b"" for tensor in tensors]
-    is_big = sum(map(_count_bytes, contents)) >= _CONTENTS_FROM_BYTES
+    is_big = sum(map(count_bytes, contents)) >= _CONTENTS_FROM_BYTES
     message = encode_request(
         request.model_name,
         request.model_version,
@@ -58,5 +58,6 @@ def submit(
     )
 
 
-def _count_bytes(data: bytes | memoryview) -> int:
+def count_bytes(data: bytes | memoryview) -> int:
+    """The size of a tensor's data."""
     return data.nbytes if isinstance(data, memoryview) else len(data)

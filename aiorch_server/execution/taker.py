@@ -21,7 +21,7 @@ class Taker:
     """
 
     def __init__(self, patience_s: float = math.inf, on_lost: Callable[[], None] = lambda: None) -> None:
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._on_lost = on_lost
         self._away_since_s: float | None = None
         self._is_lost = False
@@ -35,12 +35,15 @@ class Taker:
         finally:
             self._away_since_s = None
 
-    def left_s(self, since_s: float) -> float:
-        """How much longer to wait for room, after waiting since then (monotonic); 0 or less: no longer."""
+    def left_s(self, since_s: float, inside_s: float | None = None) -> float:
+        """How much longer to wait for room, after waiting since then (monotonic); 0 or less: no longer.
+
+        ``inside_s`` is the longest wait while the taker is not away.
+        """
         away_since_s = self._away_since_s
         if away_since_s is None:
-            return since_s + _MAX_WAIT_INSIDE_S - time.monotonic()
-        return max(since_s, away_since_s) + self._patience_s - time.monotonic()
+            return since_s + (_MAX_WAIT_INSIDE_S if inside_s is None else inside_s) - time.monotonic()
+        return max(since_s, away_since_s) + self.patience_s - time.monotonic()
 
     def lose(self) -> StreamStalled:
         """What ends the stream whose model has waited for too long."""
@@ -53,6 +56,6 @@ class Taker:
             self._is_lost = True
             self._on_lost()
         return StreamStalled(
-            f"no answer of this stream was taken for {self._patience_s:g} s while its model waited to send more; take "
+            f"no answer of this stream was taken for {self.patience_s:g} s while its model waited to send more; take "
             "them sooner, or let the server wait longer (limits.stream_stall_secs)"
         )

@@ -63,9 +63,19 @@ class Dependencies:
         ``failures`` tells why models of steps did not load.
         """
         declared = opened.declared
-        signature = ModelSignature(declared.inputs, declared.outputs, declared.max_batch_size or 0)
         graph = EnsembleGraph(opened.config)
-        problems = [*self._find_unmet(opened.name, graph, failures), *self._find_unfit(opened.name, graph, signature)]
+        decoupled = self._find_decoupled(graph)
+        graph = EnsembleGraph(opened.config, decoupled)
+        signature = ModelSignature(
+            declared.inputs, declared.outputs, declared.max_batch_size or 0, is_decoupled=bool(decoupled)
+        )
+        problems = [
+            *self._find_unmet(opened.name, graph, failures),
+            *self._find_unfit(opened.name, graph, signature),
+            *graph.find_joins(opened.name),
+        ]
+        if not problems:
+            problems += _find_policy_problems(opened.config, graph)
         if problems:
             raise ModelLoadError("; ".join(problems))
         config = _complete_config(opened.config, signature)
@@ -73,7 +83,7 @@ class Dependencies:
             spec = ModelSpec(opened.name, version, signature)
         except (ValueError, OverflowError) as error:
             raise ModelLoadError(f"'{opened.name}' version {version} cannot be served: {error}") from error
-        ensemble = EnsembleScheduler(opened.name, version, config, signature, max_requests)
+        ensemble = EnsembleScheduler(opened.name, version, config, signature, max_requests, decoupled)
         return Servable(
             opened.name,
             version,
@@ -150,6 +160,10 @@ class Dependencies:
         ready = self._models[name].ready() if name in self._models else {}
         return ready.get(int(version) if version else max(ready, default=0))
 
+    def _find_decoupled(self, graph: EnsembleGraph) -> frozenset[ModelKey]:
+        found = ((key, self._find(key)) for key in graph.models)
+        return frozenset(key for key, servable in found if servable is not None and servable.signature.is_decoupled)
+
     def _find_unmet(self, name: str, graph: EnsembleGraph, failures: Mapping[str, str]) -> Iterator[str]:
         for key in graph.models:
             if self._find(key) is not None:
@@ -168,8 +182,15 @@ class Dependencies:
     def _find_unfit(self, name: str, graph: EnsembleGraph, signature: ModelSignature) -> Iterator[str]:
         found = {key: servable for key in graph.models if (servable := self._find(key)) is not None}
         for key, servable in found.items():
-            if servable.signature.is_decoupled:
-                yield (f"in ensemble {name}, model {key[0]} is decoupled; a step gives exactly one answer to a request")
+            if servable.signature.is_decoupled != (key in graph.decoupled):
+                change = "is decoupled now" if servable.signature.is_decoupled else "is not decoupled any more"
+                yield f"in ensemble {name}, model {key[0]} {change}; load the ensemble again"
+        for step in graph.steps:
+            if step.model in found and found[step.model].sequencer is not None and graph.find_depth(step):
+                yield (
+                    f"in ensemble {name}, model {step.model[0]} batches sequences and is run for each answer of a "
+                    "decoupled model: which of them begins or ends a sequence is not defined"
+                )
         yield from graph.find_mismatches(name, signature, {key: each.signature for key, each in found.items()})
 
 
@@ -178,10 +199,25 @@ def list_requirements(config: ModelConfig) -> frozenset[ModelKey]:
     return frozenset() if config.ensemble_scheduling is None else frozenset(EnsembleGraph(config).models)
 
 
+def _find_policy_problems(config: ModelConfig, graph: EnsembleGraph) -> Iterator[str]:
+    """What the configuration says about decoupled answers against what the models of the steps do."""
+    policy = config.model_transaction_policy
+    where = f"in ensemble {config.name}, model_transaction_policy.decoupled"
+    names = ", ".join(sorted(name for name, _ in graph.decoupled))
+    if policy is not None and policy.decoupled and not names:
+        yield f"{where} is true, but no model of its steps is decoupled; write false or remove it"
+    if policy is not None and not policy.decoupled and names:
+        yield f"{where} is false, but {names} is decoupled, and so is the ensemble; write true or remove it"
+    if names and config.is_cached:
+        yield f"in ensemble {config.name}, response_cache.enable is true, but {names} is decoupled; write false"
+
+
 def _complete_config(config: ModelConfig, signature: ModelSignature) -> ModelConfig:
     completed = config.to_dict() | {
         "platform": PLATFORM,
         "max_batch_size": signature.max_batch_size,
         "version_policy": config.version_policy or VersionPolicy(latest=LatestVersions()),
     }
+    if signature.is_decoupled:
+        completed["model_transaction_policy"] = {"decoupled": True}
     return ModelConfig.from_dict(completed, folder=config.name)

@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 from aiorch_server.config.model import ModelConfig
-from aiorch_server.errors import AiorchError, DeadlineExpired, InternalError, QueueFull, RequestError, error_from_code
+from aiorch_server.errors import AiorchError, DeadlineExpired, InternalError, QueueFull, error_from_code
 from aiorch_server.execution.response_counts import ResponseCounts
+from aiorch_server.execution.taker import Taker
 from aiorch_server.scheduling.ensemble_counters import EnsembleCounters
-from aiorch_server.scheduling.ensemble_graph import EnsembleGraph, ModelKey, Plan, Step, convert_shape
-from aiorch_server.types import (
-    InferenceRequest,
-    InferenceResponse,
-    ModelSignature,
-    RequestedOutput,
-    SchedulerCounters,
-    Tensor,
-)
+from aiorch_server.scheduling.ensemble_graph import EnsembleGraph, ModelKey, Step
+from aiorch_server.scheduling.ensemble_run import Held, Run
+from aiorch_server.scheduling.ensemble_stream import EnsembleStream
+from aiorch_server.types import InferenceRequest, InferenceResponse, ModelSignature, SchedulerCounters
 
 #: What a queue of the core holds where nothing else is configured.
 DEFAULT_MAX_REQUESTS = 16384
@@ -44,9 +40,6 @@ class StepServable(Protocol):
     def ensemble(self) -> EnsembleScheduler | None:
         """Set where it is an ensemble itself."""
         ...
-
-
-Held = TypeVar("Held", bound=StepServable)
 
 
 class StepHost(Protocol[Held]):
@@ -67,58 +60,38 @@ class StepHost(Protocol[Held]):
         """Runs one request on a servable that is held, with ``leases`` on everything that its steps need."""
         ...
 
-
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """A tensor on its way; ``rows`` is the batch size of whoever made it, 0 if it does not batch."""
-
-    tensor: Tensor
-    rows: int
-
-
-class _Run(Generic[Held]):
-    """One request under way: the tensors so far, None where an optional one was left out or nobody needs it now."""
-
-    def __init__(
-        self, request: InferenceRequest, plan: Plan, rows: int, deadline_ns: int, leases: Mapping[ModelKey, Held]
-    ) -> None:
-        self.request = request
-        self.plan = plan
-        self.rows = rows
-        self.deadline_ns = deadline_ns
-        self.leases = leases
-        self.waited_ns = 0
-        self.values: dict[str, _Value | None] = {}
-        self._readers = dict(plan.readers)
-
-    def share(self, name: str, tensor: Tensor, rows: int) -> _Value:
-        """``tensor`` as the ensemble's tensor of that name."""
-        data = tensor.data
-        if self.plan.readers.get(name, 0) > 1 and isinstance(data, memoryview):
-            data = data.toreadonly()  # no reader may find what another has written into it
-        return _Value(Tensor(name, tensor.datatype, tensor.shape, data), rows)
-
-    def release(self, step: Step) -> None:
-        """Lets go of the tensors that ``step`` was the last to read: in a long chain only few are held at a time."""
-        for name in step.inputs.values():
-            self._readers[name] -= 1
-            if not self._readers[name]:
-                self.values[name] = None
+    def stream_on(
+        self,
+        servable: Held,
+        request: InferenceRequest,
+        taker: Taker,
+        *,
+        deadline_ns: int = 0,
+        leases: Mapping[ModelKey, Held] | None = None,
+    ) -> AsyncGenerator[InferenceResponse, None]:
+        """The same for a decoupled one, for ``taker``; a last answer that is none is left out."""
+        ...
 
 
 class EnsembleScheduler:
     """One version of an ensemble: takes requests as a scheduler does, but has neither queue nor instances.
 
     ``max_requests`` (0: the bound of a queue) bounds those under way; each step's ``max_inflight_requests`` is shared
-    by all of them.
+    by all of them. ``decoupled`` are those of its models that are: if there are any, so is the ensemble.
     """
 
     def __init__(
-        self, name: str, version: int, config: ModelConfig, signature: ModelSignature, max_requests: int
+        self,
+        name: str,
+        version: int,
+        config: ModelConfig,
+        signature: ModelSignature,
+        max_requests: int,
+        decoupled: Collection[ModelKey] = (),
     ) -> None:
         assert config.ensemble_scheduling is not None
         self.name = name
-        self.graph = EnsembleGraph(config)
+        self.graph = EnsembleGraph(config, decoupled)
         self.ended: Future[str] = Future()  # resolved when it is closed and nothing is under way
         self.ended.set_running_or_notify_cancel()
         self._version = str(version)
@@ -131,7 +104,7 @@ class EnsembleScheduler:
         self._refusal: AiorchError = InternalError("never abandoned")
         self._is_closed = False
         self._in_flight = 0
-        limit = config.ensemble_scheduling.max_inflight_requests
+        limit = self._max_inflight = config.ensemble_scheduling.max_inflight_requests
         self._places = [asyncio.Semaphore(limit) if limit else None for _ in self.graph.steps]
 
     @property
@@ -183,6 +156,52 @@ class EnsembleScheduler:
         Raises what a step raises, with the ensemble and the step named, QueueFull above ``max_requests``, or
         DeadlineExpired. When cancelled, or when a step fails, the steps under way are cancelled and nothing is begun.
         """
+        async with self._running(request, host, deadline_ns, leases) as run:
+            await self.run_steps(run, run.plan.steps, host)
+            return self.make_answer(run)
+
+    async def stream(
+        self,
+        request: InferenceRequest,
+        host: StepHost[Held],
+        taker: Taker,
+        *,
+        deadline_ns: int = 0,
+        leases: Mapping[ModelKey, Held] | None = None,
+        context: contextvars.Context | None = None,
+    ) -> AsyncGenerator[InferenceResponse, None]:
+        """The answers of an ensemble with decoupled steps, as ``run`` otherwise; the next one waits to be asked for.
+
+        What fails behind a decoupled step is the error of that one answer. Raises StreamStalled too. Its steps run in
+        ``context``.
+        """
+        stream = EnsembleStream(self, host, taker, self._max_inflight)
+
+        async def conduct() -> None:
+            async with self._running(request, host, deadline_ns, leases) as run:
+                await stream.conduct(run)
+
+        # A task of its own: whoever takes answers may do so on several.
+        conducting = asyncio.create_task(conduct(), context=context)
+        conducting.add_done_callback(lambda _: stream.close())
+        try:
+            async with contextlib.aclosing(stream.follow()) as answers:
+                async for answer in answers:
+                    yield answer
+            await conducting
+        finally:
+            conducting.cancel()
+            await asyncio.gather(conducting, return_exceptions=True)
+
+    @contextlib.asynccontextmanager
+    async def _running(
+        self,
+        request: InferenceRequest,
+        host: StepHost[Held],
+        deadline_ns: int,
+        leases: Mapping[ModelKey, Held] | None,
+    ) -> AsyncIterator[Run[Held]]:
+        """One request under way: counted, bounded, with leases on what it needs."""
         if self._in_flight >= self._max_requests:
             raise QueueFull("Exceeds maximum queue size")
         started_ns = time.monotonic_ns()
@@ -194,9 +213,9 @@ class EnsembleScheduler:
                         leases = self._lease(host, stack)
                     plan = self.graph.plan([output.name for output in request.outputs])
                     rows = request.inputs[0].shape[0] if self._signature.max_batch_size else 0
-                    run = _Run(request, plan, rows, deadline_ns, leases)
-                    await self._run_steps(run, host)
-                    response = self._answer(run)
+                    run = Run(request, plan, rows, deadline_ns, leases)
+                    run.bring(self._signature)
+                    yield run
         except BaseException as error:
             self._counters.count_failure(error, time.monotonic_ns() - started_ns)
             raise
@@ -204,7 +223,6 @@ class EnsembleScheduler:
             self._in_flight -= 1
             self._maybe_end()
         self._counters.count_success(rows or 1, run.waited_ns, time.monotonic_ns() - started_ns)
-        return response
 
     @contextlib.asynccontextmanager
     async def _interruptible(self, deadline_ns: int) -> AsyncIterator[None]:
@@ -239,21 +257,18 @@ class EnsembleScheduler:
             try:
                 leases[key] = servable = stack.enter_context(host.acquire(*key))
             except AiorchError as error:
-                raise self._name_step(error, f"model '{key[0]}'") from error
+                raise self.name_step(error, f"model '{key[0]}'") from error
             if servable.ensemble is not None:
                 open_keys += servable.ensemble.graph.models
         return leases
 
-    async def _run_steps(self, run: _Run[Held], host: StepHost[Held]) -> None:
-        given = {tensor.name: tensor for tensor in run.request.inputs}
-        for spec in self._signature.inputs:
-            tensor = given.get(spec.name)
-            run.values[spec.name] = None if tensor is None else run.share(spec.name, tensor, run.rows)
-        left = list(run.plan.steps)
+    async def run_steps(self, run: Run[Held], steps: Sequence[Step], host: StepHost[Held]) -> None:
+        """Runs ordinary steps, each as soon as what it reads is there."""
+        left = list(steps)
         running: dict[asyncio.Task[None], Step] = {}
         try:
             while left or running:
-                ready = [step for step in left if all(tensor in run.values for tensor in step.inputs.values())]
+                ready = [step for step in left if run.is_ready(step)]
                 if not ready and not running:
                     raise InternalError(f"in ensemble '{self.name}', no step of {len(left)} can be made")
                 left = [step for step in left if step not in ready]
@@ -272,46 +287,19 @@ class EnsembleScheduler:
             if running:
                 await asyncio.gather(*running, return_exceptions=True)
 
-    async def _run_step(self, run: _Run[Held], step: Step, host: StepHost[Held]) -> None:
-        servable = run.leases[step.model]
-        is_batching = servable.signature.max_batch_size > 0
-        inputs = self._gather(run, step, servable.signature, is_batching)
-        wanted = {given: tensor for given, tensor in step.outputs.items() if tensor in run.plan.readers}
-        request = replace(
-            run.request,
-            model_name=step.model[0],
-            model_version=step.model[1],
-            inputs=inputs,
-            outputs=[RequestedOutput(given) for given in wanted],
-        )
+    async def _run_step(self, run: Run[Held], step: Step, host: StepHost[Held]) -> None:
         try:
-            async with self._placed(run, step):
+            request = run.make_request(step)
+            async with self.placed(run, step):
+                servable = run.leases[step.model]
                 response = await host.infer_on(servable, request, deadline_ns=run.deadline_ns, leases=run.leases)
+            run.release(step)
+            run.take(step, response.outputs)
         except AiorchError as error:
-            raise self._name_step(error, str(step)) from error
-        run.release(step)
-        rows = inputs[0].shape[0] if is_batching else 0
-        for tensor in response.outputs:
-            name = wanted[tensor.name]
-            run.values[name] = run.share(name, tensor, rows)
-
-    def _gather(self, run: _Run[Held], step: Step, signature: ModelSignature, is_batching: bool) -> Sequence[Tensor]:
-        inputs = []
-        for given, name in step.inputs.items():
-            value = run.values[name]
-            if value is None:  # optional, and not given: the step decides whether it can do without
-                continue
-            shape = value.tensor.shape
-            if is_batching != bool(value.rows):
-                dims = next((spec.shape for spec in signature.inputs if spec.name == given), ())
-                shape = convert_shape(dims, is_batching, value.rows, shape)
-            inputs.append(Tensor(given, value.tensor.datatype, shape, value.tensor.data))
-        if not inputs:
-            raise RequestError(f"in ensemble '{self.name}', none of the inputs of {step} was given")
-        return inputs
+            raise self.name_step(error, str(step)) from error
 
     @contextlib.asynccontextmanager
-    async def _placed(self, run: _Run[Held], step: Step) -> AsyncIterator[None]:
+    async def placed(self, run: Run[Held], step: Step) -> AsyncIterator[None]:
         """One of the step's places, which all requests of the ensemble share."""
         place = self._places[step.index]
         if place is None:
@@ -322,19 +310,11 @@ class EnsembleScheduler:
             run.waited_ns += time.monotonic_ns() - since_ns
             yield
 
-    def _answer(self, run: _Run[Held]) -> InferenceResponse:
-        wanted = {output.name for output in run.request.outputs}
-        outputs = []
-        for spec in self._signature.outputs:
-            if wanted and spec.name not in wanted:
-                continue
-            value = run.values[spec.name]
-            assert value is not None
-            shape = convert_shape(spec.shape, run.rows > 0, value.rows, value.tensor.shape)
-            outputs.append(replace(value.tensor, shape=shape))
-        return InferenceResponse(self.name, self._version, outputs, run.request.id)
+    def make_answer(self, run: Run[Held]) -> InferenceResponse:
+        """The outputs that the request wants, all of which are there."""
+        return run.make_answer(self.name, self._version, self._signature)
 
-    def _name_step(self, error: AiorchError, step: str) -> AiorchError:
+    def name_step(self, error: AiorchError, step: str) -> AiorchError:
         """The same error with the ensemble in front, as Triton words it, and the step behind."""
         text = f"in ensemble '{self.name}', {error} ({step})"
         kind = type(error)

@@ -27,17 +27,34 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """Ordinary steps that run once for each answer of ``opener``, a decoupled step; the first stage has none."""
+
+    opener: Step | None
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """What one kind of request needs: its steps in an order that works, and how many read each tensor in the end."""
+    """What one kind of request needs: its steps in an order that works, and how many read each tensor in the end.
+
+    ``stages`` are the same steps, each stage for every answer of the one before; ``shared`` are tensors that more than
+    one reads, or one more than once.
+    """
 
     steps: tuple[Step, ...]
     readers: Mapping[str, int]
+    stages: tuple[Stage, ...]
+    shared: frozenset[str]
 
 
 class EnsembleGraph:
-    """The steps of a configuration that ``config.ensemble`` has found right; immutable but for its memory of plans."""
+    """The steps of a configuration that ``config.ensemble`` has found right; immutable but for its memory of plans.
 
-    def __init__(self, config: ModelConfig) -> None:
+    ``decoupled`` are those of its models whose requests have any number of answers.
+    """
+
+    def __init__(self, config: ModelConfig, decoupled: Collection[ModelKey] = ()) -> None:
         assert config.ensemble_scheduling is not None
         self.steps = tuple(
             Step(
@@ -49,8 +66,12 @@ class EnsembleGraph:
             for index, each in enumerate(config.ensemble_scheduling.step)
         )
         self.outputs = tuple(each.name for each in config.output)
+        self.decoupled = frozenset(decoupled)
         self._writers = {tensor: step for step in self.steps for tensor in step.outputs.values()}
         self._order = self._sort()
+        #: The decoupled steps that a tensor is behind, the first first; those of no such step are left out.
+        self._origins: dict[str, tuple[Step, ...]] = {}
+        self._trace()
         self._plans: dict[frozenset[str], Plan] = {}
 
     @property
@@ -79,7 +100,61 @@ class EnsembleGraph:
         for step in steps:
             for tensor in step.inputs.values():
                 readers[tensor] = readers.get(tensor, 0) + 1
-        return Plan(tuple(reversed(steps)), readers)
+        steps.reverse()
+        stages: list[tuple[Step | None, list[Step]]] = [(None, [])]
+        shared = {tensor for tensor, count in readers.items() if count > 1}
+        for step in sorted(steps, key=self.find_depth):  # stable: the order within a stage stays
+            depth = self.find_depth(step)
+            shared.update(each for each in step.inputs.values() if len(self._origins.get(each, ())) < depth)
+            if step.model in self.decoupled:
+                stages.append((step, []))
+            else:
+                stages[depth][1].append(step)
+        return Plan(
+            tuple(steps),
+            readers,
+            tuple(Stage(opener, tuple(ordinary)) for opener, ordinary in stages),
+            frozenset(shared),
+        )
+
+    def find_depth(self, step: Step) -> int:
+        """How many decoupled steps, one after the other, ``step`` comes behind."""
+        return len(self._find_origin(step))
+
+    def _trace(self) -> None:
+        for step in self._order:
+            origin = self._find_origin(step)
+            if step.model in self.decoupled:
+                origin = (*origin, step)
+            if origin:
+                self._origins.update(dict.fromkeys(step.outputs.values(), origin))
+
+    def _find_origin(self, step: Step) -> tuple[Step, ...]:
+        return max((self._origins.get(tensor, ()) for tensor in step.inputs.values()), key=len)
+
+    def find_joins(self, name: str) -> Iterator[str]:
+        """Yields a sentence for each place where answers of decoupled steps meet that do not belong together."""
+        for step in self._order:
+            if models := self._find_strangers(step.inputs.values()):
+                yield (
+                    f"in ensemble {name}, step of model '{step.model[0]}' receives inputs originated from different "
+                    f"decoupled models ({models}): which of their answers belong together is not defined"
+                )
+        if models := self._find_strangers(self.outputs):
+            yield (
+                f"in ensemble {name}, the outputs originate from different decoupled models ({models}): which of their "
+                "answers belong together is not defined"
+            )
+
+    def _find_strangers(self, tensors: Collection[str]) -> str:
+        """Two decoupled models of which neither is behind the other, in words; empty if there are none."""
+        origins = sorted((self._origins.get(tensor, ()) for tensor in tensors), key=len)
+        for one in origins:
+            other = origins[-1]
+            if one != other[: len(one)]:
+                first, second = next((a, b) for a, b in zip(one, other, strict=False) if a is not b)
+                return f"{first} and {second}"
+        return ""
 
     def _sort(self) -> tuple[Step, ...]:
         ordered: list[Step] = []

@@ -119,19 +119,6 @@ def test_models_that_do_not_fit_are_all_named_at_load(root: Path, serve: Serve) 
         assert part in caught.value.message(), part
 
 
-def test_a_decoupled_model_cannot_be_a_step(root: Path, serve: Serve) -> None:
-    write_model(root, "many", more="model_transaction_policy { decoupled: true }")
-    code = "class TritonPythonModel:\n    def execute(self, requests):\n        return None\n"
-    (root / "many" / "1" / "model.py").write_text(code)
-    write_ensemble(root, "stream", (("many", {"X": "IN"}, {"Y": "OUT"}),))
-    server = serve()
-    with pytest.raises(
-        InferenceServerException, match="in ensemble stream, model many is decoupled; a step gives exact"
-    ):
-        server.client.load_model("stream")
-    assert server.ready() == {"many"}
-
-
 def test_a_version_that_is_not_loaded_is_named(root: Path, serve: Serve) -> None:
     write_ensemble(root, "exact", (("double", {"X": "IN"}, {"Y": "OUT"}, 3),))
     server = serve()

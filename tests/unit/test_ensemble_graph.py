@@ -91,8 +91,8 @@ def test_all_problems_are_told_at_once() -> None:
         assert part in text, part
 
 
-def graph_of(data: dict[str, Any]) -> EnsembleGraph:
-    return EnsembleGraph(ModelConfig.from_dict(data, folder="e"))
+def graph_of(data: dict[str, Any], *decoupled: str) -> EnsembleGraph:
+    return EnsembleGraph(ModelConfig.from_dict(data, folder="e"), [(name, "") for name in decoupled])
 
 
 def sign(
@@ -167,6 +167,38 @@ def test_a_request_runs_the_steps_that_it_needs_in_an_order_that_works() -> None
     assert [each.model[0] for each in plan.steps] == ["one", "two", "last"]
     assert plan.readers == {"OUT": 1, "IN": 1, "t": 2, "u": 1}
     assert graph.plan(["OUT"]) is plan
+
+
+def test_what_is_behind_a_decoupled_step_is_a_stage_of_its_own() -> None:
+    steps = [
+        step("last", {"P": "before", "Q": "u"}, {"Y": "OUT"}),
+        step("two", {"X": "s"}, {"Y": "u"}),
+        step("one", {"X": "IN"}, {"Y": "t"}),
+        step("middle", {"X": "t"}, {"Y": "s"}),
+        step("early", {"X": "IN"}, {"Y": "before"}),
+    ]
+    graph = graph_of(write(steps, output=[tensor("OUT"), tensor("before")]), "one", "two")
+    plan = graph.plan([])
+    stages = [(each.opener and each.opener.model[0], [step.model[0] for step in each.steps]) for each in plan.stages]
+    assert stages == [(None, ["early"]), ("one", ["middle"]), ("two", ["last"])]
+    assert plan.shared == {"IN", "before"}  # read twice, and read once for every answer
+    assert [[step.model[0] for step in each.steps] for each in graph.plan(["before"]).stages] == [["early"]]
+    assert list(graph.find_joins("e")) == []
+
+
+def test_answers_that_do_not_belong_together_are_named() -> None:
+    steps = [
+        step("one", {"X": "IN"}, {"Y": "t"}),
+        step("two", {"X": "t"}, {"Y": "u"}),
+        step("three", {"X": "t"}, {"Y": "v"}),
+        step("join", {"P": "IN", "Q": "u"}, {"Y": "OUT"}),
+        step("bad", {"P": "u", "Q": "v"}, {"Y": "w"}),
+    ]
+    data = write(steps, output=[tensor("OUT"), tensor("w"), tensor("v")])
+    assert list(graph_of(data).find_joins("e")) == list(graph_of(data, "one", "two").find_joins("e")) == []
+    found = list(graph_of(data, "one", "two", "three").find_joins("e"))
+    assert len(found) == 2 and "step of model 'bad'" in found[0] and "the outputs originate from" in found[1]
+    assert all("(step 1, model 'two' and step 2, model 'three')" in text for text in found)
 
 
 @pytest.mark.parametrize(
