@@ -74,7 +74,7 @@ class EnsembleStep(Section):
     """One model in an ensemble and how its tensors are wired."""
 
     model_name: str = ""
-    model_version: Int64 = 0
+    model_version: Int64 = -1
     input_map: Mapping[str, str] = {}
     output_map: Mapping[str, str] = {}
     model_namespace: str = ""

@@ -39,6 +39,14 @@ def problems_of(data: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+def test_a_step_without_a_version_tells_that_it_takes_the_latest() -> None:
+    """perf_analyzer asks for the configuration of each step's version, and -1 is the only number that is none."""
+    plain = {name: value for name, value in step("a", {"X": "IN"}, {"Y": "OUT"}).items() if name != "model_version"}
+    config = ModelConfig.from_dict(write([plain]), folder="e")
+    assert config.to_dict()["ensemble_scheduling"]["step"][0]["model_version"] == -1
+    assert EnsembleGraph(config).models == (("a", ""),)
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
