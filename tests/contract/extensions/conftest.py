@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from running_site import Site
+from served import Served, serve
 
 FP32 = """
     input { name: "INPUT0" data_type: TYPE_FP32 dims: [-1] }
@@ -118,6 +119,15 @@ def site(models: Path) -> Iterator[Site]:
     )
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="package")
+def controlled(models: Path) -> Iterator[Served]:
+    """A process whose every setting can be changed by its clients."""
+    options = ("--model-control-mode", "explicit", "--shared-memory", "on", "--trace-endpoint", "http://127.0.0.1:9")
+    loaded = [word for model in ("identity", "text", "scores_FP32") for word in ("--load-model", model)]
+    with serve(models, *options, *loaded) as server:
+        yield server
 
 
 @pytest.fixture

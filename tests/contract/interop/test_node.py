@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from aiorch_proto.v2.service import METHODS
 from running_site import TIMEOUT_S
+from served import serve
 
 from .conftest import Place
 
@@ -59,6 +61,7 @@ def command(mode: str, place: Place) -> list[str]:
     return ["node", str(HERE / "client.cjs"), mode, place.site.target, str(ROOT / "proto"), *root]
 
 
+@pytest.mark.proves("ModelInfer", "ModelStreamInfer", by="@grpc/grpc-js")
 def test_grpc_js(place: Place, node_modules: Path) -> None:
     ran = subprocess.run(
         command("scenarios", place),
@@ -68,6 +71,24 @@ def test_grpc_js(place: Place, node_modules: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout) == dict.fromkeys(SCENARIOS, "ok"), ran.stdout
     assert place.site.count_pending() == 0
+
+
+@pytest.mark.proves("GRPCInferenceService/*", by="@grpc/grpc-js")
+def test_grpc_js_makes_every_call(models: Path, node_modules: Path) -> None:
+    options = ("--model-control-mode", "explicit", "--load-model", "*", "--shared-memory", "on")
+    key = f"aiorch_test_{os.getpid()}_node"
+    with serve(models, *options, "--trace-endpoint", "http://127.0.0.1:9") as server:
+        Path("/dev/shm", key).write_bytes(bytes(64))
+        try:
+            ran = subprocess.run(
+                ["node", str(HERE / "client.cjs"), "calls", server.grpc, str(ROOT / "proto"), f"/{key}"],
+                env={**os.environ, "NODE_PATH": str(node_modules)},
+                capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+        finally:
+            Path("/dev/shm", key).unlink()
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout) == dict.fromkeys(METHODS, "ok"), ran.stdout
 
 
 @pytest.mark.parametrize("kind", ["loop", "io-thread"])

@@ -1,7 +1,9 @@
 // An unmodified @grpc/grpc-js client of the server, with the published .proto files.
 //   client.cjs scenarios|restart TARGET PROTO_FOLDER [ROOT_CERTIFICATE]
+//   client.cjs calls TARGET PROTO_FOLDER SHARED_MEMORY_KEY
 // "scenarios" runs them all and prints one JSON object: scenario -> "ok", or what went wrong. "restart" asks on and on,
-// says so, and at the end of its standard input prints {"answered": number, "problems": [text]}.
+// says so, and at the end of its standard input prints {"answered": number, "problems": [text]}. "calls" makes every call
+// of the service and prints call -> "ok", or what went wrong.
 'use strict';
 
 const assert = require('node:assert/strict');
@@ -10,7 +12,8 @@ const path = require('node:path');
 const grpc = require('@grpc/grpc-js');
 const loader = require('@grpc/proto-loader');
 
-const [mode, target, protoFolder, root] = process.argv.slice(2);
+const [mode, target, protoFolder, last] = process.argv.slice(2);
+const root = mode === 'calls' ? undefined : last;
 const TIMEOUT_MS = 10000;
 const { status } = grpc;
 
@@ -236,4 +239,59 @@ async function runScenarios() {
   console.log(JSON.stringify(told));
 }
 
-(mode === 'restart' ? restart : runScenarios)();
+// In an order in which each has something to do: name, request, what the answer has to show.
+function listCalls(key) {
+  const model = { name: 'identity' };
+  const column = { model_name: 'gate' };
+  const config = { ...column, parameters: { config: { string_param: '{"backend": "identity", "max_batch_size": 3}' } } };
+  const same = (found, wanted) => assert.deepEqual(found, wanted);
+  return [
+    ['ServerLive', {}, (a) => same(a, { live: true })],
+    ['ServerReady', {}, (a) => same(a, { ready: true })],
+    ['ModelReady', { ...model, version: '1' }, (a) => same(a, { ready: true })],
+    ['ModelReady', { name: 'nobody' }, (a) => same(a, { ready: false })],
+    ['ServerMetadata', {}, (a) => assert(a.extensions.includes('statistics'))],
+    ['ModelMetadata', model, (a) => same(a.inputs, [{ name: 'INPUT0', datatype: 'FP32', shape: [-1, -1] }])],
+    ['ModelConfig', model, (a) => same([a.config.name, a.config.max_batch_size], ['identity', 8])],
+    ['ModelStatistics', model, (a) => same(a.model_stats.map((each) => each.version), ['1'])],
+    ['ModelInfer', request([1.5, -2]), (a) => same(values(a), [1.5, -2])],
+    ['RepositoryModelLoad', config, (a) => same(a, {})],
+    ['ModelConfig', { name: 'gate' }, (a) => same(a.config.max_batch_size, 3)],
+    ['RepositoryModelUnload', column, (a) => same(a, {})],
+    ['RepositoryIndex', { ready: true }, (a) => same(a.models.map((each) => each.name), ['identity'])],
+    ['SystemSharedMemoryRegister', { name: 'r', key, byte_size: 64 }, (a) => same(a, {})],
+    ['SystemSharedMemoryStatus', { name: 'r' }, (a) => same(a.regions.r, { name: 'r', key, offset: 0, byte_size: 64 })],
+    ['SystemSharedMemoryUnregister', { name: 'r' }, (a) => same(a, {})],
+    ['SystemSharedMemoryStatus', {}, (a) => same(a.regions, {})],
+    ['CudaSharedMemoryRegister', { name: 'r', byte_size: 64 }, (a) => same(a.code, status.UNAVAILABLE)],
+    ['CudaSharedMemoryStatus', {}, (a) => same(a.regions, {})],
+    ['CudaSharedMemoryUnregister', {}, (a) => same(a, {})],
+    ['TraceSetting', { settings: { trace_rate: { value: ['9'] } } }, (a) => same(a.settings.trace_rate.value, ['9'])],
+    ['LogSettings', { settings: { log_verbose_level: { uint32_param: 1 } } },
+      (a) => same(a.settings.log_verbose_level.uint32_param, 1)],
+  ];
+}
+
+async function runCalls() {
+  const client = open();
+  const told = {};
+  for (const [name, message, check] of listCalls(last)) {
+    try {
+      const options = { deadline: Date.now() + TIMEOUT_MS };
+      check(await new Promise((resolve) => { client[name](message, options, (error, answer) => resolve(error || answer)); }));
+      told[name] = told[name] || 'ok';
+    } catch (error) {
+      told[name] = String(error.stack);
+    }
+  }
+  client.close();
+  try {
+    await scenarios['a stream in turns']();
+    told.ModelStreamInfer = 'ok';
+  } catch (error) {
+    told.ModelStreamInfer = String(error.stack);
+  }
+  console.log(JSON.stringify(told));
+}
+
+({ calls: runCalls, restart, scenarios: runScenarios })[mode]();
