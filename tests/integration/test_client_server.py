@@ -142,6 +142,7 @@ async def test_every_special_datatype_comes_back_as_it_was(serving):
         assert (result.id, result.model_version) == ("id 1", "1")
 
 
+@pytest.mark.proves("ModelStreamInfer", by="aiorch_client")
 async def test_streams(serving):
     requests = [InferRequest("fp32", np.full((1, 4), i, np.float32), request_id=str(i)) for i in range(50)]
     bad = InferRequest("picky", [[-1]], request_id="bad")
@@ -156,6 +157,7 @@ async def test_streams(serving):
                 pass
 
 
+@pytest.mark.proves("Server*", "ModelReady", "ModelConfig", "ModelStatistics", "RepositoryIndex", by="aiorch_client")
 async def test_what_operators_ask(serving):
     async with serving() as (_, client):
         await client.connect()
@@ -175,6 +177,7 @@ async def test_what_operators_ask(serving):
             await client.load("fp32")
 
 
+@pytest.mark.proves("ModelMetadata", "ModelInfer", "Repository*", by="aiorch_client")
 async def test_a_model_that_changes_under_a_client(serving):
     changed = {
         "name": "fp32",

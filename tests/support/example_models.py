@@ -106,7 +106,8 @@ DECODE = (
     HEAD
     + """
     def answer(self, request):
-        rows = [np.resize(np.frombuffer(each, np.uint8), (3, 224, 224)) for each in self.read(request, "RAW")[0].ravel()]
+        images = self.read(request, "RAW")[0].ravel()
+        rows = [np.resize(np.frombuffer(each, np.uint8), (3, 224, 224)) for each in images]
         return self.tell(PIXELS=np.array(rows, np.float32))
 """
 )

@@ -99,7 +99,7 @@ async def test_statistics(ask: Ask, form: str) -> None:
 async def test_repository(ask: Ask) -> None:
     async def index() -> dict[str, str]:
         told = await ask("get_model_repository_index")
-        return {each["name"]: each.get("state", "") for each in (told["models"] if "models" in told else told)}
+        return {each["name"]: each.get("state", "") for each in (told["models"] if isinstance(told, dict) else told)}
 
     assert (await index())["column"] != "READY"
     await ask("load_model", "column", config='{"backend": "identity", "max_batch_size": "3"}')

@@ -36,6 +36,7 @@ def read(response: httpx.Response, route: str) -> Any:
     return json.loads(text.removeprefix("data: "))
 
 
+@pytest.mark.proves("REST/generate*", by="HTTP")
 def test_text_in_text_out(http: httpx.Client, route: str) -> None:
     document = {"id": "42", "INPUT0": "grün\n\ndata: x", "parameters": {"stream": False, "temperature": 0.5, "top": 3}}
     response = http.post(f"/v2/models/text/versions/1/{route}", json=document)
@@ -112,6 +113,7 @@ def test_answers_that_json_cannot_hold(http: httpx.Client, route: str) -> None:
     assert "sending FP16 data via JSON is not supported" in read(response, route)["error"]
 
 
+@pytest.mark.proves("REST/generate_stream", by="HTTP")
 def test_many_answers_are_many_events(http: httpx.Client) -> None:
     """An error among them is an event like others; the end without an answer is none."""
     with http.stream("POST", "/v2/models/repeat/generate_stream", json={"id": "r", "INPUT0": [3, 13, 5]}) as response:

@@ -53,6 +53,7 @@ def ask(client: Any, door: str) -> Any:
     return client.infer("identity", [tensor]).as_numpy("OUTPUT0").tolist()
 
 
+@pytest.mark.proves("RepositoryModelLoad", by=("tritonclient.grpc", "tritonclient.http"))
 def test_another_configuration(client: Any, door: str) -> None:
     """Numbers may be text, as protobuf's JSON has them; a plain load goes back to what is stored."""
     client.load_model("identity")
@@ -63,6 +64,7 @@ def test_another_configuration(client: Any, door: str) -> None:
     assert read_config(client, door)["max_batch_size"] == 8
 
 
+@pytest.mark.proves("RepositoryModelLoad", by=("tritonclient.grpc", "tritonclient.http"))
 def test_files_stand_in_for_the_model(client: Any, door: str) -> None:
     """Their versions are the model's, until it is loaded plainly again."""
     client.load_model("identity", config='{"backend": "python"}', files={"file:3/model.py": DOUBLED})
@@ -99,6 +101,7 @@ def test_overrides_that_are_refused(client: Any, door: str, options: Any, code: 
     assert ask(client, door) == [[1, 2]]
 
 
+@pytest.mark.proves("RepositoryModelUnload", by=("tritonclient.grpc", "tritonclient.http"))
 def test_unloading(client: Any) -> None:
     client.load_model("identity")
     client.unload_model("identity", unload_dependents=True)

@@ -62,7 +62,7 @@ def infer(model: str = "identity") -> Any:
 
 
 def list_calls(key: str) -> list[tuple[str, dict[str, Any], Callable[[Any], Any]]]:
-    """Each call, its request's fields, and what is true of the answer; in an order in which each has something to do."""
+    """Each call, its request's fields, and what is true of the answer; in an order in which each has work to do."""
     config = {"config": pb.ModelRepositoryParameter(string_param='{"backend": "identity", "max_batch_size": 3}')}
     rate = {"trace_rate": pb.TraceSettingRequest.SettingValue(value=["9"])}
     verbose = {"log_verbose_level": pb.LogSettingsRequest.SettingValue(uint32_param=0)}
@@ -101,7 +101,9 @@ async def test_every_call(stubs: tuple[Unary, Stream], new_key: Callable[[str], 
     asked = {"ModelInfer", "ModelStreamInfer"}
     for name, fields, is_right in list_calls(key):
         asked.add(name)
-        answer = await ask(f"/{SERVICE}/{name}", getattr(pb, f"{name}Request")(**fields), getattr(pb, f"{name}Response"))
+        answer = await ask(
+            f"/{SERVICE}/{name}", getattr(pb, f"{name}Request")(**fields), getattr(pb, f"{name}Response")
+        )
         assert is_right(answer), (name, fields, answer)
     assert asked == set(METHODS)
     answer = await ask(f"/{SERVICE}/ModelInfer", infer(), pb.ModelInferResponse)

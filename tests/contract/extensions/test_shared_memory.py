@@ -123,6 +123,7 @@ def test_register_status_unregister(client: Any, door: str, region: Any) -> None
     assert "second" not in str(client.get_system_shared_memory_status())
 
 
+@pytest.mark.proves("SystemSharedMemoryRegister", "ModelInfer", by=("tritonclient.grpc", "tritonclient.http"))
 def test_inputs_and_outputs(client: Any, door: str, region: Any) -> None:
     """Both in one object at offsets; only the named output's place is written."""
     name, handle = region("both", 4096)
@@ -172,6 +173,7 @@ def test_big_tensors(client: Any, door: str, region: Any) -> None:
     assert (shm.get_contents_as_numpy(handle, np.float32, values.shape, size) == values).all()
 
 
+@pytest.mark.proves("ModelStreamInfer", by="tritonclient.grpc")
 def test_stream(site: Site, region: Any) -> None:
     """Good and bad ones through one stream; each answer keeps its place."""
     name, handle = region("stream", 256)
@@ -415,6 +417,7 @@ def test_a_prefix_of_keys(open_site: Callable[..., Site], door: str, region: Any
         assert "system_shared_memory" in str(client.get_server_metadata())
 
 
+@pytest.mark.proves("CudaSharedMemory*", by=("tritonclient.grpc", "tritonclient.http"))
 def test_cuda(client: Any, door: str) -> None:
     text = "this server has no GPU"
     refuse(lambda: client.register_cuda_shared_memory("r", b"aGFuZGxl", 0, 64), "UNAVAILABLE", text)

@@ -93,7 +93,16 @@ def main() -> int:
         images = write_images(Path(scratch) / "images")
 
         def start(name: str, models: dict[str, tuple[str, str]]) -> Served:
-            options = ("--id", "triton", "--shared-memory", "on", "--model-control-mode", "explicit", "--load-model", "*")
+            options = (
+                "--id",
+                "triton",
+                "--shared-memory",
+                "on",
+                "--model-control-mode",
+                "explicit",
+                "--load-model",
+                "*",
+            )
             return stack.enter_context(serve(write_models(Path(scratch) / name, models), *options))
 
         everything = start("all", SIMPLE | REPEATING | OTHERS)

@@ -47,6 +47,7 @@ def curl(place: Place, tmp_path: Path, path: str, *options: str) -> tuple[dict[s
     return {"status": lines[0].split()[1], **fields}, answer.read_bytes() if answer.exists() else b""
 
 
+@pytest.mark.proves("ModelInfer", by="HTTP")
 def test_curl(place: Place, tmp_path: Path, body: Path) -> None:
     options = ["--header", "content-type: application/grpc", "--header", "te: trailers", "--data-binary", f"@{body}"]
     fields, answer = curl(place, tmp_path, INFER, *options)
@@ -60,6 +61,7 @@ def test_curl_of_a_page(place: Place, tmp_path: Path) -> None:
     assert curl(place, tmp_path, INFER, "--request", "POST")[0]["status"] == "415"
 
 
+@pytest.mark.proves("ModelInfer", by="HTTP")
 def test_h2load(place: Place, body: Path) -> None:
     """4 connections with 32 streams each: every request has its answer."""
     requests = 4000

@@ -38,6 +38,7 @@ async def client(request: pytest.FixtureRequest, place: Place) -> AsyncIterator[
     await made.close()
 
 
+@pytest.mark.proves("ModelInfer", by=("grpcio", "tritonclient.grpc*", "tritonclient.http", "grpclib"))
 @pytest.mark.parametrize("client", names(), indirect=True)
 async def test_many_calls_at_once(client: ForeignClient) -> None:
     answers = await asyncio.gather(*(client.infer(rows(value, 1 + value % 5)) for value in range(CALLS)))
@@ -91,6 +92,7 @@ async def test_compressed_requests(client: ForeignClient) -> None:
         np.testing.assert_array_equal(await client.infer(wanted, is_gzip=True), wanted)
 
 
+@pytest.mark.proves("ModelStreamInfer", by=("grpcio", "tritonclient.grpc*", "grpclib"))
 @pytest.mark.parametrize("client", names("stream"), indirect=True)
 async def test_a_stream(client: ForeignClient) -> None:
     """An error is an answer like others, and the stream goes on."""
@@ -111,6 +113,7 @@ async def test_a_stream_that_shall_end_with_the_first_error(client: ForeignClien
 
 
 # ----------------------------------------------------------------------------------------- health, reflection, pings
+@pytest.mark.proves("Health/Watch", by="grpcio")
 async def test_health_watch(place: Place) -> None:
     """A stream that the server does not end: it is given up by the client, and the server forgets it."""
     client = GrpcioAioClient(place.site, place.root)
@@ -126,6 +129,7 @@ async def test_health_watch(place: Place) -> None:
     await client.close()
 
 
+@pytest.mark.proves("Health/Watch", by="grpclib")
 async def test_health_watch_by_grpclib(place: Place) -> None:
     import grpclib.client
 
@@ -141,6 +145,7 @@ async def test_health_watch_by_grpclib(place: Place) -> None:
     await client.close()
 
 
+@pytest.mark.proves("ServerReflection/*", by="grpcio")
 async def test_reflection(place: Place) -> None:
     """grpcio-reflection's own client builds messages and a call from what it is told."""
     client = GrpcioClient(place.site, place.root)

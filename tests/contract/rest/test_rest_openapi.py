@@ -140,6 +140,7 @@ def test_the_server_shows_it(client: httpx.Client) -> None:
     assert head.status_code == 200 and not head.content and head.headers["content-length"] == str(len(answer.content))
 
 
+@pytest.mark.proves("GRPCInferenceService/*", "REST/*", "PredictionService/*", "ModelService/*", by="HTTP")
 def test_every_operation_answers_as_documented(server: Served, client: httpx.Client) -> None:
     region = SharedMemory("aiorch_example", create=True, size=64)
     try:

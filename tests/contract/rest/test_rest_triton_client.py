@@ -51,6 +51,7 @@ async def call_sync(url: str, call: Callable[[triton.InferenceServerClient], Any
     return await asyncio.get_running_loop().run_in_executor(GEVENT_THREAD, run)
 
 
+@pytest.mark.proves("ModelInfer", by="tritonclient.http")
 @pytest.mark.parametrize("datatype", sorted(ARRAYS.keys() - {"BF16"}))
 async def test_every_datatype_round_trips_as_binary(door, datatype):
     array = ARRAYS[datatype]
@@ -223,6 +224,9 @@ def ask_everything(client: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.proves(
+    "Server*", "ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics", "Repository*", by="tritonclient.http*"
+)
 @pytest.mark.parametrize("form", ["sync", "aio"])
 async def test_every_other_call(door, form):
     if form == "sync":

@@ -56,6 +56,7 @@ def open_stream(target: str) -> Iterator[tuple[Any, Callable[[], Any]]]:
         client.stop_stream()
 
 
+@pytest.mark.proves("ModelInfer", by="tritonclient.grpc")
 @pytest.mark.parametrize("model", MODELS)
 def test_grpc(stateful: StatefulSite, model: str) -> None:
     with triton_grpc.InferenceServerClient(stateful.target) as client:
@@ -72,6 +73,7 @@ def test_grpc(stateful: StatefulSite, model: str) -> None:
     assert stateful.count(model) == {"live": 0, "backlog": 0, "waiting": 0}
 
 
+@pytest.mark.proves("ModelStreamInfer", by="tritonclient.grpc")
 @pytest.mark.parametrize("model", MODELS)
 def test_grpc_stream(stateful: StatefulSite, model: str) -> None:
     with open_stream(stateful.target) as (client, read):
@@ -80,6 +82,7 @@ def test_grpc_stream(stateful: StatefulSite, model: str) -> None:
         assert [total_of(read()) for _ in STEPS] == TOTALS
 
 
+@pytest.mark.proves("ModelInfer", "ModelStreamInfer", by="tritonclient.grpc.aio")
 @pytest.mark.parametrize("model", MODELS)
 async def test_grpc_aio(stateful: StatefulSite, model: str) -> None:
     async def send() -> AsyncIterator[dict[str, Any]]:
@@ -97,6 +100,7 @@ async def test_grpc_aio(stateful: StatefulSite, model: str) -> None:
         assert streamed == [(total, None) for total in TOTALS]
 
 
+@pytest.mark.proves("ModelInfer", by="tritonclient.http")
 @pytest.mark.parametrize("is_binary", [True, False], ids=["binary", "json"])
 @pytest.mark.parametrize("model", MODELS)
 def test_http(stateful: StatefulSite, model: str, is_binary: bool) -> None:
@@ -109,6 +113,7 @@ def test_http(stateful: StatefulSite, model: str, is_binary: bool) -> None:
     assert totals == TOTALS
 
 
+@pytest.mark.proves("ModelInfer", by="tritonclient.http.aio")
 @pytest.mark.parametrize("model", MODELS)
 async def test_http_aio(stateful: StatefulSite, model: str) -> None:
     async with triton_http_aio.InferenceServerClient(stateful.http) as client:

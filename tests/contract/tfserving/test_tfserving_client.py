@@ -40,6 +40,7 @@ def ended(example_server: Served, example_models: Path) -> dict[str, str]:
     return outcomes
 
 
+@pytest.mark.proves("PredictionService/*", "ModelService/*", by="tensorflow-serving-api")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("check", list_checks())
 def test_real_client(ended: dict[str, str], check: str) -> None:

@@ -43,6 +43,7 @@ def compare(found: Any, wanted: np.ndarray[Any, Any]) -> None:
     np.testing.assert_allclose(np.array(found, wanted.dtype), wanted, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.proves("Predict", by="HTTP")
 @pytest.mark.parametrize("model", MODELS)
 def test_predict(client: httpx.Client, example_models: Path, model: str) -> None:
     """Both formats, with and without the input's name; an answer of one output has no name."""
@@ -84,12 +85,14 @@ def test_short_numbers(client: httpx.Client) -> None:
     assert answer.text == '{"predictions":[[0.2,1e-07,3.0,16777216.0],[NaN,Infinity,-Infinity,-0.1]]}'
 
 
+@pytest.mark.proves("GetModelStatus", by="HTTP")
 def test_status(client: httpx.Client) -> None:
     wanted = {"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
     for path in ("/v1/models/digits_forest", "/v1/models/digits_forest/versions/1", "/V1/Models/digits_forest"):
         assert client.get(path).json() == {"model_version_status": [wanted]}
 
 
+@pytest.mark.proves("GetModelMetadata", by="HTTP")
 def test_metadata(client: httpx.Client) -> None:
     document = client.get("/v1/models/digits_keras/metadata").json()
     assert document["model_spec"] == {"name": "digits_keras", "signature_name": "", "version": "1"}
@@ -100,6 +103,7 @@ def test_metadata(client: httpx.Client) -> None:
     assert signature["inputs"] == {"image": {"name": "image", "dtype": "DT_FLOAT", "tensor_shape": shape}}
 
 
+@pytest.mark.proves("Classify", by="HTTP")
 def test_classify(client: httpx.Client, example_models: Path) -> None:
     inputs, outputs = reference(example_models, "digits_keras")
     rows = [{"image": row} for row in inputs["image"].astype(float).tolist()]
@@ -117,6 +121,7 @@ def test_classify_with_labels(client: httpx.Client, example_models: Path) -> Non
     compare([[score for _, score in row] for row in document["results"]], outputs["target_label"])
 
 
+@pytest.mark.proves("Regress", by="HTTP")
 def test_regress(client: httpx.Client) -> None:
     """The example of TensorFlow Serving's documentation."""
     rows = [{"x": 1.0}, {"x": [2.0]}, {"x": 5}]

@@ -264,6 +264,7 @@ async def test_statistics_count_answers_by_their_place(site: SimpleNamespace) ->
     assert first is not None and sum(first.counts) == 1 and first.sum_s > 0
 
 
+@pytest.mark.proves("ModelStreamInfer", by="tritonclient.grpc*")
 async def test_tritons_own_clients_stream(site: SimpleNamespace) -> None:
     def collect(wanted: int) -> list[tuple[str, int | None]]:
         answers: queue.Queue[tuple[Any, Any]] = queue.Queue()

@@ -24,6 +24,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+@pytest.mark.proves("Health/Check", by="grpcio")
 @pytest.mark.parametrize("service", ["", SERVICE_NAME])
 async def test_health_check(site: SimpleNamespace, service: str) -> None:
     stub = health_pb2_grpc.HealthStub(site.channel)
@@ -42,6 +43,7 @@ async def test_health_of_unknown_service(site: SimpleNamespace) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.proves("Health/Watch", by="grpcio")
 async def test_health_watch(site: SimpleNamespace) -> None:
     call = health_pb2_grpc.HealthStub(site.channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME))
     assert (await asyncio.wait_for(call.read(), TIMEOUT_S)).status == NOT_SERVING
@@ -71,6 +73,7 @@ async def ask(reflect: Any, **request: Any) -> reflection_pb2.ServerReflectionRe
     return responses[0]
 
 
+@pytest.mark.proves("ServerReflection/*", "ServerMetadata", by="grpcio")
 @pytest.mark.parametrize("connect", [reflect_v1, reflect_v1alpha])
 async def test_reflection(site: SimpleNamespace, connect: Any) -> None:
     """A client that knows nothing lists the services, fetches the files, and makes a call with what it got."""

@@ -52,6 +52,7 @@ async def refuse(call: Any, status: str) -> str:
     return str(caught.value.message())
 
 
+@pytest.mark.proves("ServerLive", "ServerReady", "ModelReady", by="tritonclient.grpc*")
 async def test_health(site: SimpleNamespace, client: Any) -> None:
     assert await client.is_server_live() is True
     assert await client.is_server_ready() is True
@@ -62,12 +63,14 @@ async def test_health(site: SimpleNamespace, client: Any) -> None:
     assert await client.is_model_ready("echo", "8") is False
 
 
+@pytest.mark.proves("ServerMetadata", by="tritonclient.grpc*")
 async def test_server_metadata(client: Any) -> None:
     metadata = await client.get_server_metadata()
     assert (metadata.name, metadata.version) == ("aiorchestrator", "0.1.0")
     assert list(metadata.extensions) == ["statistics", "model_repository"]
 
 
+@pytest.mark.proves("ModelMetadata", by="tritonclient.grpc*")
 async def test_model_metadata(client: Any) -> None:
     metadata = await client.get_model_metadata("echo", as_json=True)
     assert metadata == {
@@ -80,6 +83,7 @@ async def test_model_metadata(client: Any) -> None:
     assert "unknown model: 'x'" in await refuse(client.get_model_metadata("x"), "INVALID_ARGUMENT")
 
 
+@pytest.mark.proves("ModelConfig", by="tritonclient.grpc*")
 async def test_model_config(client: Any) -> None:
     config = (await client.get_model_config("echo", "7")).config
     assert (config.name, config.backend, config.max_batch_size) == ("echo", "identity", 8)
@@ -90,6 +94,7 @@ async def test_model_config(client: Any) -> None:
     assert config.parameters["color"].string_value == "blue"
 
 
+@pytest.mark.proves("ModelStatistics", by="tritonclient.grpc*")
 @pytest.mark.parametrize("name", ["echo", ""])
 async def test_statistics(client: Any, name: str) -> None:
     statistics = (await client.get_inference_statistics(name)).model_stats
@@ -110,6 +115,7 @@ async def test_statistics(client: Any, name: str) -> None:
     assert batch.compute_infer.count == 2
 
 
+@pytest.mark.proves("Repository*", by="tritonclient.grpc*")
 async def test_repository(site: SimpleNamespace, client: Any) -> None:
     index = await client.get_model_repository_index(as_json=True)
     assert index == {
@@ -162,6 +168,7 @@ def build_input(name: str, datatype: str) -> Any:
     return tensor
 
 
+@pytest.mark.proves("ModelInfer", by="tritonclient.grpc*")
 @pytest.mark.parametrize("datatype", sorted(ARRAYS))
 async def test_infer(site: SimpleNamespace, client: Any, datatype: str) -> None:
     result = await client.infer("echo", [build_input("A", datatype)], request_id="r-1", model_version="7")
@@ -172,6 +179,7 @@ async def test_infer(site: SimpleNamespace, client: Any, datatype: str) -> None:
     assert np_to_triton_dtype(answer.dtype) == datatype
 
 
+@pytest.mark.proves("ModelInfer", by="tritonclient.grpc*")
 async def test_infer_many_tensors_and_parameters(site: SimpleNamespace, client: Any) -> None:
     inputs = [build_input(datatype, datatype) for datatype in ARRAYS]
     outputs = [triton.InferRequestedOutput("OUT_FP32", class_count=3), triton.InferRequestedOutput("OUT_INT8")]
@@ -237,6 +245,7 @@ async def test_many_clients_at_once(site: SimpleNamespace) -> None:
 # -------------------------------------------------------------------------------------------------------- streaming
 
 
+@pytest.mark.proves("ModelStreamInfer", by="tritonclient.grpc")
 async def test_stream_sync_client(site: SimpleNamespace) -> None:
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
 
@@ -262,6 +271,7 @@ async def test_stream_sync_client(site: SimpleNamespace) -> None:
     assert site.dataplane.most_running > 1
 
 
+@pytest.mark.proves("ModelStreamInfer", by="tritonclient.grpc.aio")
 async def test_stream_aio_client(site: SimpleNamespace) -> None:
     async def requests() -> AsyncIterator[dict[str, Any]]:
         for number in range(20):
