@@ -7,13 +7,15 @@ Source: the V2 protocol's required API and its extensions for binary tensor data
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
-from aiorch_server.errors import PayloadTooLarge, RequestError, UnsupportedRequest
+from aiorch_server.errors import AiorchError, PayloadTooLarge, RequestError, UnsupportedRequest
+from aiorch_server.frontends.rest.number_text import PIECE_BYTES, NotPlain, NumberText, cut_numbers, put_numbers
 from aiorch_server.frontends.rest.tensor_json import name_json_type, pack_data, render_data
 from aiorch_server.types import DataType, InferenceRequest, InferenceResponse, Parameter, RequestedOutput, Tensor
 
@@ -77,13 +79,25 @@ def parse_infer(
     """The request in ``body``; its binary tensors are views on it. RequestError says where it is wrong."""
     json_bytes = _parse_header_length(header_length, len(body))
     view = memoryview(body)
+    if 2 * PIECE_BYTES < json_bytes <= max_json_bytes:
+        with contextlib.suppress(NotPlain, AiorchError):
+            text, numbers = cut_numbers(view[:json_bytes])
+            document = parse_document(text, max_json_bytes)
+            put_numbers(document, numbers)
+            return _read_infer(document, view, json_bytes, model_name, model_version)
     document = parse_document(view[:json_bytes], max_json_bytes)
+    return _read_infer(document, view, json_bytes, model_name, model_version)
+
+
+def _read_infer(
+    document: dict[str, Any], body: memoryview, json_bytes: int, model_name: str, model_version: str
+) -> InferCall:
     parameters = _parse_parameters(document, "parameters")
     is_binary_by_default = _pop_flag(parameters, "binary_data_output", "parameters")
     inputs: list[Tensor] = []
     offset = json_bytes
     for index, item in enumerate(_check_count(_require(document, "inputs", list, ""), "inputs")):
-        tensor, used_bytes = _parse_input(item, f"inputs[{index}]", view[offset:], model_name)
+        tensor, used_bytes = _parse_input(item, f"inputs[{index}]", body[offset:], model_name)
         offset += used_bytes
         inputs.append(tensor)
     if offset != len(body):
@@ -189,8 +203,11 @@ def _parse_input(item: object, path: str, rest: memoryview, model_name: str) -> 
     parameters = _parse_parameters(document, f"{path}.parameters")
     _check_one_source(document, parameters, path)
     if "data" in document:
-        data = _check(document["data"], list, f"{path}.data")
-        packed = pack_data(data, datatype, shape, name, f"{path}.data")
+        data, place = document["data"], f"{path}.data"
+        if isinstance(data, NumberText):
+            packed = data.pack(datatype, prod(shape), name, place)
+        else:
+            packed = pack_data(_check(data, list, place), datatype, shape, name, place)
         return Tensor(name, spelling, shape, packed, parameters), 0
     if "binary_data_size" not in parameters:
         return Tensor(name, spelling, shape, None, parameters), 0
