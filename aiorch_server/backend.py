@@ -271,6 +271,9 @@ class Backend(abc.ABC):
     #: Whether an artefact can run code of its author's choice when it is opened or served. Load requests may bring or
     #: choose such artefacts only where the operator allows code. False is a promise about hostile artefacts.
     runs_code: ClassVar[bool] = True
+    #: Names under ``parameters`` of a model's configuration that it reads, beside the server's own; others are an error
+    #: at load. None: any, for a backend that hands them to the model.
+    parameters: ClassVar[tuple[str, ...] | None] = None
 
     @abc.abstractmethod
     def inspect(self, context: LoadContext) -> ModelSignature:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from aiorch_server.config.batching import EnsembleStep
+from aiorch_server.config.labels import PREFIX as LABEL_PREFIX
 from aiorch_server.config.problems import Problem
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ def find_ensemble_problems(config: ModelConfig, unknown: Collection[str] = ()) -
     for field in ("instance_group", "optimization", "model_warmup", "default_model_filename"):
         if getattr(config, field):
             yield Problem((field,), f"should not be specified for ensemble '{config.name}': its models have their own")
+    for name in config.parameters:
+        if not name.startswith(LABEL_PREFIX):
+            yield Problem(("parameters", name), f"an ensemble reads none but {LABEL_PREFIX}<label>; write it at a step")
     for field in ("input", "output"):
         if not getattr(config, field) and field not in unknown:
             yield Problem((field,), f"is empty; ensemble '{config.name}' must list its {field}s")

@@ -7,11 +7,14 @@ import dataclasses
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 from aiorch_server._core import ModelSpec, Scheduler
 from aiorch_server.backend import Backend, DeclaredSignature, DeclareMetric, LoadContext
 from aiorch_server.config.model import ModelConfig
+from aiorch_server.config.parameters import find_idle_parameters, find_unknown_parameters
+from aiorch_server.config.problems import format_problems
 from aiorch_server.errors import AiorchError, ModelLoadError
 from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.model_calls import InstanceCalls, ModelCalls
@@ -134,6 +137,7 @@ class Loader:
                 "send load requests"
             )
         parameters = model.config.to_strings()
+        _check_parameters(model.name, parameters, backend)
         places = place_instances(
             model.config.instance_group,
             cpus=count_cpus(),
@@ -249,6 +253,16 @@ def _complete_config(
     """The configuration as served: what the artefact says, where the owner wrote nothing."""
     platform = backend.platforms[0] if backend.platforms else ""
     return config.with_signature(signature, backend.name, platform, instances=len(places))
+
+
+def _check_parameters(name: str, parameters: Mapping[str, str], backend: Backend) -> None:
+    if backend.parameters is None:
+        return
+    problems = list(find_unknown_parameters(parameters, backend.name, backend.parameters))
+    if problems:
+        raise ModelLoadError(f"invalid configuration of model '{name}': {format_problems(problems)}")
+    for note in find_idle_parameters(parameters, backend.parameters):
+        logger.warning("model '%s': %s", name, note)
 
 
 def _read_threads(text: str | None) -> int | None:

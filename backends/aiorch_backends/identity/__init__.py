@@ -28,6 +28,7 @@ class IdentityBackend(Backend):
     name = "identity"
     platforms = ("identity",)
     runs_code = False
+    parameters = ("execute_delay_us",)
 
     def inspect(self, context: LoadContext) -> ModelSignature:
         """The declared signature, missing outputs named after their inputs; batching unless declared otherwise."""

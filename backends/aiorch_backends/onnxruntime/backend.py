@@ -38,6 +38,7 @@ class OnnxRuntimeBackend(Backend):
     platforms = ("onnxruntime_onnx", "onnx")
     artefacts = ("model.onnx",)
     runs_code = False
+    parameters = ("graph_optimization_level", "intra_op_thread_count", "require_gpu")
 
     def __init__(self) -> None:
         self._sessions: OpenedArtefacts[Any] = OpenedArtefacts()

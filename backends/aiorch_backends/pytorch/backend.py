@@ -23,6 +23,7 @@ class PyTorchBackend(Backend):
     name = "pytorch"
     platforms = ("pytorch_libtorch", "pytorch", "torch")
     artefacts = ("model.pt2", "model.pt")
+    parameters = ("require_gpu",)
 
     def __init__(self) -> None:
         self._programs: OpenedArtefacts[TorchProgram] = OpenedArtefacts()

@@ -33,6 +33,7 @@ class SklearnBackend(Backend):
     artefacts = ("model.skops", "model.joblib", "model.pkl")
     #: skops files hold trusted types only, and pickles ask for allow_code wherever they come from.
     runs_code = False
+    parameters = ("trusted_types",)
 
     def __init__(self) -> None:
         self._estimators: OpenedArtefacts[Any] = OpenedArtefacts()

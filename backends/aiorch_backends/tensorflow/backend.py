@@ -21,6 +21,7 @@ class TensorFlowBackend(Backend):
     name = "tensorflow"
     platforms = ("tensorflow_savedmodel", "tensorflow", "keras")
     artefacts = ("model.savedmodel", "model.keras")
+    parameters = ("require_gpu", "signature_name")
 
     def __init__(self) -> None:
         self._programs: OpenedArtefacts[OpenedProgram] = OpenedArtefacts()

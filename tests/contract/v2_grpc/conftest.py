@@ -165,7 +165,7 @@ class MemoryControlPlane:
             "output": [{"name": "OUT_A", "data_type": "TYPE_FP32", "dims": [4]}],
             "instance_group": [{"count": 2, "kind": "KIND_CPU"}],
             "dynamic_batching": {"max_queue_delay_microseconds": 100, "preferred_batch_size": [4]},
-            "parameters": {"color": {"string_value": "blue"}},
+            "parameters": {"version_label.blue": {"string_value": "3"}},
         }
         return SimpleNamespace(to_dict=lambda: config)
 

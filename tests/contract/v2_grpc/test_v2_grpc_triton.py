@@ -91,7 +91,7 @@ async def test_model_config(client: Any) -> None:
     assert list(config.input[0].dims) == [4]
     assert (config.instance_group[0].count, config.instance_group[0].kind) == (2, 2)
     assert config.dynamic_batching.max_queue_delay_microseconds == 100
-    assert config.parameters["color"].string_value == "blue"
+    assert config.parameters["version_label.blue"].string_value == "3"
 
 
 @pytest.mark.proves("ModelStatistics", by="tritonclient.grpc*")
