@@ -10,7 +10,13 @@ from aiorch_server._core.member import Member, count_run, detach, is_unwanted, l
 from aiorch_server._core.routes import Router
 from aiorch_server._core.scheduler import Scheduler
 from aiorch_server._core.spec import ModelSpec
-from aiorch_server._core.wire import decode_response, encode_parameters, encode_request, scan, walk_elements
+from aiorch_server._core.wire_messages import (
+    decode_response,
+    encode_parameters,
+    encode_request,
+    scan,
+    walk_elements,
+)
 
 try:
     from aiorch_server._core.aio import NativeServer

@@ -6,7 +6,8 @@ from libc.stdint cimport int64_t, uint8_t
 from aiorch_server._core.loans cimport Loan
 from aiorch_server._core.request cimport Request
 from aiorch_server._core.spec cimport SpecState
-from aiorch_server._core.wire cimport OutputView, Slice
+from aiorch_server._core.wire cimport Slice
+from aiorch_server._core.wire_response cimport OutputView
 
 
 # Writes an answer with its 5-byte gRPC frame header, without what is lent, and with the encoded fields `extra` at its

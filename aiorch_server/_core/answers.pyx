@@ -20,7 +20,8 @@ from aiorch_server._core.loans cimport (
 )
 from aiorch_server._core.request cimport fail_request, is_cancelled
 from aiorch_server._core.spec cimport TensorLayout
-from aiorch_server._core.wire cimport MAX_DIMS, MAX_TENSORS, find_output, response_size, write_response
+from aiorch_server._core.wire cimport MAX_DIMS, MAX_TENSORS
+from aiorch_server._core.wire_response cimport find_output, response_size, write_response
 
 import numpy as np
 

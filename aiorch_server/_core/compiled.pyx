@@ -12,7 +12,8 @@ from aiorch_server._core.collate cimport Batch
 from aiorch_server._core.loans cimport LENT_FROM_BYTES, Loan, drop_loan, lend_buffer, may_lend
 from aiorch_server._core.request cimport Request, fail_request, find_buffer, is_cancelled, now_ns, pthread_mutex_lock, pthread_mutex_unlock
 from aiorch_server._core.spec cimport SpecState, TensorLayout
-from aiorch_server._core.wire cimport MAX_TENSORS, OutputView, Slice
+from aiorch_server._core.wire cimport MAX_TENSORS, Slice
+from aiorch_server._core.wire_response cimport OutputView
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)

@@ -16,7 +16,7 @@ from aiorch_server._core.io_plane cimport carry_out, post
 from aiorch_server._core.io_state cimport *
 from aiorch_server._core.request cimport Request, abandon_sink, drain_sink, new_sink, now_ns, release_sink
 from aiorch_server._core.routes cimport begin_round, end_round, place_tensor, release_router, retain_router
-from aiorch_server._core.wire cimport find_tensor
+from aiorch_server._core.wire_request cimport find_tensor
 from aiorch_server._core.timers cimport free_timers, next_due, take_due
 from aiorch_server._core.transport cimport WIRE_SLACK_BYTES, PortSecurity, release_security, retain_security
 

@@ -35,7 +35,8 @@ from aiorch_server._core.scheduler cimport Scheduler
 from aiorch_server._core.scheduler_state cimport wake
 from aiorch_server._core.spec cimport bind_request
 from aiorch_server._core.watch cimport describe_stamps
-from aiorch_server._core.wire cimport SCAN_OK, InferScan, Slice, find_tensor, scan_request
+from aiorch_server._core.wire cimport Slice
+from aiorch_server._core.wire_request cimport SCAN_OK, InferScan, find_tensor, scan_request
 
 from aiorch_server.errors import InternalError, QueueFull, RequestError, ServerStopping, error_from_code
 

@@ -22,16 +22,15 @@ from aiorch_server._core.scheduler cimport Scheduler
 from aiorch_server._core.scheduler_state cimport release_scheduler, retain_scheduler, wake
 from aiorch_server._core.spec cimport bind_request, measure_rows
 from aiorch_server._core.watch cimport choose
-from aiorch_server._core.wire cimport (
+from aiorch_server._core.wire cimport put_varint, slice_equals
+from aiorch_server._core.wire_request cimport (
     SCAN_OK,
     InferScan,
     ScanResult,
     find_head_size,
     find_tensor,
-    put_varint,
     scan_parts,
     scan_request,
-    slice_equals,
 )
 
 cdef int UNAVAILABLE = 14

@@ -4,7 +4,8 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 from aiorch_server._core.request cimport Request
-from aiorch_server._core.wire cimport MAX_DIMS, MAX_TENSORS, InferScan, Slice
+from aiorch_server._core.wire cimport MAX_DIMS, MAX_TENSORS, Slice
+from aiorch_server._core.wire_request cimport InferScan
 
 
 cdef struct TensorLayout:

@@ -4,7 +4,9 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 from aiorch_server._core.request cimport aiorch_add_reference
-from aiorch_server._core.wire cimport TensorView, check_bytes_elements, encode_field, slice_equals
+from aiorch_server._core.wire cimport slice_equals
+from aiorch_server._core.wire_messages cimport encode_field
+from aiorch_server._core.wire_request cimport TensorView, check_bytes_elements
 
 
 cdef bint fits_shape(const TensorLayout *layout, const TensorView *tensor, int batch_dims) noexcept nogil:

@@ -11,7 +11,8 @@ from libc.string cimport memcpy
 
 from aiorch_server._core.request cimport Request, free_request, new_request
 from aiorch_server._core.spec cimport ModelSpec, SpecState, bind_request
-from aiorch_server._core.wire cimport MAX_DIMS, MAX_TENSORS, SCAN_OK, InferScan, Slice, scan_request
+from aiorch_server._core.wire cimport MAX_DIMS, MAX_TENSORS, Slice
+from aiorch_server._core.wire_request cimport SCAN_OK, InferScan, scan_request
 
 from aiorch_server.types import DataType, ModelSignature, TensorSpec
 

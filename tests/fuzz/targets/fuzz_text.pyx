@@ -7,7 +7,7 @@ from libc.stdlib cimport abort, free, malloc
 from libc.string cimport memcmp, memcpy
 
 from aiorch_server._core.grpc_text cimport *
-from aiorch_server._core.wire cimport check_bytes_elements
+from aiorch_server._core.wire_request cimport check_bytes_elements
 
 
 cdef void demand(bint is_true, const char *law) noexcept nogil:
