@@ -126,4 +126,4 @@ class Site:
         self._thread.join(TIMEOUT_S)
         assert not self._thread.is_alive()
         self.loop.close()
-        assert self.problems == []
+        assert not self.problems, self.problems
