@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from aiorch_server.backend import Backend, LoadContext, ModelInstance, ModelRequest, RequestInstance
-from aiorch_server.errors import AiorchError, ModelLoadError, RequestCancelled
+from aiorch_server.errors import AiorchError, ModelExecutionError, ModelLoadError, RequestCancelled
 from aiorch_server.execution.ragged_tensors import RaggedTensors
-from aiorch_server.types import ModelSignature
+from aiorch_server.types import ModelSignature, NumpyArray
 
 
 class RaggedBackend(Backend):
@@ -43,15 +43,16 @@ class RaggedBackend(Backend):
                 f"model '{context.model_name}': allow_ragged_batch: backend '{self.name}' serves the model with a "
                 "batch dimension; it must take ragged inputs as one dimension"
             )
-        return _RaggedInstance(instance, self._tensors)
+        return _RaggedInstance(instance, self._tensors, [spec.name for spec in self._inner.outputs])
 
 
 class _RaggedInstance(RequestInstance):
-    """Not compiled: requests are joined, and answers cut, with numpy."""
+    """Not compiled: requests are joined, and ``outputs`` cut, with numpy."""
 
-    def __init__(self, instance: ModelInstance, tensors: RaggedTensors) -> None:
+    def __init__(self, instance: ModelInstance, tensors: RaggedTensors, outputs: Sequence[str]) -> None:
         self._instance = instance
         self._tensors = tensors
+        self._outputs = tuple(outputs)
 
     def execute_requests(self, requests: Sequence[ModelRequest]) -> None:
         """One run for those that somebody waits for; where it fails, none of them has ended."""
@@ -61,7 +62,7 @@ class _RaggedInstance(RequestInstance):
             (unwanted if request.is_cancelled() else wanted).append(request)
         if wanted:
             members = [request.inputs for request in wanted]
-            outputs = self._instance.execute(self._tensors.gather(members))
+            outputs = self._pick(self._instance.execute(self._tensors.gather(members)))
             for request, answer in zip(wanted, self._tensors.cut(outputs, members), strict=True):
                 try:
                     request.send(answer)
@@ -69,6 +70,12 @@ class _RaggedInstance(RequestInstance):
                     _fail(request, error)
         for request in unwanted:
             _fail(request, RequestCancelled("cancelled"))
+
+    def _pick(self, given: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
+        missing = [name for name in self._outputs if name not in given]
+        if missing:
+            raise ModelExecutionError(f"the model gave no output '{missing[0]}'; it gave {sorted(map(str, given))}")
+        return {name: given[name] for name in self._outputs}
 
     def close(self) -> None:
         """Closes the real instance."""

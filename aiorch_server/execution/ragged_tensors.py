@@ -146,6 +146,7 @@ def _pack(dims: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _describe(given: _Given, shapes: Sequence[tuple[int, ...]]) -> NumpyArray:
+    """ModelExecutionError for a number that the type cannot hold: it would be the end of another request."""
     counts = [math.prod(shape) for shape in shapes]
     values: NumpyArray
     match given.kind:
@@ -156,13 +157,19 @@ def _describe(given: _Given, shapes: Sequence[tuple[int, ...]]) -> NumpyArray:
         case BatchInputKind.BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO:
             values = np.cumsum([0, *counts])
         case BatchInputKind.BATCH_MAX_ELEMENT_COUNT_AS_SHAPE:
-            values = np.zeros(max(counts))
+            return np.zeros(max(counts), given.datatype.numpy)
         case BatchInputKind.BATCH_ITEM_SHAPE | BatchInputKind.BATCH_ITEM_SHAPE_FLATTEN:
             rows = [shape[1:] for shape in shapes for _ in range(shape[0])]
             values = np.array(rows, np.int64).reshape(len(rows), len(shapes[0]) - 1)
             if given.kind is BatchInputKind.BATCH_ITEM_SHAPE_FLATTEN:
                 values = values.reshape(-1)
-    return values.astype(given.datatype.numpy)
+    held = values.astype(given.datatype.numpy)
+    if not np.array_equal(held, values):
+        raise ModelExecutionError(
+            f"batch input '{given.name}' has to tell of {values.max()} elements, which {given.datatype.config_name} "
+            "cannot hold exactly"
+        )
+    return held
 
 
 def _count_rows(member: Tensors) -> int:

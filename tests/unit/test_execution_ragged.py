@@ -107,6 +107,21 @@ def test_outputs_of_another_length_are_nobodys(outputs: Mapping[str, NumpyArray]
         read().cut(outputs, [member(1, 2, 2), member(1, 1, 2)])
 
 
+@pytest.mark.parametrize(("datatype", "largest"), [("TYPE_FP32", 2**24), ("TYPE_INT32", 2**31 - 1)])
+def test_a_count_that_its_type_cannot_hold_is_not_rounded(datatype: str, largest: int) -> None:
+    tensors = read(batch_input=[count("BATCH_ACCUMULATED_ELEMENT_COUNT", data_type=datatype)])
+
+    def gather(*sizes: int) -> Any:
+        members = [{"X": np.broadcast_to(np.float32(0), (1, size, 1))} for size in sizes]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RaggedTensors, "_join", lambda *_: None)  # gigabytes
+            return tensors.gather(members)["N"].tolist()
+
+    assert gather(largest - 7, 7) == [largest - 7, largest]
+    with pytest.raises(ModelExecutionError, match=f"batch input 'N' has to tell of {largest + 1} elements"):
+        gather(largest - 7, 8)
+
+
 class Instance(ModelInstance):
     """Runs what it is given, and remembers what it was asked."""
 
@@ -208,6 +223,17 @@ def test_a_failed_run_leaves_every_request_open_to_be_run_again() -> None:
     with pytest.raises(ValueError, match="no"):
         ragged.execute_requests(requests)
     assert [each.is_ended for each in requests] == [False, False]
+
+
+def test_a_missing_output_is_no_answer_and_another_one_is_not_looked_at() -> None:
+    whole = {"Y": np.zeros(1, np.float32), "Z": np.zeros((1, 1), np.int32), "OTHER": np.zeros(0)}
+    given = [whole, {"Y": whole["Y"]}]
+    ragged, signature = load(Instance(lambda _: given.pop(0)))
+    asked = Asked(signature, (1, 1, 1))
+    ragged.execute_requests([asked])
+    assert sorted(asked.answer) == ["Y", "Z"]
+    with pytest.raises(ModelExecutionError, match=r"the model gave no output 'Z'; it gave \['Y'\]"):
+        ragged.execute_requests([Asked(signature, (1, 1, 1))])
 
 
 def test_a_model_that_takes_requests_gets_no_batch_inputs() -> None:
