@@ -128,6 +128,7 @@ $(CACHE)/test: pyproject.toml setup.py $(CACHE)/base
 	@command -v prometheus >/dev/null && command -v h2load >/dev/null && command -v curl >/dev/null \
 	    || deploy/install-packages prometheus nghttp2-client curl
 	@command -v espeak-ng >/dev/null || deploy/install-packages espeak-ng
+	@command -v redis-server >/dev/null || deploy/install-packages redis-server
 	@command -v node >/dev/null && command -v npm >/dev/null || deploy/install-packages nodejs npm
 	@touch $@ $(CACHE)/examples $(CACHE)/compiled
 

@@ -183,6 +183,7 @@ class Application:
                 concurrency=config.lifecycle.concurrent_loads,
                 calls=calls,
                 resources=ResourcePool([ResourceLimit.parse(text) for text in config.execution.resources]),
+                identifies=cache is not None and cache.is_shared,
             ),
             self.router,
             control_mode=config.lifecycle.control_mode,

@@ -27,6 +27,7 @@ from aiorch_server.execution.response_channel import ResponseChannel
 from aiorch_server.execution.submission import submit
 from aiorch_server.execution.taker import Taker
 from aiorch_server.observability.tracer import Tracer
+from aiorch_server.scheduling import find_queue_timeout_us
 from aiorch_server.tracing import Run, current_run, find_trace
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse, Parameter, Tensor
 from aiorch_server.validation import QueueTerms, check_request
@@ -138,7 +139,14 @@ class DataPlane:
                     return self._run(servable, request, terms, deadline_ns, leases)
 
                 return await servable.cache.infer(
-                    request, terms.sequence, run, deadline_ns=deadline_ns, is_called=bool(current_callers.get())
+                    request,
+                    terms.sequence,
+                    run,
+                    deadline_ns=deadline_ns,
+                    is_called=bool(current_callers.get()),
+                    find_timeout_us=lambda: find_queue_timeout_us(
+                        servable.config.dynamic_batching, terms.priority, terms.timeout_us
+                    ),
                 )
             return await self._run(servable, request, terms, deadline_ns, leases)
 

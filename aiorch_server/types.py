@@ -273,6 +273,19 @@ class ResponseStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheUse:
+    """What a cache holds now, and how many entries it gave up for room or age, since it was made; None: not known.
+
+    ``failures`` are look-ups and insertions that went wrong, None for a cache that has none.
+    """
+
+    entries: int | None = None
+    used_bytes: int | None = None
+    evictions: int | None = None
+    failures: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatistics:
     """Counts since load of one model version, as the statistics extension of the V2 protocol defines them.
 

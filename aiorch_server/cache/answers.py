@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
+from aiorch_server import __version__
+from aiorch_server.cache.base import EntryUnusable
 from aiorch_server.types import InferenceRequest, InferenceResponse, Parameter, SequencePlace, Tensor
 
 #: Parameters that say how a request is queued and written, not what is asked.
@@ -14,11 +16,14 @@ _NOT_ASKED: Final = frozenset(
     {"priority", "timeout", "headers", "binary_data_output", "triton_enable_empty_final_response"}
 )
 _DIGEST_BYTES: Final = 32
+#: Entries of caches outside of this process begin with it.
+_SEAL: Final = b"aiorch1\n"
+_SEAL_BYTES: Final = 16
 
 
-def hash_version(name: str, version: int, fingerprint: str, config: Mapping[str, object]) -> bytes:
-    """What keys of one version begin with: another configuration or artefact gives another."""
-    text = json.dumps([name, version, fingerprint, config], sort_keys=True, ensure_ascii=True)
+def hash_version(name: str, version: int, identity: str, config: Mapping[str, object]) -> bytes:
+    """What keys of one version begin with: another configuration, artefact or server version gives another."""
+    text = json.dumps([__version__, name, version, identity, config], sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest()
 
 
@@ -27,11 +32,14 @@ def hash_steps(version: bytes, steps: Iterable[bytes]) -> bytes:
     return hashlib.blake2b(b"".join((version, *steps)), digest_size=_DIGEST_BYTES).digest()
 
 
-def hash_request(version: bytes, request: InferenceRequest, sequence: SequencePlace) -> bytes:
+def hash_request(
+    version: bytes, request: InferenceRequest, sequence: SequencePlace, outputs: Collection[str] = ()
+) -> bytes:
     """The key of a checked request: its inputs in any order, its own parameters, the outputs that it asks for.
 
-    Neither its id nor its priority and timeout. Tensors go into the hash where they lie; what goes before them says
-    how long each is, so that no two requests give the same bytes.
+    ``outputs`` are all that the model has: naming none means these, and the order of names means nothing, for answers
+    have the model's order. Neither its id nor its priority and timeout count. Tensors go into the hash where they lie;
+    what goes before them says how long each is, so that no two requests give the same bytes.
     """
     inputs = sorted(request.inputs, key=lambda tensor: tensor.name)
     contents = [memoryview(tensor.data or b"").cast("B") for tensor in inputs]
@@ -41,7 +49,7 @@ def hash_request(version: bytes, request: InferenceRequest, sequence: SequencePl
             for tensor, data in zip(inputs, contents, strict=True)
         ],
         sorted((name, value) for name, value in request.parameters.items() if name not in _NOT_ASKED),
-        list(dict.fromkeys(output.name for output in request.outputs)),
+        sorted({output.name for output in request.outputs} or outputs),
         [sequence.correlation_id, sequence.is_start, sequence.is_end],
     ]
     text = json.dumps(head, ensure_ascii=True).encode()
@@ -76,6 +84,26 @@ def unpack_answer(packed: bytes, name: str, version: str, request_id: str) -> In
     if start != len(packed):
         raise ValueError(f"a cached answer has {len(packed)} bytes instead of {start}")
     return InferenceResponse(name, version, tensors, request_id, parameters)
+
+
+def seal(key: bytes, value: bytes) -> bytes:
+    """``value`` with what tells later that it is whole, and was put under ``key``."""
+    return b"".join((_SEAL, _hash_entry(key, value), value))
+
+
+def unseal(key: bytes, sealed: bytes) -> bytes:
+    """What ``seal`` got; EntryUnusable for anything else."""
+    start = len(_SEAL) + _SEAL_BYTES
+    value = sealed[start:]
+    if sealed[: len(_SEAL)] != _SEAL or sealed[len(_SEAL) : start] != _hash_entry(key, memoryview(sealed)[start:]):
+        raise EntryUnusable(f"an entry of {len(sealed)} bytes is not what was put there")
+    return value
+
+
+def _hash_entry(key: bytes, value: bytes | memoryview) -> bytes:
+    digest = hashlib.blake2b(key, digest_size=_SEAL_BYTES)
+    digest.update(value)
+    return digest.digest()
 
 
 def _read_head(text: bytes) -> tuple[dict[str, Parameter], Sequence[tuple[str, str, list[int], int]]]:

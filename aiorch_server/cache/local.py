@@ -20,6 +20,8 @@ class LocalCache(ResponseCache):
     an empty cache is not kept.
     """
 
+    is_shared = False
+
     def __init__(self, *, size_bytes: int, ttl_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._size_bytes = size_bytes
         self._ttl_s = ttl_s

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Final
 
 from aiorch_server.cache.answers import hash_request, hash_steps, hash_version, pack_answer, unpack_answer
 from aiorch_server.cache.base import ResponseCache
-from aiorch_server.errors import DeadlineExpired, QueueFull
+from aiorch_server.errors import DeadlineExpired, QueueFull, QueueTimeout
 from aiorch_server.tracing import CacheHit, current_run
 from aiorch_server.types import Duration, InferenceRequest, InferenceResponse, ModelStatistics, SequencePlace, Tensor
-
-logger = logging.getLogger(__name__)
 
 #: Hashed on the event loop up to here (about 0.2 ms), beyond on a thread.
 _LARGEST_INLINE_BYTES: Final = 1 << 18
 #: Copied on the event loop up to here (about 0.1 ms), beyond on a thread.
 _LARGEST_INLINE_COPY_BYTES: Final = 1 << 20
-#: How long a cache may take for one call.
-_PATIENCE_S: Final = 1.0
-_LOG_INTERVAL_S: Final = 10.0
 
 #: How the request that others wait for ended: with an answer, failed (None), or given up by its caller.
 _Outcome = InferenceResponse | None
@@ -36,7 +30,8 @@ class VersionCache:
     Requests with equal keys that are under way together are run once: the first runs, the others wait for its answer,
     each with its own deadline. Should it be given up, one of them runs instead; should it fail, each runs by itself,
     because a failure is nobody's answer but its own. ``max_waiting`` bounds those that wait, over all keys. What a
-    model calls waits for nobody: it may be needed for the very answer that it would wait for.
+    model calls waits for nobody: it may be needed for the very answer that it would wait for. ``cache`` is one that
+    ``open_cache`` gives, which raises nothing; ``outputs`` are the names of all outputs that the version has.
     """
 
     def __init__(
@@ -45,14 +40,16 @@ class VersionCache:
         name: str,
         version: int,
         *,
-        fingerprint: str,
+        identity: str,
         config: Mapping[str, object],
+        outputs: Collection[str] = (),
         max_waiting: int = 16384,
     ) -> None:
         self._cache = cache
         self._name = name
         self._version = str(version)
-        self._own_prefix = self._prefix = hash_version(name, version, fingerprint, config)
+        self._outputs = tuple(outputs)
+        self._own_prefix = self._prefix = hash_version(name, version, identity, config)
         self._max_waiting = max_waiting
         self._running: dict[bytes, asyncio.Future[_Outcome]] = {}
         self._waiting = 0
@@ -63,7 +60,6 @@ class VersionCache:
         self._queue = _Sum()
         self._failures = {"REJECTED": 0, "CANCELED": 0}
         self._last_ms = 0
-        self._logged_at = -_LOG_INTERVAL_S
 
     def follow(self, steps: Iterable[bytes]) -> None:
         """From now on answers depend on ``steps``: what ``hash_version`` gives for each model of an ensemble."""
@@ -77,11 +73,13 @@ class VersionCache:
         *,
         deadline_ns: int = 0,
         is_called: bool = False,
+        find_timeout_us: Callable[[], int] = int,
     ) -> InferenceResponse:
         """The answer to a checked request, by ``run`` if there is none yet; raises what ``run`` raises.
 
-        ``is_called`` says that a model sent it, while it answers requests of its own.
-        Raises DeadlineExpired and QueueFull besides, where the request waits for another's answer.
+        ``is_called`` says that a model sent it, while it answers requests of its own; ``find_timeout_us`` how long it
+        may be queued, 0 for any time. Raises DeadlineExpired, QueueTimeout and QueueFull besides, where the request
+        waits for another's answer.
         """
         started_ns = time.monotonic_ns()
         key = await self._hash(request, sequence)
@@ -89,7 +87,7 @@ class VersionCache:
             own: asyncio.Future[_Outcome] = asyncio.get_running_loop().create_future()
             return await self._lead(key, request.id, own, run, started_ns, deadline_ns)
         while (running := self._running.get(key)) is not None:
-            await self._wait(running, started_ns, deadline_ns)
+            await self._wait(running, started_ns, deadline_ns, find_timeout_us())
             if running.cancelled():
                 continue
             answer = running.result()
@@ -138,13 +136,22 @@ class VersionCache:
         self._misses.add(looked_ns + time.monotonic_ns() - put_ns)
         return answer
 
-    async def _wait(self, running: asyncio.Future[_Outcome], started_ns: int, deadline_ns: int) -> None:
-        """Until the other one has ended; its end is not this one's."""
+    async def _wait(
+        self, running: asyncio.Future[_Outcome], started_ns: int, deadline_ns: int, timeout_us: int
+    ) -> None:
+        """Until the other one has ended; its end is not this one's.
+
+        It is a wait in line like the one in a queue, with the same bounds.
+        """
         if self._waiting >= self._max_waiting:
             self._count_failure("REJECTED", started_ns)
             raise QueueFull("Exceeds maximum queue size")
         self._waiting += 1
-        timeout_s = max(0.0, deadline_ns / 1e9 - asyncio.get_running_loop().time()) if deadline_ns else None
+        now = asyncio.get_running_loop().time()
+        ends = [deadline_ns / 1e9 - now] if deadline_ns else []
+        if timeout_us:
+            ends.append(timeout_us / 1e6 - (time.monotonic_ns() - started_ns) / 1e9)
+        timeout_s = max(0.0, min(ends)) if ends else None
         try:
             await asyncio.wait((running,), timeout=timeout_s)
         except asyncio.CancelledError:
@@ -154,38 +161,28 @@ class VersionCache:
             self._waiting -= 1
         if not running.done():
             self._count_failure("REJECTED", started_ns)
-            raise DeadlineExpired("Deadline Exceeded")
+            if deadline_ns and min(ends) == ends[0]:
+                raise DeadlineExpired("Deadline Exceeded")
+            raise QueueTimeout("Request timeout expired")
 
     async def _hash(self, request: InferenceRequest, sequence: SequencePlace) -> bytes:
         if _measure(request.inputs) <= _LARGEST_INLINE_BYTES:
-            return hash_request(self._prefix, request, sequence)
-        return await asyncio.to_thread(hash_request, self._prefix, request, sequence)
+            digest = hash_request(self._prefix, request, sequence, self._outputs)
+        else:
+            digest = await asyncio.to_thread(hash_request, self._prefix, request, sequence, self._outputs)
+        # For people who look into a cache and want all that belongs to a model; the digest alone tells requests apart.
+        return f"{self._name}:{self._version}:{digest.hex()}".encode()
 
     async def _get(self, key: bytes, request_id: str) -> InferenceResponse | None:
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                packed = await self._cache.get(key)
-            return None if packed is None else unpack_answer(packed, self._name, self._version, request_id)
-        except Exception as error:
-            self._tell("look-up", error)
-            return None
+        packed = await self._cache.get(key)
+        return None if packed is None else unpack_answer(packed, self._name, self._version, request_id)
 
     async def _put(self, key: bytes, answer: InferenceResponse) -> None:
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                if _measure(answer.outputs) <= _LARGEST_INLINE_COPY_BYTES:
-                    packed = pack_answer(answer)
-                else:
-                    packed = await asyncio.to_thread(pack_answer, answer)
-                await self._cache.put(key, packed)
-        except Exception as error:
-            self._tell("insertion", error)
-
-    def _tell(self, what: str, error: Exception) -> None:
-        now = time.monotonic()
-        if now - self._logged_at >= _LOG_INTERVAL_S:
-            self._logged_at = now
-            logger.warning("cache of '%s': a %s failed, the model runs instead", self._name, what, exc_info=error)
+        if _measure(answer.outputs) <= _LARGEST_INLINE_COPY_BYTES:
+            packed = pack_answer(answer)
+        else:
+            packed = await asyncio.to_thread(pack_answer, answer)
+        await self._cache.put(key, packed)
 
     def _count_hit(self, started_ns: int, waited_ns: int, *, is_shared: bool = False) -> None:
         run = current_run.get()

@@ -133,7 +133,7 @@ def serve(
     cache: Annotated[
         str | None,
         typer.Option(
-            metavar="off|local|NAME|MODULE:ATTRIBUTE",
+            metavar="off|local|redis|NAME|MODULE:ATTRIBUTE",
             help="Where answers of models with response_cache are kept; default off.",
         ),
     ] = None,
@@ -144,7 +144,8 @@ def serve(
         float | None, typer.Option(help="Seconds that an answer stays in the cache, 0: any time; default 0.")
     ] = None,
     cache_config: Annotated[
-        list[str] | None, typer.Option(help="Triton's form: local,size=BYTES; other settings are refused.")
+        list[str] | None,
+        typer.Option(help="Triton's form, repeatable: local,size=BYTES or redis,host=HOST,port=PORT and so on."),
     ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="The least severe records to write; default info.")] = None,
     log_verbose: Annotated[int | None, typer.Option(help="Above 0: the same as --log-level debug.")] = None,

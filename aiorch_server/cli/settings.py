@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,25 @@ from aiorch_server.config.server import ServerConfig
 from aiorch_server.errors import InvalidSettings
 
 _TLS_SETTINGS = ("grpc_server_cert", "grpc_server_key", "grpc_root_cert", "grpc_use_ssl_mutual")
+#: Triton's names for what its caches take, and ours.
+_CACHE_SETTINGS = {
+    "local": {"size": "cache_size_bytes"},
+    "redis": {
+        "host": "cache_redis_host",
+        "port": "cache_redis_port",
+        "user": "cache_redis_user",
+        "password": "cache_redis_password",
+        "db": "cache_redis_db",
+        "connect_timeout": "cache_redis_connect_timeout_ms",
+        "socket_timeout": "cache_timeout_ms",
+        "wait_timeout": "cache_redis_wait_timeout_ms",
+        "pool_size": "cache_redis_pool_size",
+        "tls_enabled": "cache_redis_use_tls",
+        "cacert": "cache_redis_tls_root",
+        "cert": "cache_redis_tls_certificate",
+        "key": "cache_redis_tls_key",
+    },
+}
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -45,7 +65,8 @@ def build_config(
         name = _name(written)
         name = given.setdefault(known.get(name, (name,)), name)
         if str(settings.setdefault(name, value)) != value:
-            raise UsageError(f"setting {name} is given twice, as {settings[name]} and as {value}")
+            found = "" if "password" in name else f", as {settings[name]} and as {value}"
+            raise UsageError(f"setting {name} is given twice{found}")
     if log_verbose:
         settings.setdefault("log_level", "debug")
     wants_ssl = None if use_ssl is None else _parse_flag(use_ssl, "--grpc-use-ssl")
@@ -84,17 +105,23 @@ def _translate(entries: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _translate_cache(entries: Sequence[str]) -> list[tuple[str, str]]:
-    """Entries of ``--cache-config``: the cache's name and one of its settings."""
+    """Entries of ``--cache-config``: the cache's name and any of its settings, no part of which may be told."""
     translated = []
     for entry in entries:
-        name, separator, setting = entry.partition(",")
-        key, _, value = setting.partition("=")
-        if not separator or name != "local" or key != "size" or not value:
+        name, *settings = re.split(r",(?=\w+=)", entry)
+        known = _CACHE_SETTINGS.get(name)
+        if known is None or not settings:
             raise UsageError(
-                f"--cache-config {entry}: expected local,size=BYTES; for other caches and settings write --cache NAME, "
-                "--cache-size-bytes and --cache-ttl-secs"
+                f"--cache-config {name.partition(',')[0]}: expected local,size=BYTES or redis,host=HOST,port=PORT; for "
+                "other caches write --cache NAME, and see --set for their settings"
             )
-        translated += [("cache", name), ("cache_size_bytes", value)]
+        translated.append(("cache", name))
+        for setting in settings:
+            key, _, value = setting.partition("=")
+            if key not in known or not value:
+                what = f"{key} needs a value" if key in known else f"there is no {key}"
+                raise UsageError(f"--cache-config {name}: {what}; known here: {', '.join(known)}")
+            translated.append((known[key], value))
     return translated
 
 

@@ -109,7 +109,8 @@ def collect_problems(error: ValidationError, model: type[BaseModel]) -> Iterator
             yield Problem(location, "is missing and must be written")
         else:
             text = str(cause) if cause is not None else detail["msg"].removeprefix("Input ")
-            yield Problem(location, f"found {format_found(detail['input'])}; {text}")
+            found = "something else" if location[-1:] == ("password",) else format_found(detail["input"])
+            yield Problem(location, f"found {found}; {text}")
 
 
 def validate_whole(model: type[Model], values: Mapping[str, Any]) -> tuple[Model | None, list[Problem]]:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, File
 
 from aiorch_server.config.names import check_name
 from aiorch_server.config.problems import Problem, raise_problems
+from aiorch_server.config.redis import RedisConfig
 from aiorch_server.config.section import Flag, Number, Section, Whole
 
 LOOPBACK = "127.0.0.1"
@@ -300,20 +301,29 @@ class SharedMemoryConfig(Section):
 
 def _check_cache(text: str) -> str:
     if not _CACHE_NAME.fullmatch(text) and not _PLUGIN.fullmatch(text):
-        raise ValueError("should be off, local, the name of an installed cache, or 'module:attribute'")
+        raise ValueError("should be off, local, redis, the name of an installed cache, or 'module:attribute'")
     return text
 
 
 class CacheConfig(Section):
     """Where answers of models with ``response_cache { enable: true }`` are kept, for all of them together.
 
-    ``kind`` is ``off``, ``local`` (this process's memory), the name of an installed cache, or ``module:attribute``.
-    ``ttl_secs`` 0 means that answers do not age.
+    ``kind`` is ``off``, ``local`` (this process's memory), ``redis``, the name of an installed cache, or
+    ``module:attribute``. ``ttl_secs`` 0 means that answers do not age. ``timeout_ms`` bounds how long a request waits
+    for a cache outside of this process.
     """
 
     kind: Annotated[str, BeforeValidator(_read_keys), AfterValidator(_check_cache)] = "off"
     size_bytes: Annotated[Whole, Field(ge=1024, le=2**48)] = 64 * 1024 * 1024
     ttl_secs: Seconds = 0.0
+    timeout_ms: Annotated[Whole, Field(ge=1, le=10_000)] = 100
+    redis: RedisConfig = RedisConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "redis" and not self.redis.host:
+            raise_problems([Problem(("redis", "host"), "is missing; kind redis needs the server's host, or unix:PATH")])
+        return self
 
 
 class LogConfig(Section):

@@ -13,7 +13,7 @@ def check_caching(config: ModelConfig, cache: ResponseCache | None) -> None:
     if config.is_cached and cache is None:
         raise ModelLoadError(
             f"model '{config.name}': response_cache.enable: found true, but this server keeps no answers; "
-            "start it with --cache local, or write false"
+            "start it with --cache local or redis, or write false"
         )
 
 
@@ -29,7 +29,8 @@ def attach_cache(servable: Servable, cache: ResponseCache | None, max_waiting: i
         cache,
         servable.name,
         servable.version,
-        fingerprint=servable.fingerprint,
+        identity=servable.identity,
         config=config.to_dict(),
+        outputs=[spec.name for spec in servable.signature.outputs],
         max_waiting=max_waiting or 16384,
     )

@@ -125,7 +125,7 @@ class Dependencies:
         for key in graph.models:
             found = self._find(key)
             if found is not None:
-                yield hash_version(found.name, found.version, found.fingerprint, found.config.to_dict())
+                yield hash_version(found.name, found.version, found.identity, found.config.to_dict())
                 if found.ensemble is not None:
                     yield from self._hash_steps(found.ensemble.graph)
 

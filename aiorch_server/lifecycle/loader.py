@@ -81,7 +81,9 @@ class Loader:
         concurrency: int = CONCURRENT_LOADS,
         calls: ModelCalls | None = None,
         resources: ResourcePool | None = None,
+        identifies: bool = False,
     ) -> None:
+        """``identifies``: each servable's ``identity`` is of its files' contents, which are read once more for it."""
         self._backends = backends
         self._default_max_batch_size = default_max_batch_size
         self._default_instances = default_instances
@@ -91,6 +93,7 @@ class Loader:
         self._startup_timeout_s = startup_timeout_s
         self._calls = calls or ModelCalls()
         self._resources = resources or ResourcePool()
+        self._identifies = identifies
         self._slots = asyncio.Semaphore(concurrency)
 
     async def load(self, source: Source, version: int, fingerprint: str) -> Servable:
@@ -225,7 +228,7 @@ class Loader:
         instances.ended.add_done_callback(lambda _: source.release())
         instances.start(max(0.0, self._startup_timeout_s - (time.monotonic() - started)))
         seconds = time.monotonic() - started
-        return Servable(
+        servable = Servable(
             model.name,
             version,
             config=config,
@@ -238,6 +241,9 @@ class Loader:
             fingerprint=fingerprint,
             load_seconds=seconds,
         )
+        if self._identifies:
+            servable.identity = model.identify(version)
+        return servable
 
 
 def _add_labels(signature: ModelSignature, declared: DeclaredSignature) -> ModelSignature:

@@ -297,6 +297,8 @@ class LifecycleManager:
                     servable = await self._loader.load(source, version, fingerprint)
                 else:
                     servable = self._dependencies.build(opened, version, fingerprint, limit, failures)
+                    if self._cache is not None and self._cache.is_shared:
+                        servable.identity = ""  # its configuration says it all, and its steps have theirs
                 attach_cache(servable, self._cache, limit)
                 return servable
 

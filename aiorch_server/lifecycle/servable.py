@@ -89,6 +89,8 @@ class Servable:
         #: Set before it is published, where its answers are cached.
         self.cache: VersionCache | None = None
         self.fingerprint = fingerprint
+        #: What tells it from other models of its name and configuration, elsewhere and at other times too if need be.
+        self.identity = fingerprint
         self.load_seconds = load_seconds
         self._lock = threading.Lock()
         self._leases = 0

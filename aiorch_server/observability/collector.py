@@ -17,7 +17,6 @@ from prometheus_client.registry import Collector
 
 from aiorch_server import __version__
 from aiorch_server._core import read_copied_bytes
-from aiorch_server.observability.cache_metrics import CACHE_COUNTERS
 from aiorch_server.observability.machine import MachineProbe
 from aiorch_server.types import ModelStatistics, PhaseHistogram
 
@@ -62,6 +61,21 @@ _COUNTERS: tuple[tuple[str, str, Callable[[ModelStatistics], float]], ...] = (
         "nv_inference_compute_output_duration_us",
         "Cumulative compute output duration in microseconds",
         lambda model: model.compute_output.ns // 1000,
+    ),
+)
+#: Those of models with a cache.
+_CACHE_COUNTERS: tuple[tuple[str, str, Callable[[ModelStatistics], float]], ...] = (
+    ("nv_cache_num_hits_per_model", "Number of cache hits per model", lambda model: model.cache_hit.count),
+    ("nv_cache_num_misses_per_model", "Number of cache misses per model", lambda model: model.cache_miss.count),
+    (
+        "nv_cache_hit_duration_per_model",
+        "Total cache hit duration per model, in microseconds",
+        lambda model: model.cache_hit.ns // 1000,
+    ),
+    (
+        "nv_cache_miss_duration_per_model",
+        "Total cache miss duration per model, in microseconds",
+        lambda model: model.cache_miss.ns // 1000,
     ),
 )
 _FAILURE = "nv_inference_request_failure"
@@ -130,13 +144,12 @@ class ModelCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One pass over the models, then their families."""
-        counters: dict[str, dict[Labels, float]] = {name: {} for name, _, _ in _COUNTERS}
+        counters: dict[str, dict[Labels, float]] = {name: {} for name, _, _ in (*_COUNTERS, *_CACHE_COUNTERS)}
         failures: dict[Labels, float] = {}
         pending: dict[Labels, float] = {}
         phases: dict[Labels, PhaseHistogram] = {}
         firsts: dict[Labels, PhaseHistogram] = {}
         stalled: dict[Labels, float] = {}
-        cached: dict[str, dict[Labels, float]] = {name: {} for name, _, _ in CACHE_COUNTERS}
         durations: dict[str, dict[Labels, PhaseHistogram]] = {phase: {} for _, _, phase in _DURATIONS}
         for model in tuple(self._list_models()):
             try:
@@ -145,14 +158,11 @@ class ModelCollector(Collector):
                 logger.warning("a model is missing in this scrape: it did not give its counters", exc_info=True)
                 continue
             labels: Labels = (("model", statistics.name), ("version", statistics.version))
-            for name, _, read in _COUNTERS:
+            for name, _, read in (*_COUNTERS, *(_CACHE_COUNTERS if statistics.has_cache else ())):
                 _add(counters[name], labels, read(statistics))
             for reason in (*_REASONS, *sorted(statistics.failures.keys() - set(_REASONS))):
                 _add(failures, (*labels, ("reason", reason)), statistics.failures.get(reason, 0))
             _add(pending, labels, statistics.pending)
-            if statistics.has_cache:
-                for name, _, read in CACHE_COUNTERS:
-                    _add(cached[name], labels, read(statistics))
             if (first := statistics.first_response) is not None:
                 _add(stalled, labels, statistics.stalled)
                 firsts[labels] = _sum_histograms(firsts[labels], first) if labels in firsts else first
@@ -164,11 +174,8 @@ class ModelCollector(Collector):
                     continue
                 key = (*labels, ("phase", phase))
                 phases[key] = _sum_histograms(phases[key], histogram) if key in phases else histogram
-        for name, documentation, _ in _COUNTERS:
+        for name, documentation, _ in (*_COUNTERS, *(each for each in _CACHE_COUNTERS if counters[each[0]])):
             yield _family(name, documentation, "counter", counters[name])
-        for name, documentation, _ in CACHE_COUNTERS:
-            if cached[name]:
-                yield _family(name, documentation, "counter", cached[name])
         yield _family(_FAILURE, "Number of failed inference requests by reason", "counter", failures)
         yield _family(_PENDING, "Number of requests that wait for execution now", "gauge", pending)
         yield _histogram_family(phases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,13 @@ class RepositoryModel(abc.ABC):
 
         Raises ModelLoadError that names the folder, what is in it and what was looked for.
         """
+
+    def identify(self, version: int) -> str:
+        """What tells this version from all others of its name, on any machine and at any time; for models that loaded.
+
+        Reads all files. Where they are not known, or changed since this was opened: something that comes only once.
+        """
+        return f"unknown {uuid.uuid4()}"
 
     def close(self) -> None:  # noqa: B027 - most repositories hold nothing
         """Gives back what was made for this model alone (for example temporary files); may be called again."""

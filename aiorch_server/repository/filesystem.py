@@ -19,7 +19,14 @@ from aiorch_server.config.names import check_name, parse_version
 from aiorch_server.errors import ModelLoadError, RequestError, UnknownModel
 from aiorch_server.repository.artefacts import choose_artefact
 from aiorch_server.repository.base import Artefact, BackendNames, ModelRepository, ModelSnapshot, RepositoryModel
-from aiorch_server.repository.fingerprint import OutsideRoot, TooManyEntries, hash_files, hash_folder, stay_inside
+from aiorch_server.repository.fingerprint import (
+    OutsideRoot,
+    TooManyEntries,
+    hash_contents,
+    hash_files,
+    hash_folder,
+    stay_inside,
+)
 from aiorch_server.repository.overlay import Overlay
 
 logger = logging.getLogger(__name__)
@@ -110,6 +117,19 @@ class _FilesystemModel(RepositoryModel):
         except (OSError, OutsideRoot, TooManyEntries) as error:
             raise ModelLoadError(f"version {version} of model '{self.name}' cannot be read: {error}") from None
         return replace(artefact, is_stored=self._is_stored(artefact, folder, names))
+
+    def identify(self, version: int) -> str:
+        """See RepositoryModel.identify."""
+        try:
+            files = [path for path in self.directory.iterdir() if path.is_file()]
+            found = hash_contents(self.directory / str(version), files)
+        except (OSError, TooManyEntries):
+            return super().identify(version)
+        # What was read is what was loaded if nothing has changed from before the load until now.
+        now = _look_at(self.name, [(self.directory, self._root)])
+        then = self.snapshot
+        is_same = now.fingerprint == then.fingerprint and now.versions.get(version) == then.versions.get(version)
+        return found if is_same and not now.problem else super().identify(version)
 
     def close(self) -> None:
         """See RepositoryModel.close."""

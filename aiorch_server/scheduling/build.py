@@ -37,6 +37,21 @@ def build_scheduler(config: ModelConfig, spec: ModelSpec, *, default_queue_size:
         raise ModelLoadError(f"dynamic_batching of model '{config.name}': {error}") from error
 
 
+def find_queue_timeout_us(batching: DynamicBatching | None, priority: int, timeout_us: int) -> int:
+    """How long a request may wait before it is refused, 0 for any time: what the core's queue does with the same terms.
+
+    ``priority`` and ``timeout_us`` are as the caller gave them, 0 for none.
+    """
+    if batching is None:
+        return 0
+    level = priority or batching.default_priority_level
+    policy = batching.priority_queue_policy.get(level, batching.default_queue_policy or QueuePolicy())
+    if policy.timeout_action is TimeoutAction.DELAY:
+        return 0
+    limits = [policy.default_timeout_microseconds, timeout_us if policy.allow_timeout_override else 0]
+    return min(filter(None, limits), default=0)
+
+
 def _describe(policy: QueuePolicy) -> tuple[int, int, bool, bool]:
     """As the core's scheduler takes it."""
     return (

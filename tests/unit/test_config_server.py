@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from aiorch_server.cli.output import UsageError
 from aiorch_server.cli.settings import build_config
 from aiorch_server.config import load
 from aiorch_server.config.load import load_server_config, setting_names
-from aiorch_server.config.server import ControlMode, ServerConfig, Transport
+from aiorch_server.config.server import CacheConfig, ControlMode, ServerConfig, Transport
 from aiorch_server.errors import InvalidSettings
 
 
@@ -269,3 +269,66 @@ def test_a_flat_name_in_a_file_is_told_how_it_is_written_there(tmp_path: Path) -
     assert f"grpc_port: a file has sections: write grpc: {{port: ...}} (from file {file})" in text
     assert "grpc_server_cert: a file has sections: write grpc: {tls: {certificate: ...}}" in text
     assert "unknown key" not in text
+
+
+def build_cache(folder: Path, *entries: str, others: tuple[str, ...] = ()) -> CacheConfig:
+    options = {"model_repository": [str(folder)]}
+    return build_config(
+        options, file=None, use_ssl=None, log_verbose=None, backend_config=[], cache_config=entries, others=others
+    ).cache
+
+
+def test_triton_s_cache_options_in_one_or_many(tmp_path: Path) -> None:
+    one = build_cache(tmp_path, "redis,host=h,port=1,user=u,password=a,b,connect_timeout=5,socket_timeout=7")
+    many = build_cache(
+        tmp_path,
+        *("redis,host=h", "redis,port=1", "redis,user=u", "redis,password=p", "redis,connect_timeout=5"),
+        *("redis,socket_timeout=7", "redis,wait_timeout=9", "redis,pool_size=3", "redis,db=2"),
+    )
+    assert (one.kind, one.redis.host, one.redis.port, one.redis.user, one.timeout_ms) == ("redis", "h", 1, "u", 7)
+    assert many.redis == one.redis.model_copy(
+        update={"password": SecretStr("p"), "wait_timeout_ms": 9, "pool_size": 3, "db": 2}
+    )
+    assert build_cache(tmp_path, "local,size=4096").size_bytes == 4096
+
+
+SECRET = "hidden"
+
+
+@pytest.mark.parametrize(
+    ("entries", "others", "reason"),
+    [
+        (["redis"], [], "--cache-config redis: expected local,size=BYTES or redis,host=HOST,port=PORT"),
+        ([f"memcached,password={SECRET}"], [], "--cache-config memcached: expected"),
+        (["redis,port=1"], [], "cache.redis.host: is missing"),
+        ([f"redis,host=h,sni={SECRET}"], [], "--cache-config redis: there is no sni; known here: host, port"),
+        (["redis,host="], [], "host needs a value"),
+        (["redis,host=h,socket_timeout=0"], [], "cache.timeout_ms: found '0'"),
+        (["redis,host=h,connect_timeout=0"], [], "cache.redis.connect_timeout_ms: found '0'"),
+        (["redis,host=h,cert=/etc/passwd"], [], "cache.redis.tls_certificate: has no use without use_tls"),
+        ([f"redis,password={SECRET}", "redis,password=other"], [], "cache_redis_password is given twice"),
+        (["redis,host=h"], [f"cache_redis={SECRET}"], "there is no such setting"),
+    ],
+)
+def test_wrong_cache_options_are_told_without_the_password(
+    tmp_path: Path, entries: list[str], others: list[str], reason: str
+) -> None:
+    with pytest.raises(UsageError) as raised:
+        build_cache(tmp_path, *entries, others=tuple(others))
+    assert reason in str(raised.value)
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize("written", [f"[{SECRET}]", f"{{a: {SECRET}}}", "12345"])
+def test_a_password_of_a_wrong_kind_is_not_shown(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"cache: {{kind: redis, redis: {{host: h, password: {written}}}}}")
+    if written.isdecimal():
+        config = load_server_config(file=path, environment={})
+        assert config.cache.redis.password.get_secret_value() == written
+        assert written not in repr(config) + str(config.model_dump())
+        return
+    with pytest.raises(InvalidSettings) as raised:
+        load_server_config(file=path, environment={})
+    assert "cache.redis.password: found something else" in str(raised.value)
+    assert SECRET not in str(raised.value)

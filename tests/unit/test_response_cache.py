@@ -13,11 +13,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiorch_server.cache import LocalCache, ResponseCache, VersionCache, open_cache, version
-from aiorch_server.cache.answers import hash_request, hash_version, pack_answer, unpack_answer
+from aiorch_server.cache import (
+    EntryUnusable,
+    GuardedCache,
+    LocalCache,
+    ResponseCache,
+    VersionCache,
+    open_cache,
+    version,
+)
+from aiorch_server.cache.answers import hash_request, hash_version, pack_answer, seal, unpack_answer, unseal
+from aiorch_server.cache.guard import MOST_PENDING, MOST_PENDING_BYTES
 from aiorch_server.cache.local import ENTRY_BYTES
+from aiorch_server.config.batching import DynamicBatching
 from aiorch_server.config.server import CacheConfig
-from aiorch_server.errors import DeadlineExpired, InvalidSettings, ModelExecutionError, QueueFull
+from aiorch_server.errors import DeadlineExpired, InvalidSettings, ModelExecutionError, QueueFull, QueueTimeout
+from aiorch_server.scheduling import find_queue_timeout_us
 from aiorch_server.types import (
     InferenceRequest,
     InferenceResponse,
@@ -39,7 +50,7 @@ def answer(data: bytes = b"\1\2\3\4", id: str = "") -> InferenceResponse:
 
 
 def make(cache: ResponseCache | None = None, **options: Any) -> VersionCache:
-    return VersionCache(cache or LocalCache(size_bytes=1 << 16), "m", 1, fingerprint="f", config={}, **options)
+    return VersionCache(cache or LocalCache(size_bytes=1 << 16), "m", 1, identity="f", config={}, **options)
 
 
 KEY = hash_version("m", 1, "f", {})
@@ -79,6 +90,24 @@ def test_what_is_asked_alike_has_one_key() -> None:
     assert hash_request(KEY, one, NO_SEQUENCE) == hash_request(KEY, other, NO_SEQUENCE)
     other = ask(id="q", parameters={"priority": 2, "timeout": 3})
     assert hash_request(KEY, ask(), NO_SEQUENCE) == hash_request(KEY, other, NO_SEQUENCE)
+
+
+def test_all_outputs_by_name_are_those_of_no_name() -> None:
+    def key(*names: str) -> bytes:
+        request = ask(outputs=[RequestedOutput(name) for name in names])
+        return hash_request(KEY, request, NO_SEQUENCE, ("Y", "Z"))
+
+    assert key() == key("Y", "Z") == key("Z", "Y") == key("Z", "Y", "Z")
+    assert len({key(), key("Y"), key("Z")}) == 3
+
+
+def test_an_entry_is_opened_with_its_own_key_only() -> None:
+    sealed = seal(b"key", b"value")
+    assert unseal(b"key", sealed) == b"value"
+    wrong = [b"", sealed[:-1], sealed + b"x", sealed[1:], b"x" + sealed, sealed[:10], sealed.replace(b"val", b"lav")]
+    for key, entry in [(b"kez", sealed), *((b"key", each) for each in wrong)]:
+        with pytest.raises(EntryUnusable):
+            unseal(key, entry)
 
 
 def test_bytes_do_not_slide_from_one_tensor_into_the_next() -> None:
@@ -255,6 +284,49 @@ async def test_each_waits_to_its_own_deadline() -> None:
     assert cache.add_to(ModelStatistics("m", "1")).failures["REJECTED"] == 1
 
 
+async def test_each_waits_as_long_as_it_may_be_queued() -> None:
+    cache, run = make(), Runs()
+    tasks = await start_many(cache, run, 2)
+    with pytest.raises(QueueTimeout, match="Request timeout expired"):
+        await cache.infer(ask(id="late"), NO_SEQUENCE, run, find_timeout_us=lambda: 1000)
+    now_ns = int(asyncio.get_running_loop().time() * 1e9)
+    with pytest.raises(DeadlineExpired):  # whichever is first
+        await cache.infer(
+            ask(id="late"), NO_SEQUENCE, run, deadline_ns=now_ns + 1000, find_timeout_us=lambda: 60_000_000
+        )
+    assert not any(task.done() for task in tasks)
+    run.open[0].set_result(answer())
+    await asyncio.gather(*tasks)
+    assert cache.add_to(ModelStatistics("m", "1")).failures["REJECTED"] == 2
+
+
+@pytest.mark.parametrize(
+    ("batching", "priority", "timeout_us", "found"),
+    [
+        (None, 0, 5, 0),
+        ({}, 0, 5, 0),
+        ({"default_queue_policy": {"allow_timeout_override": True}}, 0, 5, 5),
+        ({"default_queue_policy": {"default_timeout_microseconds": 7}}, 0, 5, 7),
+        ({"default_queue_policy": {"default_timeout_microseconds": 7, "allow_timeout_override": True}}, 0, 9, 7),
+        ({"default_queue_policy": {"default_timeout_microseconds": 7, "timeout_action": "DELAY"}}, 0, 0, 0),
+        (
+            {
+                "priority_levels": 2,
+                "default_priority_level": 2,
+                "default_queue_policy": {"default_timeout_microseconds": 7},
+                "priority_queue_policy": {2: {"default_timeout_microseconds": 3}},
+            },
+            0,
+            0,
+            3,
+        ),
+    ],
+)
+def test_how_long_a_request_may_be_queued(batching: Any, priority: int, timeout_us: int, found: int) -> None:
+    section = None if batching is None else DynamicBatching.model_validate(batching)
+    assert find_queue_timeout_us(section, priority, timeout_us) == found
+
+
 async def test_a_first_one_out_of_time_is_given_up() -> None:
     """Its deadline is not that of the one that waits, which runs then."""
     cache, run = make(), Runs()
@@ -321,19 +393,22 @@ class GarbledCache(BrokenCache):
 
 @pytest.mark.parametrize("kind", [BrokenCache, GarbledCache])
 async def test_a_broken_cache_fails_no_request(kind: type[BrokenCache], caplog: pytest.LogCaptureFixture) -> None:
-    cache, run = make(kind(size_bytes=1, ttl_s=0)), Runs()
+    guarded = GuardedCache(kind(size_bytes=1, ttl_s=0), "broken", timeout_s=1)
+    cache, run = make(guarded), Runs()
     for index in range(3):
         task = start(cache, run, "i")
         await reach(lambda index=index: len(run.open) == index + 1)  # type: ignore[misc]
         run.open[-1].set_result(answer(id="i"))
         assert (await task).id == "i"
     assert len(caplog.records) == 1
+    use = guarded.read_use()
+    assert use.failures and use.entries is None
 
 
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("nowhere", "there is no cache 'nowhere'; known here: off, local"),
+        ("nowhere", "there is no cache 'nowhere'; known here: off, local, redis"),
         ("no_such_module:Cache", "cache 'no_such_module:Cache' cannot be used: ModuleNotFoundError"),
         ("builtins:dict", "it gives a dict, no ResponseCache"),
         ("builtins:object", "cache 'builtins:object' cannot be used: TypeError"),
@@ -348,3 +423,65 @@ def test_a_cache_that_cannot_be_had(kind: str, text: str) -> None:
 def test_caches_by_name() -> None:
     assert open_cache(CacheConfig()) is None
     assert isinstance(open_cache(CacheConfig(kind="local")), LocalCache)
+
+
+class SlowCache(BrokenCache):
+    """Answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.calls, self.checks, self.is_well = 0, 0, False
+
+    async def get(self, key: bytes) -> bytes | None:
+        self.calls += 1
+        await asyncio.get_running_loop().create_future()
+        return None
+
+    async def check(self) -> None:
+        self.checks += 1
+        if not self.is_well:
+            raise ConnectionError("not yet")
+
+
+async def test_after_a_failure_no_request_waits_until_the_cache_is_well() -> None:
+    cache = SlowCache()
+    guarded = GuardedCache(cache, "slow", timeout_s=0.01, pause_s=0.01)
+    assert await guarded.get(b"key") is None
+    assert cache.calls == 1
+    async with asyncio.timeout(10):
+        while cache.checks < 2:
+            assert await guarded.get(b"key") is None
+            await asyncio.sleep(0.001)
+    assert cache.calls == 1
+    cache.is_well = True
+    async with asyncio.timeout(10):
+        while cache.calls == 1:
+            assert await guarded.get(b"key") is None
+            await asyncio.sleep(0.001)
+    await guarded.close()
+
+
+class FullCache(SlowCache):
+    """Never done with an insertion."""
+
+    async def put(self, key: bytes, value: bytes) -> None:
+        self.calls += 1
+        await asyncio.get_running_loop().create_future()
+
+
+async def test_insertions_under_way_are_bounded_and_end_with_the_cache() -> None:
+    cache = FullCache()
+    guarded = GuardedCache(cache, "full", timeout_s=60)
+    for number in range(3 * MOST_PENDING):
+        await guarded.put(f"{number}".encode(), b"value")
+        await guarded.put(f"{number}".encode(), b"value")
+    await reach(lambda: cache.calls >= MOST_PENDING)
+    assert len(guarded._pending) == cache.calls == MOST_PENDING
+    assert await guarded.get(b"0") == b"value"
+    guarded._timeout_s = 0.01
+    await guarded.close()
+    assert not guarded._pending and not guarded._tasks and not guarded._pending_bytes
+    large = GuardedCache(FullCache(), "large", timeout_s=0.01)
+    for number in range(3):
+        await large.put(f"{number}".encode(), bytes(MOST_PENDING_BYTES // 2))
+    assert len(large._pending) == 2
+    await large.close()
