@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from foreign_clients import CLIENTS, Array, ForeignClient, GrpcioAioClient, GrpcioClient, GrpclibClient, Refused
 from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from running_site import SERVICE, TIMEOUT_S
+from tritonclient.grpc import service_pb2
 
 from .conftest import Place, wait_until
 
@@ -145,22 +147,80 @@ async def test_health_watch_by_grpclib(place: Place) -> None:
     await client.close()
 
 
+#: What somebody types who knows the server by reflection only: call, request and a part of the answer, as JSON.
+TYPED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "health": ("grpc.health.v1.Health/Check", {}, {"status": "SERVING"}),
+    "server": (f"{SERVICE}/ServerMetadata", {}, {"name": "aiorchestrator"}),
+    "ready": (f"{SERVICE}/ModelReady", {"name": "identity", "version": "1"}, {"ready": True}),
+    "config": (f"{SERVICE}/ModelConfig", {"name": "identity"}, {}),
+    "infer": (
+        f"{SERVICE}/ModelInfer",
+        {
+            "model_name": "identity",
+            "id": "7",
+            "inputs": [
+                {"name": "INPUT0", "datatype": "FP32", "shape": [1, 2], "contents": {"fp32_contents": [1.5, -2]}}
+            ],
+        },
+        {"id": "7", "model_version": "1", "raw_output_contents": ["AADAPwAAAMA="]},
+    ),
+    "status": (
+        "tensorflow.serving.ModelService/GetModelStatus",
+        {"model_spec": {"name": "identity"}},
+        {"model_version_status": [{"version": "1", "state": "AVAILABLE", "status": {}}]},
+    ),
+}
+
+
 @pytest.mark.proves("ServerReflection/*", by="grpcio")
-async def test_reflection(place: Place) -> None:
-    """grpcio-reflection's own client builds messages and a call from what it is told."""
+@pytest.mark.parametrize("typed", TYPED)
+async def test_reflection(place: Place, typed: str) -> None:
+    """grpcio-reflection's own client builds messages and a call from what it is told, as grpcurl does."""
+    client = GrpcioClient(place.site, place.root)
+    path, sent, wanted = TYPED[typed]
+    service, _, name = path.partition("/")
+
+    def run() -> dict[str, Any]:
+        database = ProtoReflectionDescriptorDatabase(client.channel)
+        assert service in list(database.get_services())
+        pool = DescriptorPool(database)
+        method = pool.FindServiceByName(service).FindMethodByName(name)
+        request = ParseDict(sent, GetMessageClass(method.input_type)())
+        answer_type = GetMessageClass(method.output_type)
+        call = client.channel.unary_unary(
+            f"/{path}", lambda message: message.SerializeToString(), answer_type.FromString
+        )
+        answer = call(request, timeout=TIMEOUT_S)
+        return MessageToDict(answer, preserving_proto_field_name=True, descriptor_pool=pool)
+
+    found = await asyncio.to_thread(run)
+    assert found and found | wanted == found
+    await client.close()
+
+
+@pytest.mark.proves("ServerReflection/*", by="grpcio")
+async def test_what_reflection_tells_is_what_tritonclient_has(place: Place) -> None:
+    """Each message that a call of the service can hold, field by field, over the wire."""
     client = GrpcioClient(place.site, place.root)
 
+    def describe(message: Any, known: dict[str, Any]) -> dict[str, Any]:
+        if message.full_name not in known:
+            known[message.full_name] = {
+                (field.number, field.name, field.type, field.is_repeated) for field in message.fields
+            }
+            for field in message.fields:
+                if field.message_type is not None:
+                    describe(field.message_type, known)
+        return known
+
     def run() -> None:
-        database = ProtoReflectionDescriptorDatabase(client.channel)
-        assert SERVICE in list(database.get_services())
-        pool = DescriptorPool(database)
-        method = pool.FindServiceByName(SERVICE).FindMethodByName("ModelReady")
-        request = GetMessageClass(method.input_type)(name="identity")
-        response_type = GetMessageClass(method.output_type)
-        call = client.channel.unary_unary(
-            f"/{SERVICE}/{method.name}", lambda message: message.SerializeToString(), response_type.FromString
-        )
-        assert call(request, timeout=TIMEOUT_S).ready
+        told = DescriptorPool(ProtoReflectionDescriptorDatabase(client.channel)).FindServiceByName(SERVICE)
+        theirs = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+        assert {method.name for method in told.methods} == {method.name for method in theirs.methods}
+        for method in theirs.methods:
+            ours = told.FindMethodByName(method.name)
+            assert describe(ours.input_type, {}) == describe(method.input_type, {})
+            assert describe(ours.output_type, {}) == describe(method.output_type, {})
 
     await asyncio.to_thread(run)
     await client.close()
