@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
+import grpc
 import numpy as np
 import typer
-from aiorch_client import Client, InferRequest
-from aiorch_client.loadgen import Arrival, LoadPlan, LoadResult, TargetUnreachable, run_load
+from aiorch_client import Client, InferRequest, RequestError
+from aiorch_client.loadgen import (
+    MODEL_INFER,
+    MODEL_STREAM_INFER,
+    Arrival,
+    LoadPlan,
+    LoadResult,
+    TargetUnreachable,
+    run_load,
+)
+from aiorch_client.loadgen.sequences import SequenceIds
 from aiorch_client.messages import encode_infer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -71,6 +82,10 @@ def bench(
         list[str] | None,
         typer.Option("--shape", help="NAME:D1,D2 for an input of open size, without the batch dimension."),
     ] = None,
+    sequence_length: Annotated[
+        int,
+        typer.Option("--sequence-length", min=1, max=1_000_000, help="Requests of a stateful model's sequence."),
+    ] = 10,
     model_version: ModelVersion = "",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of data and arrivals.")] = 0,
     timeout_secs: TimeoutSecs = 30.0,
@@ -81,18 +96,27 @@ def bench(
     token_file: TokenFile = None,
     json: Json = False,
 ) -> None:
-    """Measures a model under load: requests per second and latencies."""
+    """Measures a model under load: requests per second and latencies.
+
+    Of a stateful model each caller sends sequences; of a decoupled one a request ends with its last answer.
+    """
     output = ClientOutput(json)
     with output.guard():
         if concurrency % connections:
             raise UsageError(f"--concurrency {concurrency} must be a multiple of --connections {connections}")
         tls_config, token = make_tls(tls, tls_root_cert, tls_cert, tls_key), read_token(token_file)
         with open_client(url, timeout_s=timeout_secs, tls=tls_config, token=token) as client:
+            kind = _look_at(client, model, model_version)
+            if kind.is_stateful and rate is not None:
+                raise UsageError(
+                    f"--rate: model '{model}' keeps state, and requests of a sequence come one after the other; "
+                    "use --concurrency"
+                )
             if inputs:
                 values = [read_inputs(inputs)]
             else:
-                values = _make_all(client, model, model_version, batch, shape or [], data, seed)
-            messages = _encode(client, model, model_version, values)
+                values = _make_all(client, model, model_version, kind, batch, shape or [], data, seed)
+            messages = _encode(client, model, model_version, kind, values)
         plan = _plan(
             target=url,
             requests=messages,
@@ -104,11 +128,18 @@ def bench(
             arrival=arrival,
             seed=seed,
             timeout_s=timeout_secs,
+            path=MODEL_STREAM_INFER if kind.is_decoupled else MODEL_INFER,
+            sequence_length=sequence_length if kind.is_stateful else 0,
             metadata=() if token is None else (("authorization", f"Bearer {token}"),),
             credentials=None if tls_config is None else tls_config.credentials(),
         )
         result = _run(plan, output)
         output.show({"model": model, **result.to_dict()}, _tabulate(result))
+        if result.lost:
+            text = f"{result.lost:,} requests were lost: the connection to {url} broke"
+            if result.is_target_gone:
+                text += ", and none came back, so the run ended early"
+            raise CommandError(text, ExitCode.REFUSED)
         if result.requests and not result.latencies_us().size:
             raise CommandError(f"no request succeeded: {result.errors}", ExitCode.REFUSED)
 
@@ -120,11 +151,33 @@ def _plan(**settings: Any) -> LoadPlan:
         raise UsageError(str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What matters of a model's configuration for how it is asked."""
+
+    is_batching: bool
+    is_stateful: bool
+    is_decoupled: bool
+
+
+def _look_at(client: Client, model: str, version: str) -> _Kind:
+    try:
+        config = client.config(model, version)
+    except RequestError as error:  # servers of the protocol's core have no configurations
+        if error.code is not grpc.StatusCode.UNIMPLEMENTED:
+            raise
+        config = {}
+    return _Kind(
+        is_batching=bool(config.get("max_batch_size", 0)),
+        is_stateful="sequence_batching" in config,
+        is_decoupled=bool(config.get("model_transaction_policy", {}).get("decoupled", False)),
+    )
+
+
 def _make_all(
-    client: Client, model: str, version: str, rows: int, shapes: list[str], data: MadeData, seed: int
+    client: Client, model: str, version: str, kind: _Kind, rows: int, shapes: list[str], data: MadeData, seed: int
 ) -> list[Any]:
-    metadata = client.metadata(model, version)
-    is_batching = bool(client.config(model, version).get("max_batch_size", 0))
+    metadata, is_batching = client.metadata(model, version), kind.is_batching
     if rows > 1 and not is_batching:
         raise UsageError(f"--batch {rows}: model '{model}' takes one request at a time, it has no batch dimension")
     generator = np.random.default_rng(seed) if data is MadeData.RANDOM else None
@@ -134,11 +187,19 @@ def _make_all(
     ]
 
 
-def _encode(client: Client, model: str, version: str, values: list[Any]) -> list[bytes]:
+def _encode(client: Client, model: str, version: str, kind: _Kind, values: list[Any]) -> list[bytes]:
     """The serialised requests; the first is sent once, so that a request that cannot work is told before the load."""
     metadata = client.metadata(model, version)
     requests = [InferRequest(model, value, version=version) for value in values]
-    client.infer(model, values[0], version=version)
+    trial = requests[0]
+    if kind.is_stateful:
+        place = {"sequence_id": SequenceIds().take(), "sequence_start": True, "sequence_end": True}
+        trial = replace(trial, parameters=place)
+    if kind.is_decoupled:
+        for _ in client.stream([trial]):
+            pass
+    else:
+        client.infer(model, values[0], version=version, parameters=trial.parameters)
     return [encode_infer(request, metadata).SerializeToString() for request in requests]
 
 
@@ -169,6 +230,8 @@ def _tabulate(result: LoadResult) -> Table:
     table.add_row("requests", f"{result.requests:,}")
     for code, count in result.errors.items():
         table.add_row(f"[red]{code}[/red]", f"{count:,}")
+    if result.is_target_gone:
+        table.add_row("ended early", "no connection came back")
     if result.is_cut_short:
         table.add_row("cut short", "by the bound on requests kept in memory")
     return table

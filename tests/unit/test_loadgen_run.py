@@ -14,7 +14,17 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from aiorch_client.loadgen import MODEL_INFER, Arrival, LoadPlan, LoadResult, TargetUnreachable, drive_load, run_load
+from aiorch_client.loadgen import (
+    MODEL_INFER,
+    MODEL_STREAM_INFER,
+    Arrival,
+    LoadPlan,
+    LoadResult,
+    TargetUnreachable,
+    drive_load,
+    run_load,
+)
+from aiorch_proto.v2 import inference_pb2 as pb
 
 Method = Callable[[bytes, Any], Awaitable[bytes]]
 
@@ -50,13 +60,15 @@ class Server:
 
 
 @asynccontextmanager
-async def serve(method: Method) -> AsyncIterator[Server]:
-    service, name = MODEL_INFER.strip("/").split("/")
+async def serve(method: Any, path: str = MODEL_INFER, target: str = "127.0.0.1:0") -> AsyncIterator[Server]:
+    service, name = path.strip("/").split("/")
     state = Server(method)
     server = grpc.aio.server()
     handler = grpc.unary_unary_rpc_method_handler(state.answer)
+    if path == MODEL_STREAM_INFER:
+        handler = grpc.stream_stream_rpc_method_handler(method)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {name: handler}),))
-    state.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    state.target = f"127.0.0.1:{server.add_insecure_port(target)}"
     await server.start()
     try:
         yield state
@@ -144,7 +156,84 @@ async def test_server_that_stops_midway_is_counted_not_raised() -> None:
             await server.busy.wait()
     async with asyncio.timeout(10):
         result = await task
-    assert "UNAVAILABLE" in result.errors
+    assert result.lost == result.errors["LOST"] > 0
+
+
+async def test_callers_do_not_spin_when_the_server_has_left() -> None:
+    async with serve(echo) as server:
+        plan = make_plan(server, streams=4, channels=2, duration_s=60, connect_timeout_s=0.5)
+        task = asyncio.create_task(drive_load(plan))
+        async with asyncio.timeout(10):
+            await server.busy.wait()
+    async with asyncio.timeout(20):  # long before its time
+        result = await task
+    # each caller loses the request that it waits for, or the next one, and sends no more
+    assert 0 < result.lost <= 8
+    assert int((result.codes != 0).sum()) <= 16
+    assert result.is_target_gone
+    assert result.to_dict()["lost"] == result.lost
+
+
+async def test_callers_go_on_when_the_server_is_back() -> None:
+    async with serve(echo) as server:
+        plan = make_plan(server, streams=2, duration_s=6, connect_timeout_s=20)
+        task = asyncio.create_task(drive_load(plan))
+        async with asyncio.timeout(10):
+            await server.busy.wait()
+    async with serve(echo, target=server.target) as again, asyncio.timeout(30):
+        await again.busy.wait()
+        result = await task
+    assert 0 < result.lost <= 4
+    assert not result.is_target_gone
+    assert again.received
+
+
+async def test_sequences_are_whole_and_have_ids_of_their_own() -> None:
+    sent: list[pb.ModelInferRequest] = []
+
+    async def note(request: bytes, context: Any) -> bytes:
+        sent.append(pb.ModelInferRequest.FromString(request))
+        if len(sent) == 7:
+            await context.abort(grpc.StatusCode.INTERNAL, "this one failed")
+        await asyncio.sleep(0.001)
+        return request
+
+    asked = [pb.ModelInferRequest(model_name="m", raw_input_contents=[b"abc"]).SerializeToString()]
+    async with serve(note) as server:
+        result = await drive_load(make_plan(server, requests=asked, streams=3, sequence_length=4))
+    assert result.errors == {"INTERNAL": 1}
+    sequences: dict[int, list[tuple[bool, bool]]] = {}
+    for request in sent:
+        assert (request.model_name, list(request.raw_input_contents)) == ("m", [b"abc"])
+        flags = [request.parameters[name].bool_param for name in ("sequence_start", "sequence_end")]
+        sequences.setdefault(request.parameters["sequence_id"].int64_param, []).append((flags[0], flags[1]))
+    failed = sent[6].parameters["sequence_id"].int64_param
+    assert len(sequences) > 3 and min(sequences) > 0
+    for number, places in sequences.items():
+        assert [start for start, _ in places] == [True] + [False] * (len(places) - 1)
+        if number != failed:
+            assert [end for _, end in places] == [False] * (len(places) - 1) + [True]
+            assert len(places) <= 4
+    with pytest.raises(ValueError, match="sequences are for a closed loop"):
+        make_plan(server, sequence_length=4, rate=5.0)
+
+
+async def test_a_streamed_request_ends_with_its_last_answer() -> None:
+    async def count(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        async for request in requests:
+            number = int(pb.ModelInferRequest.FromString(request).id)
+            for _ in range(number):
+                await asyncio.sleep(0.01)
+                yield pb.ModelStreamInferResponse(infer_response={"id": str(number)}).SerializeToString()
+            if number == 1:
+                yield pb.ModelStreamInferResponse(error_message="one is not enough").SerializeToString()
+
+    asked = [pb.ModelInferRequest(id=number).SerializeToString() for number in "130"]
+    async with serve(count, MODEL_STREAM_INFER) as server:
+        result = await drive_load(make_plan(server, requests=asked, path=MODEL_STREAM_INFER))
+    assert set(result.codes[0::3].tolist()) == {2} and set(result.codes[1:-1:3].tolist()) == {0}
+    took = (result.answered_ns - result.sent_ns)[1:-1:3]
+    assert took.min() >= 30_000_000
 
 
 async def test_open_loop_latency_counts_from_the_due_time() -> None:

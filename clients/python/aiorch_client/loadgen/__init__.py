@@ -5,12 +5,14 @@ when the last was answered) or an open loop (requests come at times fixed before
 """
 
 from aiorch_client.loadgen.arrivals import Arrival, schedule_arrivals
-from aiorch_client.loadgen.plan import MODEL_INFER, LoadPlan
-from aiorch_client.loadgen.result import WRONG_ANSWER, LoadResult
+from aiorch_client.loadgen.plan import MODEL_INFER, MODEL_STREAM_INFER, LoadPlan
+from aiorch_client.loadgen.result import LOST, WRONG_ANSWER, LoadResult
 from aiorch_client.loadgen.run import TargetUnreachable, drive_load, run_load
 
 __all__ = [
+    "LOST",
     "MODEL_INFER",
+    "MODEL_STREAM_INFER",
     "WRONG_ANSWER",
     "Arrival",
     "LoadPlan",

@@ -12,6 +12,7 @@ import grpc
 from aiorch_client.loadgen.arrivals import Arrival
 
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
+MODEL_STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,15 @@ class LoadPlan:
     ``channels`` connections. An open loop never has more than ``max_in_flight`` requests under way: later ones leave
     late, and their latency counts from the time they were due. ``warm_up_s`` of the same load comes first and is left
     out of the figures. Every request has the deadline ``timeout_s``, so a run ends after
-    ``connect_timeout_s + warm_up_s + duration_s + timeout_s`` at the latest. ``max_requests`` bounds memory (26 bytes
-    each): a closed loop stops there, an open loop that needs more is refused.
+    ``warm_up_s + duration_s + 2 x (connect_timeout_s + timeout_s)`` at the latest. ``max_requests`` bounds memory (26
+    bytes each): a closed loop stops there, an open loop that needs more is refused.
+
+    ``sequence_length`` above 0 makes each caller of a closed loop send sequences of so many requests, with correlation
+    ids of their own; one that fails is given up, one that the run's end cuts short gets a last request. A plan whose
+    ``path`` is MODEL_STREAM_INFER opens one stream per request, which is answered when the stream ends.
+
+    Where the connection breaks, requests without an answer count as LOST, and no further ones are sent until it is
+    there again; if it is not within ``connect_timeout_s``, the run ends.
 
     ``check(index, response)`` is called with the index of the request in ``requests`` and the response's bytes, and
     says whether the answer is right; it runs in the generator's thread, so keep it short.
@@ -46,6 +54,7 @@ class LoadPlan:
     max_in_flight: int = 10_000
     max_requests: int = 10_000_000
     path: str = MODEL_INFER
+    sequence_length: int = 0
     metadata: Sequence[tuple[str, str | bytes]] = ()
     credentials: grpc.ChannelCredentials | None = None
     check: Callable[[int, bytes], bool] | None = None
@@ -59,6 +68,11 @@ class LoadPlan:
     def is_open(self) -> bool:
         """Whether requests come at fixed times (open loop) rather than after the last answer (closed loop)."""
         return self.rate is not None
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether a request may have any number of answers."""
+        return self.path == MODEL_STREAM_INFER
 
     @property
     def total_s(self) -> float:
@@ -78,6 +92,8 @@ class LoadPlan:
             "channels": self.channels,
             "timeout_s": self.timeout_s,
         }
+        if self.sequence_length:
+            shared |= {"sequence_length": self.sequence_length}
         if not self.is_open:
             return shared | {"streams": self.streams}
         opened = {"rate": self.rate, "arrival": self.arrival.value, "seed": self.seed}
@@ -91,6 +107,11 @@ class LoadPlan:
             (not self.target, "target is empty, expected 'host:port'"),
             (not self.requests, "requests is empty, expected at least one serialised message"),
             (not self.path.startswith("/"), f"path is '{self.path}', expected '/package.Service/Method'"),
+            (self.sequence_length < 0, f"sequence_length is {self.sequence_length}, expected >= 0"),
+            (
+                self.sequence_length > 0 and self.is_open,
+                "sequences are for a closed loop, whose callers wait for an answer before they go on; leave rate out",
+            ),
             (self.warm_up_s < 0 or not math.isfinite(self.warm_up_s), f"warm_up_s is {self.warm_up_s}, expected >= 0"),
             *[
                 (not (0 < value < math.inf), f"{name} is {value}, expected > 0")

@@ -13,9 +13,11 @@ import numpy.typing as npt
 
 #: Stands beside gRPC's status codes for an OK answer that ``LoadPlan.check`` called wrong.
 WRONG_ANSWER = 100
+#: No answer came: the connection broke, or there was none.
+LOST = 101
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 
-_CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode} | {WRONG_ANSWER: "WRONG_ANSWER"}
+_CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode} | {WRONG_ANSWER: "WRONG_ANSWER", LOST: "LOST"}
 _NS_PER_US = 1_000
 _NS_PER_S = 1_000_000_000
 
@@ -24,9 +26,10 @@ _NS_PER_S = 1_000_000_000
 class LoadResult:
     """All requests of a run, in the order in which they were due; times are nanoseconds since the run's start.
 
-    ``scheduled_ns``, ``sent_ns``, ``answered_ns``: int64 ``[n]``; ``codes``: int16 ``[n]``, gRPC's status or
-    WRONG_ANSWER. In a closed loop a request is due when its caller is free. The measured window is
-    ``[window_start_ns, window_end_ns)``; what comes before it is warm-up.
+    ``scheduled_ns``, ``sent_ns``, ``answered_ns``: int64 ``[n]``; ``codes``: int16 ``[n]``, gRPC's status,
+    WRONG_ANSWER or LOST. In a closed loop a request is due when its caller is free. The measured window is
+    ``[window_start_ns, window_end_ns)``; what comes before it is warm-up. ``is_target_gone``: the run ended early,
+    because no connection came back.
     """
 
     plan: dict[str, Any]
@@ -37,6 +40,7 @@ class LoadResult:
     window_start_ns: int
     window_end_ns: int
     is_cut_short: bool = False
+    is_target_gone: bool = False
     is_measured: npt.NDArray[np.bool_] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +78,11 @@ class LoadResult:
             if value
         }
 
+    @property
+    def lost(self) -> int:
+        """Requests of the whole run, warm-up included, that got no answer because the connection broke."""
+        return int((self.codes == LOST).sum())
+
     def latencies_us(self) -> npt.NDArray[np.float64]:
         """From due to answered, of the window's OK requests, float64 ``[ok]`` microseconds."""
         chosen = self.is_measured & (self.codes == 0)
@@ -99,6 +108,8 @@ class LoadResult:
             "offered_per_s": self.offered_per_s,
             "window_s": self.window_s,
             "is_cut_short": self.is_cut_short,
+            "is_target_gone": self.is_target_gone,
+            "lost": self.lost,
             "latency_us": _summarise(self.latencies_us()),
             "send_lag_us": _summarise(self.lags_us()),
         }
@@ -114,6 +125,7 @@ class LoadResult:
                 codes=self.codes,
                 window_ns=np.array([self.window_start_ns, self.window_end_ns], dtype=np.int64),
                 is_cut_short=np.array(self.is_cut_short),
+                is_target_gone=np.array(self.is_target_gone),
                 plan=np.array(json.dumps(self.plan)),
             )
 
@@ -131,6 +143,7 @@ class LoadResult:
                 window_start_ns=start_ns,
                 window_end_ns=end_ns,
                 is_cut_short=bool(stored["is_cut_short"]),
+                is_target_gone="is_target_gone" in stored and bool(stored["is_target_gone"]),
             )
 
 

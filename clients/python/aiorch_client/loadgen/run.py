@@ -7,15 +7,14 @@ import time
 from array import array
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import Any
 
-import grpc
-import grpc.aio
 import numpy as np
 
 from aiorch_client.loadgen.arrivals import schedule_arrivals
+from aiorch_client.loadgen.link import Link
 from aiorch_client.loadgen.plan import LoadPlan
-from aiorch_client.loadgen.result import WRONG_ANSWER, LoadResult
+from aiorch_client.loadgen.result import LOST, WRONG_ANSWER, LoadResult
+from aiorch_client.loadgen.sequences import Sequence, SequenceIds
 
 #: Called about five times a second with the part of the run that is over (0..1) and the number of answers so far.
 Progress = Callable[[float, int], None]
@@ -24,12 +23,6 @@ _NS_PER_S = 1_000_000_000
 # The event loop's timers have milliseconds; the last stretch before a due time is spent yielding instead.
 _COARSE_NS = 2_000_000
 _PROGRESS_S = 0.2
-_CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.use_local_subchannel_pool", 1),  # without it, channels to one address share one connection
-    ("grpc.enable_retries", 0),  # each request is sent once: a retry would hide an error and count twice
-)
 
 
 class TargetUnreachable(ConnectionError):
@@ -49,9 +42,9 @@ async def drive_load(plan: LoadPlan, on_progress: Progress | None = None) -> Loa
     TargetUnreachable before the first request; failures of requests are counted, not raised.
     """
     async with AsyncExitStack() as stack:
-        channels = [await stack.enter_async_context(_open_channel(plan)) for _ in range(plan.channels)]
-        await _await_ready(plan, channels)
-        run = _Run(plan, [channel.unary_unary(plan.path) for channel in channels])
+        links = [await stack.enter_async_context(Link(plan)) for _ in range(plan.channels)]
+        await _connect_all(plan, links)
+        run = _Run(plan, links)
         async with asyncio.TaskGroup() as group:
             ticker = group.create_task(run.report(on_progress)) if on_progress else None
             await run.offer()
@@ -60,16 +53,10 @@ async def drive_load(plan: LoadPlan, on_progress: Progress | None = None) -> Loa
         return run.finish()
 
 
-def _open_channel(plan: LoadPlan) -> grpc.aio.Channel:
-    if plan.credentials is None:
-        return grpc.aio.insecure_channel(plan.target, options=_CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(plan.target, plan.credentials, options=_CHANNEL_OPTIONS)
-
-
-async def _await_ready(plan: LoadPlan, channels: list[grpc.aio.Channel]) -> None:
+async def _connect_all(plan: LoadPlan, links: list[Link]) -> None:
     try:
         async with asyncio.timeout(plan.connect_timeout_s):
-            await asyncio.gather(*(channel.channel_ready() for channel in channels))
+            await asyncio.gather(*(link.connect() for link in links))
     except TimeoutError:
         raise TargetUnreachable(
             f"no connection to '{plan.target}' within {plan.connect_timeout_s:g} s; is a server listening there?"
@@ -79,10 +66,11 @@ async def _await_ready(plan: LoadPlan, channels: list[grpc.aio.Channel]) -> None
 class _Run:
     """Times and codes of one run; a request's slot is its place in the order of due times."""
 
-    def __init__(self, plan: LoadPlan, calls: list[Any]) -> None:
+    def __init__(self, plan: LoadPlan, links: list[Link]) -> None:
         self._plan = plan
-        self._calls = calls
-        self._metadata = tuple(plan.metadata)
+        self._links = links
+        self._gone: set[Link] = set()
+        self._ids = SequenceIds()
         self._scheduled_ns, self._sent_ns, self._answered_ns = array("q"), array("q"), array("q")
         self._codes = array("h")
         self._answers = 0
@@ -95,8 +83,8 @@ class _Run:
         plan = self._plan
         if plan.rate is None:
             async with asyncio.TaskGroup() as group:
-                for call in self._calls * plan.streams:
-                    group.create_task(self._send_in_turn(call))
+                for link in self._links * plan.streams:
+                    group.create_task(self._send_in_turn(link))
         else:
             due_ns = schedule_arrivals(
                 plan.arrival,
@@ -125,17 +113,28 @@ class _Run:
             window_start_ns=int(self._plan.warm_up_s * _NS_PER_S),
             window_end_ns=self._end_ns,
             is_cut_short=self._is_cut_short,
+            is_target_gone=len(self._gone) == len(self._links),
         )
 
     def _now_ns(self) -> int:
         return time.perf_counter_ns() - self._start_ns
 
-    async def _send_in_turn(self, call: Any) -> None:
-        while (now_ns := self._now_ns()) < self._end_ns:
+    async def _send_in_turn(self, link: Link) -> None:
+        sequence = self._begin_sequence()
+        while (now_ns := self._now_ns()) < self._end_ns and link not in self._gone:
             if len(self._codes) >= self._plan.max_requests:
                 self._is_cut_short = True
-                return
-            await self._send(call, self._open_slot(now_ns))
+                break
+            slot = self._open_slot(now_ns)
+            await self._send(link, slot, sequence=sequence)
+            if sequence is not None and (sequence.is_over or self._codes[slot]):
+                sequence = self._begin_sequence()
+        if sequence is not None and sequence.is_open and link not in self._gone:
+            await link.send(sequence.take(self._plan.requests[0], is_last=True))  # or it would keep its place for long
+
+    def _begin_sequence(self) -> Sequence | None:
+        length = self._plan.sequence_length
+        return Sequence(self._ids.take(), length) if length else None
 
     async def _send_when_due(self, due_ns: list[int]) -> None:
         places = asyncio.Semaphore(self._plan.max_in_flight)
@@ -143,8 +142,10 @@ class _Run:
             for number, due in enumerate(due_ns):
                 await self._sleep_until(due)
                 await places.acquire()
-                call = self._calls[number % len(self._calls)]
-                group.create_task(self._send(call, self._open_slot(due), places))
+                if len(self._gone) == len(self._links):
+                    return
+                link = self._links[number % len(self._links)]
+                group.create_task(self._send(link, self._open_slot(due), places))
 
     async def _sleep_until(self, due_ns: int) -> None:
         # Yields at least once: a generator that has fallen behind must still read answers.
@@ -159,18 +160,21 @@ class _Run:
         self._codes.append(0)
         return len(self._codes) - 1
 
-    async def _send(self, call: Any, slot: int, places: asyncio.Semaphore | None = None) -> None:
+    async def _send(
+        self, link: Link, slot: int, places: asyncio.Semaphore | None = None, sequence: Sequence | None = None
+    ) -> None:
         plan = self._plan
         index = slot % len(plan.requests)
+        request = plan.requests[index] if sequence is None else sequence.take(plan.requests[index])
         self._sent_ns[slot] = self._now_ns()
         try:
-            response = await call(plan.requests[index], timeout=plan.timeout_s, metadata=self._metadata)
+            code, response = await link.send(request)
             self._answered_ns[slot] = self._now_ns()
-            if plan.check is not None and not plan.check(index, response):
-                self._codes[slot] = WRONG_ANSWER
-        except grpc.aio.AioRpcError as error:
-            self._answered_ns[slot] = self._now_ns()
-            self._codes[slot] = error.code().value[0]
+            if code == 0 and plan.check is not None and not plan.check(index, response):
+                code = WRONG_ANSWER
+            self._codes[slot] = code
+            if code == LOST and not await link.returns():
+                self._gone.add(link)
         finally:
             if places is not None:
                 places.release()
