@@ -33,6 +33,8 @@ _NUMBERS = ("max_batch_size", "instances")
 #: The largest tensor that a line to paste writes out.
 _MAX_PASTED = 64
 _NO_MODELS = "no models: a repository holds a folder per model with a folder per version, as in my_model/1/model.onnx"
+#: What makes a request a sequence of its own: first and last.
+_PLACE = {"sequence_id": 1, "sequence_start": True, "sequence_end": True}
 _DTYPES = {"FP16": "float16", "BF16": "float32", "FP32": "float32", "FP64": "float64", "BOOL": "bool"}
 
 
@@ -43,6 +45,17 @@ class ServedModel:
     entry: ModelIndexEntry
     config: ModelConfig | None = None
     metadata: ModelMetadata | None = None
+
+    @property
+    def is_stateful(self) -> bool:
+        """Whether requests must belong to a sequence."""
+        return self.config is not None and self.config.sequence_batching is not None
+
+    @property
+    def is_decoupled(self) -> bool:
+        """Whether requests must come over a stream."""
+        policy = None if self.config is None else self.config.model_transaction_policy
+        return policy is not None and policy.decoupled
 
     def describe(self) -> dict[str, Any]:
         """The row as plain values."""
@@ -142,20 +155,31 @@ def write_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_examples(addresses: Mapping[str, str], models: Sequence[ServedModel], *, has_tls: bool) -> list[str]:
-    """Lines to paste into a shell: a call in Python, one with curl, a load test; for the model with the least input."""
-    ready = [(model.entry.name, model.metadata) for model in models if model.metadata is not None]
+    """Lines to paste into a shell: a call in Python, one with curl, a load test; for the model with the least input.
+
+    A model that a plain request does not fit, because it keeps state or is decoupled, is shown where there is no other.
+    """
+    ready = [(model, model.metadata) for model in models if model.metadata is not None]
     if not ready:
         return []
-    name, metadata = min(ready, key=lambda each: sum(math.prod(_fill(tensor)) for tensor in each[1].inputs))
+    model, metadata = min(
+        ready,
+        key=lambda each: (each[0].is_stateful or each[0].is_decoupled, sum(map(_count, each[1].inputs))),
+    )
+    name = model.entry.name
     lines = []
     grpc_address, http_address = addresses.get("grpc"), addresses.get("http")
     if grpc_address is not None and not has_tls:
         arrays = ", ".join(f'"{tensor.name}": {_write_array(tensor)}' for tensor in metadata.inputs)
-        call = f'c.Client("{grpc_address}").infer("{name}", {{{arrays}}}).outputs'
+        flags = ", ".join(f"{key}={value}" for key, value in _PLACE.items())  # no quotes: the shell's are around
+        place = f", parameters=dict({flags})" if model.is_stateful else ""
+        call = f'c.Client("{grpc_address}").infer("{name}", {{{arrays}}}{place}).outputs'
+        if model.is_decoupled:
+            call = f'*(r.outputs for r in c.Client("{grpc_address}").stream([c.InferRequest("{name}", {{{arrays}}})]))'
         lines.append(f"{_name_program('python')} -c 'import numpy as np, aiorch_client as c; print({call})'")
     if http_address is not None:
         url = f"http://{http_address}/v2/models/{name}"
-        body = _write_body(metadata)
+        body = "" if model.is_decoupled else _write_body(metadata, _PLACE if model.is_stateful else {})
         lines.append(f"curl -s {url}/infer -d '{body}'" if body else f"curl -s {url}")
     if grpc_address is not None:
         tls = " --tls-root-cert ROOT.pem" if has_tls else ""
@@ -172,6 +196,10 @@ def _name_program(name: str) -> str:
     return shlex.quote(str(program))
 
 
+def _count(tensor: TensorMetadata) -> int:
+    return math.prod(_fill(tensor))
+
+
 def _fill(tensor: TensorMetadata) -> list[int]:
     return [1 if size == -1 else size for size in tensor.shape]
 
@@ -183,14 +211,15 @@ def _write_array(tensor: TensorMetadata) -> str:
     return f"np.zeros({shape}, np.{_DTYPES.get(tensor.datatype, tensor.datatype.lower())})"
 
 
-def _write_body(metadata: ModelMetadata) -> str:
+def _write_body(metadata: ModelMetadata, parameters: Mapping[str, Any]) -> str:
     """The JSON of a REST request with zeros; empty where it would be long or JSON cannot carry the type."""
     tensors = []
     for tensor in metadata.inputs:
-        count = math.prod(_fill(tensor))
+        count = _count(tensor)
         if count > _MAX_PASTED or tensor.datatype in ("FP16", "BF16"):
             return ""
         value: Any = {"BYTES": "text", "BOOL": False}.get(tensor.datatype, 0)
         shape = {"name": tensor.name, "shape": _fill(tensor), "datatype": tensor.datatype}
         tensors.append({**shape, "data": [value] * count})
-    return json.dumps({"inputs": tensors}, separators=(",", ":"))
+    body = {"parameters": parameters, "inputs": tensors} if parameters else {"inputs": tensors}
+    return json.dumps(body, separators=(",", ":"))

@@ -45,4 +45,4 @@ class Sequence:
         place.parameters["sequence_start"].bool_param = is_start
         place.parameters["sequence_end"].bool_param = self.is_over
         # serialised messages one after the other are one message (protobuf's encoding: "Last One Wins", maps merge)
-        return request + place.SerializeToString()
+        return b"".join((request, place.SerializeToString()))
