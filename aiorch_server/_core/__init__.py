@@ -6,7 +6,7 @@ from aiorch_server._core.collate import Batch
 from aiorch_server._core.compiled import serve_compiled
 from aiorch_server._core.histogram import Histogram
 from aiorch_server._core.mailbox import Mailbox
-from aiorch_server._core.member import Member, count_run, detach, is_unwanted, list_attachments
+from aiorch_server._core.member import Member, count_run, detach, is_unwanted, list_attachments, read_trace
 from aiorch_server._core.routes import Router
 from aiorch_server._core.scheduler import Scheduler
 from aiorch_server._core.spec import ModelSpec
@@ -56,6 +56,7 @@ __all__ = [
     "list_attachments",
     "read_copied_bytes",
     "read_names",
+    "read_trace",
     "scan",
     "serve_compiled",
     "walk_elements",

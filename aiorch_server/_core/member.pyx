@@ -6,6 +6,7 @@ from libc.stdint cimport int64_t, uint8_t
 from aiorch_server._core.answers cimport encode_answer
 from aiorch_server._core.counters cimport BatchSizeCount, Counters
 from aiorch_server._core.request cimport (
+    Request,
     fail_request,
     is_cancelled,
     now_ns,
@@ -47,6 +48,17 @@ def list_attachments(Batch batch not None):
         for i in range(batch._first, batch._last)
         if batch._members[i] != NULL and batch._members[i].attachment != NULL
     ]
+
+
+def read_trace(Batch batch not None):
+    """Ids of trace and span, 16 and 8 bytes, of the only selected member; for the thread that has the batch.
+
+    None where it belongs to none, or there are several.
+    """
+    cdef Request *request = batch._members[batch._first]
+    if batch._last - batch._first != 1 or request == NULL or not request.parent.is_present:
+        return None
+    return request.parent.trace_id[:16] + request.parent.span_id[:8]
 
 
 def is_unwanted(Batch batch not None):

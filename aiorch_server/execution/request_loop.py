@@ -12,7 +12,7 @@ from aiorch_server._core import Batch, Member, Scheduler, count_run, detach
 from aiorch_server.backend import RequestInstance
 from aiorch_server.execution.callers import Callers
 from aiorch_server.execution.held_request import HeldRequest, RequestOwner
-from aiorch_server.tracing import Run
+from aiorch_server.tracing import Run, speak_of
 
 #: Requests that one instance holds unanswered; with so many it takes no further batch.
 MAX_OPEN: Final = 4096
@@ -124,7 +124,9 @@ class RequestLoop:
         try:
             self._hand_over(requests)
         except Exception as error:
-            self._log(error)
+            run = requests[0].run if len(requests) == 1 else None
+            with speak_of(None if run is None else run.trace):
+                self._log(error)
             is_untouched = not any(request.is_ended for request in requests)
             if self._isolate_failures and is_untouched and len(requests) > 1 and not self._owner.signature.is_decoupled:
                 for request in requests:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from aiorch_server._core import Batch, Scheduler, is_unwanted, list_attachments, serve_compiled
+from aiorch_server._core import Batch, Scheduler, is_unwanted, list_attachments, read_trace, serve_compiled
 from aiorch_server.backend import Backend, LoadContext, ModelInstance, RequestInstance
 from aiorch_server.errors import AiorchError, Code, ModelExecutionError, ModelLoadError
 from aiorch_server.execution.callers import Callers
@@ -25,7 +25,7 @@ from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.execution.request_loop import RequestLoop
 from aiorch_server.execution.response_counts import ResponseCounts
 from aiorch_server.execution.warmup import WarmupSample, warm_up
-from aiorch_server.tracing import Run
+from aiorch_server.tracing import Run, speak_of
 from aiorch_server.types import ModelSignature
 
 logger = logging.getLogger(__name__)
@@ -276,7 +276,8 @@ class _InstanceThread(threading.Thread):
 
     def _settle_failed(self, instance: ModelInstance, batch: Batch, error: Exception) -> None:
         """Answers every member of a failed batch, each on its own where the configuration allows to run it again."""
-        self._group.failures.write(error)
+        with speak_of(read_trace(batch)):
+            self._group.failures.write(error)
         members = batch.members
         if members == 1 or not self._group.isolate_failures:
             batch.fail(*self._answer(error))

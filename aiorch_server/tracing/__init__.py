@@ -1,6 +1,6 @@
 """What is watched of one request on the control plane: who sent it, and the models that it ran through."""
 
-from aiorch_server.tracing.incoming import TIMING_HEADER, Incoming, current_incoming, find_trace, receive
+from aiorch_server.tracing.incoming import TIMING_HEADER, Incoming, current_incoming, find_trace, receive, speak_of
 from aiorch_server.tracing.run import CacheHit, Run, current_run
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "current_run",
     "find_trace",
     "receive",
+    "speak_of",
 ]

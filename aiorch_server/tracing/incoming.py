@@ -98,7 +98,17 @@ def find_trace() -> bytes | None:
     The span is the server's where the request is traced here, else its caller's.
     """
     run, incoming = current_run.get(), current_incoming.get()
-    return (None if run is None else run.trace) or (None if incoming is None else incoming.trace)
+    return (None if run is None else run.trace) or (None if incoming is None else incoming.trace) or _given_trace.get()
+
+
+@contextmanager
+def speak_of(trace: bytes | None) -> Iterator[None]:
+    """What is logged meanwhile is about that trace and span; for threads that have no request of their own."""
+    token = _given_trace.set(trace)
+    try:
+        yield
+    finally:
+        _given_trace.reset(token)
 
 
 def _is_parent(text: str) -> bool:
@@ -107,5 +117,6 @@ def _is_parent(text: str) -> bool:
     return len(text) == _PARENT_CHARACTERS or not text.startswith("00")
 
 
+_given_trace: ContextVar[bytes | None] = ContextVar("given_trace", default=None)
 #: The request that the task which runs now is about.
 current_incoming: ContextVar[Incoming | None] = ContextVar("current_incoming", default=None)

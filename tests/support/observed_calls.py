@@ -34,7 +34,7 @@ CONFIGS = {
           step {{ model_name: "cached" model_version: -1
                   input_map {{ key: "INPUT0" value: "between" }} output_map {{ key: "OUTPUT0" value: "OUTPUT0" }} }}
         }}""",
-    # calls the ensemble for each of its requests
+    # calls the ensemble for each of its requests, fails below zero
     "caller": f'backend: "python" max_batch_size: 8 {FP32}',
     # an answer for each element, an error for 13, and an end without an answer
     "repeat": f'backend: "python" max_batch_size: 0 model_transaction_policy {{ decoupled: true }} {FP32}',
@@ -50,6 +50,8 @@ class Model:
     def execute(self, inputs):
         if not inputs["INPUT0"].any():  # the warm-up, when there may be no chain yet
             return {"OUTPUT0": inputs["INPUT0"]}
+        if (inputs["INPUT0"] < 0).any():
+            raise ValueError("below zero")
         return {"OUTPUT0": call(self.context, "chain", {"INPUT0": inputs["INPUT0"]}, timeout_s=20)["OUTPUT0"]}
 """,
     "repeat": """
@@ -101,15 +103,25 @@ class Caller:
         _, done = call.with_call(request.SerializeToString(), metadata=tuple(headers.items()), timeout=TIMEOUT_S)
         return read_timing(dict(done.trailing_metadata()))
 
-    def step(self, model: str, headers: Mapping[str, str]) -> dict[str, str]:
-        """A sequence of one request."""
+    def step(
+        self,
+        model: str,
+        headers: Mapping[str, str],
+        value: int = 1,
+        sequence: int = 0,
+        *,
+        is_start: bool = True,
+        timeout_s: float = TIMEOUT_S,
+    ) -> dict[str, str]:
+        """One request of a sequence; where no sequence is named, all of it."""
         request = pb.ModelInferRequest(model_name=model)
         request.inputs.add(name="value", datatype="INT64", shape=[1, 1])
-        request.raw_input_contents.append((1).to_bytes(8, "little"))
-        request.parameters["sequence_id"].int64_param = next(self._sequences)
-        request.parameters["sequence_start"].bool_param = request.parameters["sequence_end"].bool_param = True
+        request.raw_input_contents.append(value.to_bytes(8, "little", signed=True))
+        request.parameters["sequence_id"].int64_param = sequence or 1000 + next(self._sequences)
+        request.parameters["sequence_start"].bool_param = is_start
+        request.parameters["sequence_end"].bool_param = not sequence
         call = self.channel.unary_unary(f"/{SERVICE}/ModelInfer")
-        _, done = call.with_call(request.SerializeToString(), metadata=tuple(headers.items()), timeout=TIMEOUT_S)
+        _, done = call.with_call(request.SerializeToString(), metadata=tuple(headers.items()), timeout=timeout_s)
         return read_timing(dict(done.trailing_metadata()))
 
     def stream(self, model: str, headers: Mapping[str, str], *values: float) -> dict[str, str]:

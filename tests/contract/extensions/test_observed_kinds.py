@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import tritonclient.grpc as grpc_client
 from observed_calls import PARENT, Caller, make_headers, make_trace, write_observed
 from otlp_receiver import Receiver, receive_spans
+from sequence_models import WAIT, StatefulSite, write_tally
 from served import Served, serve
 
 TIMEOUT_S = 20.0
@@ -84,9 +87,12 @@ class Observed:
         return span
 
 
+def read_records(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+
+
 def read_lines(log: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
-    return [line for line in lines if line["message"] == "slow request"]
+    return [line for line in read_records(log) if line["message"] == "slow request"]
 
 
 def wait_until(is_true: Callable[[], bool], describe: Callable[[], object]) -> None:
@@ -118,7 +124,10 @@ def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             yield sight
             caller.close()
             assert served.end() == 0
-            assert "Traceback" not in served.log.read_text()
+            assert list_failures(served.log) <= {
+                "caller:1: a batch failed",
+                "model 'caller': execute failed (failure 1)",
+            }
 
 
 def attributes_of(span: Any) -> dict[str, Any]:
@@ -205,6 +214,24 @@ def test_a_steps_line_has_the_ids_of_the_whole_request(observed: Observed) -> No
         assert {line["span_id"] for line in lines} == {observed.server_span(kind).span_id.hex()}
 
 
+def list_failures(log: Path) -> set[str]:
+    return {line["message"] for line in read_records(log) if line["level"] == "ERROR"}
+
+
+def test_a_failure_is_logged_with_the_ids_of_its_request(observed: Observed) -> None:
+    with pytest.raises(grpc.RpcError, match="below zero"):
+        observed.caller.infer("caller", make_headers(make_trace(500), is_sampled=False), -1.0)
+
+    def list_told() -> list[dict[str, Any]]:
+        return [line for line in read_records(observed.served.log) if line["message"] == "caller:1: a batch failed"]
+
+    wait_until(lambda: bool(list_told()), lambda: list_failures(observed.served.log))
+    (line,) = list_told()
+    assert (line["trace_id"], line["span_id"]) == (make_trace(500), PARENT) and "ValueError: below zero" in line[
+        "trace"
+    ]
+
+
 @pytest.mark.parametrize("kind", ["plain", "stream", "http", "generate", "decoupled_http", "serving", "serving_http"])
 def test_a_malformed_parent_is_no_parent(observed: Observed, kind: str) -> None:
     call = observed.caller.calls()[kind]
@@ -239,3 +266,59 @@ def test_settings_change_while_it_runs(observed: Observed) -> None:
         call(make_headers(on[kind]))
     observed.wait_for(on)
     assert [kind for kind in off if observed.spans(off[kind]) or observed.lines(off[kind])] == []
+
+
+@pytest.fixture
+def stateful(tmp_path: Path) -> Iterator[tuple[StatefulSite, Caller, Receiver]]:
+    """A server in this process, whose models can be held."""
+    (tmp_path / "models").mkdir()
+    write_tally(tmp_path / "models", "oldest")
+    write_tally(tmp_path / "models", "direct", strategy="direct { max_queue_delay_microseconds: 0 }")
+    with receive_spans() as (endpoint, receiver):
+        site = StatefulSite(tmp_path / "models", trace={"endpoint": endpoint, "rate": 0})
+        caller = Caller(site.target, site.http)
+        try:
+            yield site, caller, receiver
+        finally:
+            caller.close()
+            site.close()
+
+
+@pytest.mark.parametrize("model", ["oldest", "direct"])
+def test_the_wait_for_its_turn_is_the_queue(stateful: tuple[StatefulSite, Caller, Receiver], model: str) -> None:
+    """A request behind another of its sequence has waited since it came; one that never ran has only waited."""
+    site, caller, receiver = stateful
+    with ThreadPoolExecutor(4) as pool, site.held(model) as release:
+        first = pool.submit(caller.step, model, make_headers(make_trace(1)), WAIT, 7)
+        site.wait_for(lambda: site.table(model).live == 1)
+        second = pool.submit(caller.step, model, make_headers(make_trace(2)), 1, 7, is_start=False)
+        site.wait_count(model, waiting=1)
+        with pytest.raises(grpc.RpcError) as refused:  # given up in its turn
+            caller.step(model, make_headers(make_trace(3)), 1, 7, is_start=False, timeout_s=0.1)
+        assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        release()
+        first.result(TIMEOUT_S)
+        timing = {name: float(value) for name, value in second.result(TIMEOUT_S).items()}
+    assert timing["queue"] >= 100_000 * 0.9 and timing["total"] >= timing["queue"] + timing["infer"]
+    spans = receiver.wait(lambda found: sum(span.parent_span_id.hex() == PARENT for span in found) == 3)
+    (given_up,) = (
+        span for span in spans if span.trace_id.hex() == make_trace(3) and span.parent_span_id.hex() == PARENT
+    )
+    assert given_up.status.code == 2 and names(children_of(spans, given_up)) == ["queue"]
+
+
+def test_a_composed_batch_is_linked_to_its_members(stateful: tuple[StatefulSite, Caller, Receiver]) -> None:
+    site, caller, receiver = stateful
+    with ThreadPoolExecutor(4) as pool, site.held("direct") as release:
+        pool.submit(caller.step, "direct", {}, WAIT)
+        site.wait_for(lambda: site.table("direct").live == 1)
+        waiting = [pool.submit(caller.step, "direct", make_headers(make_trace(n)), n) for n in (1, 2)]
+        site.wait_count("direct", live=3)
+        release()
+        timing = [each.result(TIMEOUT_S) for each in waiting]
+    assert timing[0]["infer"] == timing[1]["infer"]  # one run
+    spans = receiver.wait(lambda found: any(span.name == "batch direct" for span in found))
+    (batch,) = (span for span in spans if span.name == "batch direct")
+    members = [span for span in spans if span.parent_span_id.hex() == PARENT]
+    assert {link.span_id for link in batch.links} == {span.span_id for span in members} and len(members) == 2
+    assert attributes_of(batch)["aiorch.batch.members"] == 2
