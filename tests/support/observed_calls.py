@@ -38,6 +38,14 @@ CONFIGS = {
     "caller": f'backend: "python" max_batch_size: 8 {FP32}',
     # an answer for each element, an error for 13, and an end without an answer
     "repeat": f'backend: "python" max_batch_size: 0 model_transaction_policy {{ decoupled: true }} {FP32}',
+    "repeat_chain": f"""
+        platform: "ensemble" max_batch_size: 0 {FP32}
+        ensemble_scheduling {{
+          step {{ model_name: "repeat" model_version: -1
+                  input_map {{ key: "INPUT0" value: "INPUT0" }} output_map {{ key: "OUTPUT0" value: "between" }} }}
+          step {{ model_name: "identity" model_version: -1
+                  input_map {{ key: "INPUT0" value: "between" }} output_map {{ key: "OUTPUT0" value: "OUTPUT0" }} }}
+        }}""",
 }
 FILES = {
     "caller": """
@@ -178,6 +186,7 @@ class Caller:
             "cached": lambda headers: self.infer("cached", headers, 0.5),
             "caller": lambda headers: self.infer("caller", headers),
             "decoupled": lambda headers: self.stream("repeat", headers, 1.0, 13.0, 2.0),
+            "decoupled_chain": lambda headers: self.stream("repeat_chain", headers, 1.0, 13.0, 2.0),
             "decoupled_http": lambda headers: self.post(
                 f"{models}/repeat/generate_stream", {"INPUT0": [1.0, 13.0, 2.0]}, headers
             ),
@@ -189,7 +198,7 @@ class Caller:
 
 def make_request(model: str, *values: float) -> pb.ModelInferRequest:
     request = pb.ModelInferRequest(model_name=model)
-    shape = [len(values)] if model == "repeat" else [1, len(values)]
+    shape = [len(values)] if model.startswith("repeat") else [1, len(values)]
     request.inputs.add(name="INPUT0", datatype="FP32", shape=shape)
     request.raw_input_contents.append(struct.pack(f"<{len(values)}f", *values))
     return request

@@ -33,6 +33,7 @@ KINDS = {
     "cached": ("cached", "inference.GRPCInferenceService/ModelInfer"),
     "caller": ("caller", "inference.GRPCInferenceService/ModelInfer"),
     "decoupled": ("repeat", "inference.GRPCInferenceService/ModelStreamInfer"),
+    "decoupled_chain": ("repeat_chain", "inference.GRPCInferenceService/ModelStreamInfer"),
     "decoupled_http": ("repeat", "POST /v2/models/repeat/generate_stream"),
     "decoupled_one": ("repeat", "POST /v2/models/repeat/generate"),
     "serving": ("identity", "tensorflow.serving.PredictionService/Predict"),
@@ -151,7 +152,7 @@ def test_the_phases_come_with_the_answer(observed: Observed, kind: str) -> None:
         return
     assert timing.keys() - {"batch_size"} == {*PHASES, "model_version"}
     assert timing["total"] >= sum(timing[phase] for phase in PHASES - {"total"}) - 1.0
-    assert kind == "ensemble" or timing["batch_size"] == 1
+    assert kind in ("ensemble", "decoupled_chain") or timing["batch_size"] == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,6 +166,7 @@ def test_each_is_one_server_span_below_its_caller(observed: Observed, kind: str)
         assert span.start_time_unix_nano <= child.start_time_unix_nano <= child.end_time_unix_nano
         assert child.end_time_unix_nano <= span.end_time_unix_nano
     expected = {"ensemble": ["infer cached", "infer identity"], "cached": ["cache_hit"]}
+    expected["decoupled_chain"] = ["infer identity", "infer identity", "infer repeat"]
     expected["caller"] = [*STEPS[:2], "infer", "infer chain", "queue"]
     assert names(below) == expected.get(kind, STEPS)
 
@@ -179,7 +181,7 @@ def test_steps_and_calls_hang_below_who_caused_them(observed: Observed) -> None:
     assert attributes_of(hit) == {"aiorch.cache.shared": False}
 
 
-@pytest.mark.parametrize("kind", ["decoupled", "decoupled_http", "decoupled_one"])
+@pytest.mark.parametrize("kind", ["decoupled", "decoupled_chain", "decoupled_http", "decoupled_one"])
 def test_a_stream_is_one_span_with_an_event_for_each_answer(observed: Observed, kind: str) -> None:
     span = observed.server_span(kind)
     errors = [attributes_of(event)["aiorch.response.is_error"] for event in span.events]
