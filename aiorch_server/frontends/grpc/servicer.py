@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from aiorch_proto.v2 import inference_pb2 as pb
 from aiorch_proto.v2.service import METHODS, PACKAGE_SERVICE_NAME, SERVICE_NAME, Method
 
-from aiorch_server.errors import UnsupportedRequest
+from aiorch_server.errors import DeadlineExpired, UnsupportedRequest
 from aiorch_server.frontends.grpc import convert
 from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
 from aiorch_server.frontends.grpc.regions import SharedMemoryRpcs
@@ -37,10 +38,12 @@ if TYPE_CHECKING:
 
 #: From this size on a request is unpacked on another thread: typed contents take up to 0.2 s for each MiB.
 _LARGE_REQUEST_BYTES: Final = 1 << 16
+#: What a timer may be early, and the deadline of a request before that of its call.
+_TIMER_NS: Final = 2_000_000
 
 
 class _StreamFailed(Exception):
-    """The error with which a stream ends whose client wants it closed at the first one."""
+    """The error with which a stream ends: its time is up, or its client wants it closed at the first one."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -95,8 +98,10 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
     async def ModelStreamInfer(self, messages: AsyncIterator[bytes], context: Any) -> None:
         """Answers to each request, in order for ordinary models; errors travel inside them and leave the stream open.
 
-        With the request metadata ``triton_grpc_error: true`` the first error closes the stream with its status.
+        With the request metadata ``triton_grpc_error: true`` the first error closes the stream with its status; so does
+        the end of the call's own time.
         """
+        deadline_ns = read_deadline_ns(context)
         closes_on_error = ("triton_grpc_error", "true") in (context.invocation_metadata() or ())
         writing = asyncio.Lock()
         sequences = SequenceOrder()
@@ -123,7 +128,7 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
                 if "sequence_id" in request.parameters:
                     own_turn = sequences.join(request.parameters["sequence_id"].SerializeToString())
                     await own_turn.wait()
-                async with contextlib.aclosing(self._stream(request, context, is_decoupled)) as answers:
+                async with contextlib.aclosing(self._stream(request, deadline_ns, is_decoupled)) as answers:
                     while (answer := await own_cancellation_only(anext(answers, None))) is not None:
                         if own_turn is not None:
                             own_turn.leave()
@@ -132,6 +137,8 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
             except _StreamFailed:
                 raise
             except Exception as error:
+                if isinstance(error, DeadlineExpired) and 0 < deadline_ns < time.monotonic_ns() + _TIMER_NS:
+                    raise _StreamFailed(error) from None  # the call's time, not only the request's
                 if own_turn is not None:
                     own_turn.leave()
                 await turn.wait()
@@ -149,10 +156,10 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
             await context.abort(*describe_error(failed.error))
 
     async def _stream(
-        self, request: pb.ModelInferRequest, context: Any, is_decoupled: bool
+        self, request: pb.ModelInferRequest, deadline_ns: int, is_decoupled: bool
     ) -> AsyncGenerator[InferenceResponse, None]:
         """The answers to one request of a stream, less an empty last one that the client did not ask for."""
-        neutral, deadline_ns = await self._decode(request, context)
+        neutral = await self._decode(request)
         wants_empty = neutral.parameters.get("triton_enable_empty_final_response") is True
         async with contextlib.aclosing(self._dataplane.stream(neutral, deadline_ns=deadline_ns)) as answers:
             async for answer in answers:
@@ -161,15 +168,13 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
                     yield answer
 
     async def _infer(self, request: pb.ModelInferRequest, context: Any) -> InferenceResponse:
-        neutral, deadline_ns = await self._decode(request, context)
-        return await self._dataplane.infer(neutral, deadline_ns=deadline_ns)
-
-    async def _decode(self, request: pb.ModelInferRequest, context: Any) -> tuple[InferenceRequest, int]:
-        """The neutral request, and the call's deadline on the monotonic clock (0: none)."""
         deadline_ns = read_deadline_ns(context)
+        return await self._dataplane.infer(await self._decode(request), deadline_ns=deadline_ns)
+
+    async def _decode(self, request: pb.ModelInferRequest) -> InferenceRequest:
         if request.ByteSize() < _LARGE_REQUEST_BYTES:
-            return convert.decode_infer_request(request), deadline_ns
-        return await asyncio.to_thread(convert.decode_infer_request, request), deadline_ns
+            return convert.decode_infer_request(request)
+        return await asyncio.to_thread(convert.decode_infer_request, request)
 
     # ------------------------------------------------------------------------------------------------ repository
 

@@ -104,11 +104,12 @@ async def run_stream(messages: AsyncIterator[bytes], respond: Callable[[bytes, T
     def on_done(task: asyncio.Task[None]) -> None:
         running.discard(task)
         has_changed.set()
+        error = None if task.cancelled() else task.exception()  # looked at, else asyncio complains
         if ended.done():
             return
         if task.cancelled():
             ended.cancel()
-        elif (error := task.exception()) is not None:
+        elif error is not None:
             ended.set_exception(error)
         elif reader.done() and not running:
             ended.set_result(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import grpc
 import h2.connection
+import h2.events
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
@@ -200,27 +202,48 @@ async def test_cancel_while_it_runs(real_site: SimpleNamespace) -> None:
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_a_deadline_beyond_64_bits_of_nanoseconds(real_site: SimpleNamespace) -> None:
-    """The longest that the header can say; grpc's own clients cannot, so the frames are written by hand."""
-    message = pb.ModelInferRequest(model_name="slow", id="é", raw_input_contents=[np.float32(1).tobytes()])
-    message.inputs.add(name="A", datatype="FP32", shape=[1, 1])
+async def call_by_hand(site: SimpleNamespace, method: str, message: pb.ModelInferRequest, timeout: str) -> Any:
+    """One call of a client that sends a deadline and does not look at it; gives the trailer and the messages' bytes."""
     body = message.SerializeToString()
     client = h2.connection.H2Connection()
     client.initiate_connection()
-    head = {":method": "POST", ":scheme": "http", ":path": "/inference.GRPCInferenceService/ModelInfer"}
-    head |= {":authority": "x", "te": "trailers", "content-type": "application/grpc", "grpc-timeout": "99999999H"}
+    head = {":method": "POST", ":scheme": "http", ":path": f"/inference.GRPCInferenceService/{method}"}
+    head |= {":authority": "x", "te": "trailers", "content-type": "application/grpc", "grpc-timeout": timeout}
     client.send_headers(1, list(head.items()))
     client.send_data(1, b"\0" + len(body).to_bytes(4, "big") + body, end_stream=True)
-    host, port = real_site.url.split(":")
+    host, port = site.url.split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     fields: dict[bytes, bytes] = {}
+    data = b""
     async with asyncio.timeout(20):
         while b"grpc-status" not in fields:
             writer.write(client.data_to_send())
             for event in client.receive_data(await reader.read(65536)):
                 fields |= dict(getattr(event, "headers", None) or ())
+                data += getattr(event, "data", b"") if isinstance(event, h2.events.DataReceived) else b""
     writer.close()
+    return fields, data
+
+
+async def test_a_deadline_beyond_64_bits_of_nanoseconds(real_site: SimpleNamespace) -> None:
+    """The longest that the header can say; grpc's own clients cannot, so the frames are written by hand."""
+    message = pb.ModelInferRequest(model_name="slow", id="é", raw_input_contents=[np.float32(1).tobytes()])
+    message.inputs.add(name="A", datatype="FP32", shape=[1, 1])
+    fields, _ = await call_by_hand(real_site, "ModelInfer", message, "99999999H")
     assert fields[b"grpc-status"] == b"0", fields
+
+
+async def test_a_stream_whose_time_is_up_ends_with_that_status(real_site: SimpleNamespace) -> None:
+    """Its requests' time is up at the same moment: none of them may end the stream well first."""
+    message = pb.ModelInferRequest(model_name="slow", raw_input_contents=[np.float32(1).tobytes()])
+    message.inputs.add(name="A", datatype="FP32", shape=[1, 1])
+    problems: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    calls = [call_by_hand(real_site, "ModelStreamInfer", message, f"{150 + number}m") for number in range(50)]
+    ends = [fields[b"grpc-status"] + data for fields, data in await asyncio.gather(*calls)]
+    assert ends == [b"4"] * 50
+    gc.collect()
+    assert not problems, problems
 
 
 async def test_unload_and_load(client: Any) -> None:
