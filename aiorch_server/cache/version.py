@@ -175,13 +175,19 @@ class VersionCache:
 
     async def _get(self, key: bytes, request_id: str) -> InferenceResponse | None:
         packed = await self._cache.get(key)
-        return None if packed is None else unpack_answer(packed, self._name, self._version, request_id)
+        try:
+            return None if packed is None else unpack_answer(packed, self._name, self._version, request_id)
+        except (ValueError, TypeError):  # whole, but written by a server that packs otherwise
+            return None
 
     async def _put(self, key: bytes, answer: InferenceResponse) -> None:
-        if _measure(answer.outputs) <= _LARGEST_INLINE_COPY_BYTES:
-            packed = pack_answer(answer)
-        else:
-            packed = await asyncio.to_thread(pack_answer, answer)
+        try:
+            if _measure(answer.outputs) <= _LARGEST_INLINE_COPY_BYTES:
+                packed = pack_answer(answer)
+            else:
+                packed = await asyncio.to_thread(pack_answer, answer)
+        except (ValueError, TypeError):  # a model's parameter of some other kind: the door will tell
+            return
         await self._cache.put(key, packed)
 
     def _count_hit(self, started_ns: int, waited_ns: int, *, is_shared: bool = False) -> None:

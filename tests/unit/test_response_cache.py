@@ -485,3 +485,25 @@ async def test_insertions_under_way_are_bounded_and_end_with_the_cache() -> None
         await large.put(f"{number}".encode(), bytes(MOST_PENDING_BYTES // 2))
     assert len(large._pending) == 2
     await large.close()
+
+
+class SealedRubbish(BrokenCache):
+    """Whole entries of something else."""
+
+    async def get(self, key: bytes) -> bytes | None:
+        return seal(key, b"\x02\0\0\0\0\0\0\0[]")
+
+    async def put(self, key: bytes, value: bytes) -> None:
+        self.calls += 1
+
+
+@pytest.mark.parametrize("parameter", [1, object()])
+async def test_what_cannot_be_unpacked_or_packed_fails_no_request(parameter: Any) -> None:
+    broken = SealedRubbish(size_bytes=1, ttl_s=0)
+    cache, run = make(GuardedCache(broken, "other", timeout_s=1)), Runs()
+    task = start(cache, run, "0")
+    await reach(lambda: len(run.open) == 1)
+    run.open[0].set_result(dataclasses.replace(answer(), parameters={"p": parameter}))
+    assert (await task).id == "0"
+    await reach(lambda: not cache._cache._pending)  # type: ignore[attr-defined]
+    assert broken.calls == (parameter == 1)
