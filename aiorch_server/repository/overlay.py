@@ -13,6 +13,7 @@ from aiorch_server.errors import InternalError, RequestError
 
 MOST_FILES = 1000
 _DEEPEST_PATH = 16
+_LONGEST_SHOWN = 200
 
 
 class Overlay:
@@ -54,9 +55,11 @@ class Overlay:
 
 def _check_path(path: str) -> Path:
     segments = path.removeprefix("file:").split("/")
+    # the text stays in the model's index and in the log, and the client chose its length
+    shown = path if len(path) <= _LONGEST_SHOWN else f"{path[:_LONGEST_SHOWN]}..."
     if len(segments) < 2 or len(segments) > _DEEPEST_PATH or parse_version(segments[0]) is None:
-        raise RequestError(f"file '{path}' must be named <version>/<file name>, with a version above 0")
+        raise RequestError(f"file '{shown}' must be named <version>/<file name>, with a version above 0")
     try:
         return Path(*map(check_name, segments))
     except ValueError as error:
-        raise RequestError(f"file '{path}' cannot be stored: {error}") from None
+        raise RequestError(f"file '{shown}' cannot be stored: {error}") from None
