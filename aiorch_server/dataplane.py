@@ -6,8 +6,9 @@ import asyncio
 import contextvars
 import dataclasses
 import math
-from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
-from contextlib import aclosing, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from contextlib import aclosing, nullcontext
+from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from aiorch_server._core import Mailbox, decode_response
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from aiorch_server.lifecycle.servable import Servable, ServableHandle
     from aiorch_server.scheduling.ensemble_graph import ModelKey
 
+_UNWATCHED: Final = nullcontext()
 DECOUPLED_TEXT: Final = "ModelInfer RPC doesn't support models with decoupled transaction policy"
 
 
@@ -100,7 +102,7 @@ class DataPlane:
             taker = Taker(self._patience_s, servable.instances.responses.add_stalled)
             # A model that calls is busy between two answers: it has the call's timeout instead.
             away = nullcontext if current_callers.get() else taker.away
-            with _name_request(request), Exchange(self._regions, request, servable.signature) as exchange:
+            with _NamedRefusals(request), Exchange(self._regions, request, servable.signature) as exchange:
                 brought = await exchange.bring()
                 async with aclosing(self.stream_on(servable, brought, taker, deadline_ns=deadline_ns)) as answers:
                     async for answer in answers:
@@ -114,7 +116,7 @@ class DataPlane:
                 yield InferenceResponse(name, version, (), request.id, {FINAL_RESPONSE: True})
 
     async def _infer(self, servable: Servable, request: InferenceRequest, deadline_ns: int) -> InferenceResponse:
-        with _name_request(request), Exchange(self._regions, request, servable.signature) as exchange:
+        with _NamedRefusals(request), Exchange(self._regions, request, servable.signature) as exchange:
             response = await self.infer_on(servable, await exchange.bring(), deadline_ns=deadline_ns)
             return await exchange.deliver(response)
 
@@ -131,7 +133,8 @@ class DataPlane:
         leases: Mapping[ModelKey, Servable] | None = None,
     ) -> InferenceResponse:
         """Runs one request on a servable that the caller holds a lease on; ``leases``: and what its steps need."""
-        with _name_request(request), self._tracer.enter(servable, request.id):
+        entered = _UNWATCHED if current_run.get() is None else self._tracer.enter(servable, request.id)
+        with _NamedRefusals(request), entered:
             terms = check_request(request, servable.name, servable.signature)
             if servable.cache is not None:
 
@@ -164,7 +167,7 @@ class DataPlane:
 
         Yields what the model answers; a last answer that is none is left out.
         """
-        with _name_request(request), self._tracer.watch_stream(servable, request.id) as run:
+        with _NamedRefusals(request), self._tracer.watch_stream(servable, request.id) as run:
             terms = check_request(request, servable.name, servable.signature)
             end: asyncio.Future[memoryview] | None = None
             if servable.ensemble is not None:
@@ -207,8 +210,10 @@ class DataPlane:
         run = current_run.get()
         details = RequestDetails.of(request, terms.sequence, timeout_us=terms.timeout_us, run=run)
         answer = self._submit(servable, request, terms, deadline_ns, details)
+        if not deadline_ns:
+            return _decode(await answer, request.id, details.answer_parameters)
         try:
-            async with asyncio.timeout_at(deadline_ns / 1e9 if deadline_ns else None):
+            async with asyncio.timeout_at(deadline_ns / 1e9):
                 return _decode(await answer, request.id, details.answer_parameters)
         except TimeoutError:
             raise DeadlineExpired("Deadline Exceeded") from None
@@ -244,15 +249,28 @@ class DataPlane:
         )
 
 
-@contextmanager
-def _name_request(request: InferenceRequest) -> Iterator[None]:
-    """A refusal begins with the request's id; those of the queue and of an ensemble's steps carry it already."""
-    try:
-        yield
-    except (RequestError, CapacityError, NotFoundError) as error:
-        if str(error).startswith(("[request id: ", "in ensemble '")):
-            raise
-        raise type(error)(f"[request id: {request.id or '<id_unknown>'}] {error}") from error.__cause__
+class _NamedRefusals:
+    """A refusal begins with the request's id; those of the queue and of an ensemble's steps carry it already.
+
+    A class, because each step of an ensemble passes here.
+    """
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: InferenceRequest) -> None:
+        self._request = request
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not isinstance(error, RequestError | CapacityError | NotFoundError):
+            return
+        if not str(error).startswith(("[request id: ", "in ensemble '")):
+            text = f"[request id: {self._request.id or '<id_unknown>'}] {error}"
+            raise type(error)(text) from error.__cause__
 
 
 def _decode(answer: memoryview, request_id: str, parameters: Mapping[str, Parameter]) -> InferenceResponse:

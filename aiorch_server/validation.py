@@ -38,17 +38,21 @@ class QueueTerms:
     sequence: SequencePlace = field(default_factory=SequencePlace)
 
 
+_PLAIN_TERMS = QueueTerms()
+
+
 def check_request(request: InferenceRequest, model: str, signature: ModelSignature) -> QueueTerms:
     """Raises RequestError if the model cannot take ``request``; else how to queue it."""
-    terms = _read_parameters(request)
+    terms = _read_parameters(request) if request.parameters or request.sequence is not None else _PLAIN_TERMS
     given = _check_names(request.inputs, model, signature)
     rows: int | None = None
     for tensor, spec in given:
         rows = _check_tensor(tensor, spec, model, signature.max_batch_size, rows)
-    known = {spec.name for spec in signature.outputs}
-    for output in request.outputs:
-        if output.name not in known:
-            raise RequestError(f"unexpected inference output '{output.name}' for model '{model}'")
+    if request.outputs:
+        known = {spec.name for spec in signature.outputs}
+        for output in request.outputs:
+            if output.name not in known:
+                raise RequestError(f"unexpected inference output '{output.name}' for model '{model}'")
     return terms
 
 
@@ -91,6 +95,8 @@ def _read_count(request: InferenceRequest, name: str) -> int:
 def _check_names(inputs: Sequence[Tensor], model: str, signature: ModelSignature) -> list[tuple[Tensor, TensorSpec]]:
     specs = {spec.name: spec for spec in signature.inputs}
     names = [tensor.name for tensor in inputs]
+    if len(names) == len(specs) and specs.keys() == set(names):  # the usual case, at little cost
+        return [(tensor, specs[tensor.name]) for tensor in inputs]
     required = [spec.name for spec in signature.inputs if not spec.optional]
     missing = [name for name in required if name not in names]
     if missing:

@@ -45,12 +45,15 @@ class RequestDetails:
         run: Run | None = None,
     ) -> RequestDetails:
         """The details of a checked request."""
-        return cls(
-            {
+        parameters = request.parameters
+        if parameters:
+            parameters = {
                 name: value
-                for name, value in request.parameters.items()
+                for name, value in parameters.items()
                 if name not in _RESERVED and not name.startswith(_RESERVED_PREFIX)
-            },
+            }
+        return cls(
+            parameters,
             sequence,
             timeout_us,
             channel,

@@ -10,22 +10,25 @@ import asyncio
 import contextlib
 import contextvars
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import AiorchError, DeadlineExpired, InternalError, QueueFull, error_from_code
 from aiorch_server.execution.response_counts import ResponseCounts
 from aiorch_server.execution.taker import Taker
 from aiorch_server.scheduling.ensemble_counters import EnsembleCounters
-from aiorch_server.scheduling.ensemble_graph import EnsembleGraph, ModelKey, Step
+from aiorch_server.scheduling.ensemble_graph import EnsembleGraph, ModelKey, Stage, Step
 from aiorch_server.scheduling.ensemble_run import Held, Run
 from aiorch_server.scheduling.ensemble_stream import EnsembleStream
 from aiorch_server.types import InferenceRequest, InferenceResponse, ModelSignature, SchedulerCounters
 
 #: What a queue of the core holds where nothing else is configured.
 DEFAULT_MAX_REQUESTS = 16384
+
+
+T = TypeVar("T")
 
 
 class StepServable(Protocol):
@@ -156,9 +159,12 @@ class EnsembleScheduler:
         Raises what a step raises, with the ensemble and the step named, QueueFull above ``max_requests``, or
         DeadlineExpired. When cancelled, or when a step fails, the steps under way are cancelled and nothing is begun.
         """
-        async with self._running(request, host, deadline_ns, leases) as run:
-            await self.run_steps(run, run.plan.steps, host)
+
+        async def work(run: Run[Held]) -> InferenceResponse:
+            await self.run_steps(run, run.plan.stages[0], host)
             return self.make_answer(run)
+
+        return await self._conduct(request, host, deadline_ns, leases, work)
 
     async def stream(
         self,
@@ -177,12 +183,10 @@ class EnsembleScheduler:
         """
         stream = EnsembleStream(self, host, taker, self._max_inflight)
 
-        async def conduct() -> None:
-            async with self._running(request, host, deadline_ns, leases) as run:
-                await stream.conduct(run)
-
         # A task of its own: whoever takes answers may do so on several.
-        conducting = asyncio.create_task(conduct(), context=context)
+        conducting = asyncio.create_task(
+            self._conduct(request, host, deadline_ns, leases, stream.conduct), context=context
+        )
         conducting.add_done_callback(lambda _: stream.close())
         try:
             async with contextlib.aclosing(stream.follow()) as answers:
@@ -193,58 +197,63 @@ class EnsembleScheduler:
             conducting.cancel()
             await asyncio.gather(conducting, return_exceptions=True)
 
-    @contextlib.asynccontextmanager
-    async def _running(
+    async def _conduct(
         self,
         request: InferenceRequest,
         host: StepHost[Held],
         deadline_ns: int,
         leases: Mapping[ModelKey, Held] | None,
-    ) -> AsyncIterator[Run[Held]]:
-        """One request under way: counted, bounded, with leases on what it needs."""
+        work: Callable[[Run[Held]], Awaitable[T]],
+    ) -> T:
+        """Does ``work`` for one request: counted, bounded, with leases on what it needs.
+
+        Ends with DeadlineExpired at the deadline and with the refusal when the ensemble is abandoned.
+        """
         if self._in_flight >= self._max_requests:
             raise QueueFull("Exceeds maximum queue size")
         started_ns = time.monotonic_ns()
-        self._in_flight += 1
-        try:
-            async with self._interruptible(deadline_ns):
-                with contextlib.ExitStack() as stack:
-                    if leases is None:
-                        leases = self._lease(host, stack)
-                    plan = self.graph.plan([output.name for output in request.outputs])
-                    rows = request.inputs[0].shape[0] if self._signature.max_batch_size else 0
-                    run = Run(request, plan, rows, deadline_ns, leases)
-                    run.bring(self._signature)
-                    yield run
-        except BaseException as error:
-            self._counters.count_failure(error, time.monotonic_ns() - started_ns)
-            raise
-        finally:
-            self._in_flight -= 1
-            self._maybe_end()
-        self._counters.count_success(rows or 1, run.waited_ns, time.monotonic_ns() - started_ns)
-
-    @contextlib.asynccontextmanager
-    async def _interruptible(self, deadline_ns: int) -> AsyncIterator[None]:
-        """Ends with DeadlineExpired at the deadline and with the refusal when the ensemble is abandoned."""
         task = asyncio.current_task()
         assert task is not None
-        asked = task.cancelling()
+        n_asked = task.cancelling()
         self._requests[task] = self._requests.get(task, 0) + 1
+        self._in_flight += 1
         try:
-            async with asyncio.timeout_at(deadline_ns / 1e9 if deadline_ns else None):
-                yield
-        except TimeoutError:
-            raise DeadlineExpired("Deadline Exceeded") from None
-        except asyncio.CancelledError:
-            if task not in self._abandoned or task.uncancel() > asked:  # somebody else's wish
+            with contextlib.ExitStack() as stack:
+                if leases is None:
+                    leases = self._lease(host, stack)
+                plan = self.graph.plan([output.name for output in request.outputs])
+                rows = request.inputs[0].shape[0] if self._signature.max_batch_size else 0
+                run = Run(request, plan, rows, deadline_ns, leases)
+                run.bring(self._signature)
+                if not deadline_ns:
+                    result = await work(run)
+                else:
+                    async with asyncio.timeout_at(deadline_ns / 1e9):
+                        result = await work(run)
+        except BaseException as error:
+            reason = self._find_reason(error, task, n_asked)
+            self._counters.count_failure(reason, time.monotonic_ns() - started_ns)
+            if reason is error:
                 raise
-            raise self._refusal from None
+            raise reason from None
         finally:
             self._abandoned.discard(task)
             self._requests[task] -= 1
             if not self._requests[task]:
                 del self._requests[task]
+            self._in_flight -= 1
+            self._maybe_end()
+        self._counters.count_success(rows or 1, run.waited_ns, time.monotonic_ns() - started_ns)
+        return result
+
+    def _find_reason(self, error: BaseException, task: asyncio.Task[object], n_asked: int) -> BaseException:
+        """What ended a request in truth; ``n_asked``: how often its task was to be cancelled when it came."""
+        if isinstance(error, TimeoutError):
+            return DeadlineExpired("Deadline Exceeded")
+        # uncancel: unless somebody else wishes it too
+        if isinstance(error, asyncio.CancelledError) and task in self._abandoned and task.uncancel() <= n_asked:
+            return self._refusal
+        return error
 
     def _lease(self, host: StepHost[Held], stack: contextlib.ExitStack) -> Mapping[ModelKey, Held]:
         """All models that may be needed, those of ensembles among the steps included: held before the first step."""
@@ -262,9 +271,13 @@ class EnsembleScheduler:
                 open_keys += servable.ensemble.graph.models
         return leases
 
-    async def run_steps(self, run: Run[Held], steps: Sequence[Step], host: StepHost[Held]) -> None:
-        """Runs ordinary steps, each as soon as what it reads is there."""
-        left = list(steps)
+    async def run_steps(self, run: Run[Held], stage: Stage, host: StepHost[Held]) -> None:
+        """Runs the ordinary steps of a stage, each as soon as what it reads is there."""
+        if stage.is_chain:
+            for step in stage.steps:
+                await self._run_step(run, step, host)
+            return
+        left = list(stage.steps)
         running: dict[asyncio.Task[None], Step] = {}
         try:
             while left or running:
@@ -272,7 +285,7 @@ class EnsembleScheduler:
                 if not ready and not running:
                     raise InternalError(f"in ensemble '{self.name}', no step of {len(left)} can be made")
                 left = [step for step in left if step not in ready]
-                if len(ready) == 1 and not running:  # a chain needs no task
+                if len(ready) == 1 and not running:  # nobody beside it: no task
                     await self._run_step(run, ready[0], host)
                     continue
                 for step in ready:
@@ -289,10 +302,12 @@ class EnsembleScheduler:
 
     async def _run_step(self, run: Run[Held], step: Step, host: StepHost[Held]) -> None:
         try:
-            request = run.make_request(step)
-            async with self.placed(run, step):
-                servable = run.leases[step.model]
+            request, servable = run.make_request(step), run.leases[step.model]
+            if self._places[step.index] is None:
                 response = await host.infer_on(servable, request, deadline_ns=run.deadline_ns, leases=run.leases)
+            else:
+                async with self.placed(run, step):
+                    response = await host.infer_on(servable, request, deadline_ns=run.deadline_ns, leases=run.leases)
             run.release(step)
             run.take(step, response.outputs)
         except AiorchError as error:

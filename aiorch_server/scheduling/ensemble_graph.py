@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from aiorch_server.config.ensemble import PLATFORM
 from aiorch_server.config.model import ModelConfig
-from aiorch_server.types import DataType, ModelSignature, TensorSpec
+from aiorch_server.types import DataType, ModelSignature, RequestedOutput, TensorSpec
 
 #: A step's model as requests name it: the version is "" for the one that the model's policy chooses.
 ModelKey = tuple[str, str]
@@ -28,10 +29,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Ordinary steps that run once for each answer of ``opener``, a decoupled step; the first stage has none."""
+    """Ordinary steps that run once for each answer of ``opener``, a decoupled step; the first stage has none.
+
+    ``is_chain``: each of them needs the one before.
+    """
 
     opener: Step | None
     steps: tuple[Step, ...]
+    is_chain: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +44,14 @@ class Plan:
     """What one kind of request needs: its steps in an order that works, and how many read each tensor in the end.
 
     ``stages`` are the same steps, each stage for every answer of the one before; ``shared`` are tensors that more than
-    one reads, or one more than once.
+    one reads, or one more than once; ``asked`` are the outputs to ask each step for, by its index.
     """
 
     steps: tuple[Step, ...]
     readers: Mapping[str, int]
     stages: tuple[Stage, ...]
     shared: frozenset[str]
+    asked: Mapping[int, tuple[RequestedOutput, ...]]
 
 
 class EnsembleGraph:
@@ -113,8 +119,12 @@ class EnsembleGraph:
         return Plan(
             tuple(steps),
             readers,
-            tuple(Stage(opener, tuple(ordinary)) for opener, ordinary in stages),
+            tuple(Stage(opener, tuple(ordinary), _is_chain(ordinary)) for opener, ordinary in stages),
             frozenset(shared),
+            {
+                step.index: tuple(RequestedOutput(given) for given, tensor in step.outputs.items() if tensor in readers)
+                for step in steps
+            },
         )
 
     def find_depth(self, step: Step) -> int:
@@ -152,7 +162,8 @@ class EnsembleGraph:
         for one in origins:
             other = origins[-1]
             if one != other[: len(one)]:
-                first, second = next((a, b) for a, b in zip(one, other, strict=False) if a is not b)
+                pair = next(pair for pair in zip(one, other, strict=False) if pair[0] != pair[1])
+                first, second = sorted(pair, key=lambda step: step.index)
                 return f"{first} and {second}"
         return ""
 
@@ -209,6 +220,10 @@ class EnsembleGraph:
                     problem = known.setdefault(tensor, node).find_conflict(node)
                     if problem:
                         yield f"{where}, ensemble tensor {tensor}: {problem}"
+
+
+def _is_chain(steps: Sequence[Step]) -> bool:
+    return all(not set(before.outputs.values()).isdisjoint(after.inputs.values()) for before, after in pairwise(steps))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from aiorch_server.errors import ModelExecutionError, RequestError
 from aiorch_server.scheduling.ensemble_graph import ModelKey, Plan, Step, convert_shape
-from aiorch_server.types import InferenceRequest, InferenceResponse, ModelSignature, RequestedOutput, Tensor
+from aiorch_server.types import InferenceRequest, InferenceResponse, ModelSignature, Tensor
 
 if TYPE_CHECKING:
     from aiorch_server.scheduling.ensemble import StepServable
@@ -67,12 +67,10 @@ class Run(Generic[Held]):
 
     def make_request(self, step: Step) -> InferenceRequest:
         """What to ask the model of ``step``; RequestError if none of its inputs was given."""
-        return replace(
-            self.request,
-            model_name=step.model[0],
-            model_version=step.model[1],
-            inputs=self._gather(step, self.leases[step.model].signature),
-            outputs=[RequestedOutput(given) for given, tensor in step.outputs.items() if tensor in self.plan.readers],
+        whole, (name, version) = self.request, step.model
+        inputs = self._gather(step, self.leases[step.model].signature)
+        return InferenceRequest(
+            name, version, inputs, self.plan.asked[step.index], whole.id, whole.parameters, whole.sequence
         )
 
     def _gather(self, step: Step, signature: ModelSignature) -> Sequence[Tensor]:
@@ -124,5 +122,5 @@ class Run(Generic[Held]):
             value = self._values[spec.name]
             assert value is not None
             shape = convert_shape(spec.shape, self.rows > 0, value.rows, value.tensor.shape)
-            outputs.append(replace(value.tensor, shape=shape))
+            outputs.append(Tensor(spec.name, value.tensor.datatype, shape, value.tensor.data))
         return InferenceResponse(name, version, outputs, self.request.id)

@@ -59,7 +59,7 @@ class EnsembleStream(Generic[Held]):
 
     async def _run_stage(self, run: Run[Held], depth: int, before: asyncio.Task[None] | None) -> None:
         stages = run.plan.stages
-        await self._ensemble.run_steps(run, stages[depth].steps, self._host)
+        await self._ensemble.run_steps(run, stages[depth], self._host)
         if before is not None:
             await asyncio.wait((before,))
         if depth + 1 == len(stages):
