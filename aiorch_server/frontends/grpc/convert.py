@@ -35,7 +35,7 @@ from aiorch_server.types import (
 #: Bound of tensors, parameters and dimensions of a message; each costs Python time, and no model has as many.
 MAX_ELEMENTS: Final = 1024
 #: Elements of typed contents taken in one step, between two chances for other threads to run (about 2 ms).
-_CHUNK: Final = 65536
+_CHUNK: Final = 1 << 14
 
 _INT = ("int_contents", np.dtype("<i4"))
 _UINT = ("uint_contents", np.dtype("<u4"))
@@ -66,6 +66,14 @@ def parse_message(message_class: Any, data: bytes) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------- inference
+
+
+def count_contents(message: inference_pb2.ModelInferRequest) -> int:
+    """The number of elements of all typed contents; ``ByteSize`` would take longer than reading the message did."""
+    inputs = message.inputs if len(message.inputs) <= MAX_ELEMENTS else ()
+    return sum(
+        len(values) for tensor in inputs if tensor.HasField("contents") for _, values in tensor.contents.ListFields()
+    )
 
 
 def decode_infer_request(message: inference_pb2.ModelInferRequest) -> InferenceRequest:
