@@ -19,14 +19,21 @@ _LONGEST_WAIT_S: Final = 1e9
 _Result = TypeVar("_Result")
 
 
-def build_unary_method(rpc: Callable[[Any, Any], Awaitable[Any]], request_class: Any) -> RpcMethod:
+def build_unary_method(
+    rpc: Callable[[Any, Any], Awaitable[Any]],
+    request_class: Any,
+    check: Callable[[bytes], Awaitable[None]] | None = None,
+) -> RpcMethod:
     """What is registered of ``rpc``, which takes a message of ``request_class`` and a context.
 
     What it raises becomes a status; messages are parsed here, so that malformed ones get the same words at every door.
+    ``check`` may refuse a message before.
     """
 
     async def answer(message: bytes, context: Any) -> bytes:
         try:
+            if check is not None:
+                await check(message)
             request = convert.parse_message(request_class, message)
             response = await own_cancellation_only(rpc(request, context))
             serialized: bytes = response.SerializeToString()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aiorch_proto.tfserving.names import METHOD_NAMES
 
 from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
 from aiorch_server.frontends.grpc.unary import build_unary_method, watch_call
 
+_WITH_EXAMPLES: Final = ("Classify", "Regress", "MultiInference")
 Answer = Callable[[bytes, Any], Awaitable[bytes]]
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ def add_serving_services(
             with watch_call(context, f"{service}/{name}"):
                 return await method(request, context)
 
-        answer = build_unary_method(rpc, METHODS[name].request).unary_unary
+        check = _check_features if name in _WITH_EXAMPLES else None
+        answer = build_unary_method(rpc, METHODS[name].request, check).unary_unary
         assert answer is not None
         return answer
 
@@ -54,3 +57,10 @@ def add_serving_services(
 
     for service, names in METHOD_NAMES.items():
         add_methods(server, service, {name: build(service, name) for name in names})
+
+
+async def _check_features(message: bytes) -> None:
+    from aiorch_server.frontends.tfserving.feature_count import SMALL_BYTES, check_features
+
+    if len(message) > SMALL_BYTES:
+        await asyncio.to_thread(check_features, message)
