@@ -1,4 +1,5 @@
 import ast
+import dataclasses
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ import pytest
 
 from aiorch_server.cli.announce import Announcer, ServedModel, write_examples, write_table
 from aiorch_server.cli.output import Output
+from aiorch_server.config.model import ModelConfig
 from aiorch_server.types import ModelIndexEntry, ModelMetadata, ModelState, TensorMetadata
 
 ADDRESSES = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
@@ -43,6 +45,24 @@ def test_the_model_with_the_least_input_is_shown():
         " b " in line or '"b"' in line or "/b/" in line for line in write_examples(ADDRESSES, models, has_tls=False)
     )
     assert write_examples(ADDRESSES, models[:1], has_tls=False) == []
+
+
+def test_a_model_that_a_plain_request_does_not_fit_is_shown_last():
+    tensor = {"data_type": "TYPE_FP32", "dims": [1]}
+    signal = {"kind": "CONTROL_SEQUENCE_START", "fp32_false_true": [0, 1]}
+    stateful = {"sequence_batching": {"control_input": [{"name": "start", "control": [signal]}]}}
+    decoupled = {"model_transaction_policy": {"decoupled": True}}
+    models = [served("big", ("FP32", (-1, 2)))]
+    for name, more in (("stateful", stateful), ("decoupled", decoupled)):
+        config = ModelConfig.from_dict({"backend": "python", "input": [{"name": "x0", **tensor}], **more})
+        models.append(dataclasses.replace(served(name, ("FP32", (1,))), config=config))
+    assert all("big" in line for line in write_examples(ADDRESSES, models, has_tls=False))
+    python, curl, _ = write_examples(ADDRESSES, [models[1]], has_tls=False)
+    assert "parameters=dict(sequence_id=1, sequence_start=True, sequence_end=True)" in python
+    assert json.loads(shlex.split(curl)[-1])["parameters"]["sequence_end"] is True
+    python, curl, _ = write_examples(ADDRESSES, [models[2]], has_tls=False)
+    assert ".stream([c.InferRequest(" in python
+    assert curl.endswith("/v2/models/decoupled")
 
 
 @pytest.mark.parametrize("datatype", ["BOOL", "UINT8", "INT64", "FP16", "FP32", "FP64", "BF16", "BYTES"])
