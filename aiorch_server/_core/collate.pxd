@@ -1,23 +1,11 @@
 # A batch in an instance's hands: gather the members' tensors, scatter the outputs, settle each member on its own.
 
-from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t
 
 from aiorch_server._core.request cimport Request
 from aiorch_server._core.scheduler cimport Scheduler
 from aiorch_server._core.scheduler_state cimport SchedulerState
 from aiorch_server._core.wire cimport Slice
-
-
-cdef class Staging:
-    # Memory of one input that is reused from batch to batch and grows to the largest.
-    cdef object _memory         # uint8 array that owns the bytes
-    cdef uint8_t *_data
-    cdef size_t _capacity
-    cdef object _view           # the last typed view, never given away, and what it was made for
-    cdef tuple _view_shape
-
-    cdef object shaped(self, tuple shape, object dtype, size_t size)
 
 
 cdef class Batch:
@@ -43,12 +31,7 @@ cdef class Batch:
     cdef int64_t count_rows(self) noexcept nogil
     cdef bint has_members(self) noexcept nogil
     cdef object check_outputs(self, outputs, bint is_ours)
-    cdef void copy_rows(self, int index, uint8_t *out, bint is_bool) noexcept nogil
-    cdef tuple shape_of(self, int index)
     cdef object fail_rest(self)
     cdef object make_ready(self)
-    cdef object gather_plain(self, int index)
-    cdef object gather_big(self, int index, size_t size, object dtype)
-    cdef object gather_bytes(self, int index)
     cdef void stamp(self, Request *request, int64_t run_ended_ns, int64_t now) noexcept nogil
     cdef void deliver(self, bint is_success, int64_t run_ended_ns) noexcept nogil

@@ -1,22 +1,10 @@
 """Gather, scatter and settle: the batch between a scheduler and a backend."""
 
-from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.ref cimport Py_REFCNT
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy
 
 from aiorch_server._core.answers cimport Encoder, count_own_bytes
-from aiorch_server._core.buffers cimport (
-    ALIGNMENT_BYTES,
-    COPY_GATHERED,
-    HeldBuffer,
-    count_copied,
-    drop_buffer,
-    hold_for_python,
-    new_buffer,
-)
 from aiorch_server._core.counters cimport (
     FAILURE_BACKEND,
     FAILURE_CANCELED,
@@ -30,12 +18,12 @@ from aiorch_server._core.counters cimport (
     Counters,
     count_failure,
 )
+from aiorch_server._core.gather cimport Selection, Staging, gather_tensor
 from aiorch_server._core.histogram cimport record
 from aiorch_server._core.loans cimport return_loans
 from aiorch_server._core.request cimport (
     Stamps,
     fail_request,
-    find_buffer,
     is_cancelled,
     now_ns,
     pthread_mutex_lock,
@@ -44,42 +32,13 @@ from aiorch_server._core.request cimport (
 from aiorch_server._core.scheduler cimport take_batch
 from aiorch_server._core.scheduler_state cimport release_scheduler, retain_scheduler
 from aiorch_server._core.settlement cimport settle_chain
-from aiorch_server._core.spec cimport SpecState, TensorLayout
 from aiorch_server._core.watch cimport note_slow
-
-import numpy as np
 
 from aiorch_server.errors import ModelExecutionError
 
 cdef int CANCELLED = 1
-cdef size_t BIG_BYTES = 65536     # inputs from here on have memory of their own; below, copying costs less than that
 cdef int INTERNAL = 13
 cdef int UNAUTHENTICATED = 16   # gRPC's highest code
-# Below this a copy is quicker than giving the interpreter lock away and, where other threads are busy, getting it back.
-cdef size_t UNLOCKED_COPY_BYTES = 1 << 20
-
-
-cdef class Staging:
-    """Reused memory for one input."""
-
-    cdef object shaped(self, tuple shape, object dtype, size_t size):
-        """An array over the staging memory, 64-byte aligned; valid until the next call."""
-        cdef Py_buffer buffer
-        if size > self._capacity or self._memory is None:
-            # never shrinks below what was once needed: batches of one model have one order of magnitude
-            self._view = None   # first: it must not outlive the memory, whatever fails below
-            self._memory = np.empty(max(size, 2 * self._capacity) + 64, np.uint8)
-            PyObject_GetBuffer(self._memory, &buffer, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)
-            self._data = <uint8_t *> ((<size_t> buffer.buf + 63) & ~<size_t> 63)
-            self._capacity = <size_t> buffer.len - 64
-            offset = self._data - <uint8_t *> buffer.buf
-            PyBuffer_Release(&buffer)
-            self._memory = self._memory[offset:offset + self._capacity]
-        if self._view is None or self._view_shape != shape:
-            self._view = self._memory[:size].view(dtype).reshape(shape)
-            self._view_shape = shape
-        # a view of its own for each batch: the model may change shape, type and flags of what it gets
-        return self._view.view()
 
 
 cdef inline bint precedes_in_memory(const Request *a, const Request *b) noexcept nogil:
@@ -198,113 +157,23 @@ cdef class Batch:
         member may be the message itself: what the model writes into it, another ``gather`` finds. Optional inputs that
         the members leave out are missing.
         """
-        cdef const SpecState *spec = self._state.spec
-        cdef const TensorLayout *layout
+        cdef Selection selection
         cdef Request *any_member = NULL
         self._gather_ns = now_ns()
         for i in range(self._first, self._last):
             if self._members[i] != NULL:
                 any_member = self._members[i]
                 break
+        selection.members, selection.first, selection.last = self._members, self._first, self._last
+        selection.rows, selection.spec = self._rows, self._state.spec
         inputs = {}
-        for index in range(spec.n_inputs if any_member != NULL else 0):
+        for index in range(self._state.spec.n_inputs if any_member != NULL else 0):
             if any_member.inputs[index].data == NULL:
                 continue    # one shape key, so none of the members has it
-            layout = &spec.inputs[index]
-            name = self._scheduler.spec.signature.inputs[index].name
-            inputs[name] = self.gather_bytes(index) if layout.itemsize == 0 else self.gather_plain(index)
+            tensor = self._scheduler.spec.signature.inputs[index]
+            inputs[tensor.name] = gather_tensor(&selection, index, tensor, <Staging> self._staging[index])
         self._run_ns = now_ns()
         return inputs
-
-    cdef tuple shape_of(self, int index):
-        cdef const SpecState *spec = self._state.spec
-        cdef const TensorLayout *layout = &spec.inputs[index]
-        cdef int at = self._first
-        if layout.is_ragged and self._last - self._first > 1:
-            raise RuntimeError(f"input '{self._scheduler.spec.signature.inputs[index].name}' is ragged: each member "
-                               "has to be gathered on its own")
-        while self._members[at] == NULL:
-            at += 1
-        cdef const int64_t *dims = self._members[at].shape_key + layout.key_at
-        shape = [dims[i] for i in range(layout.n_dims)]
-        if spec.max_batch_size > 0:
-            shape.insert(0, self._rows)
-        return tuple(shape)
-
-    cdef object gather_plain(self, int index):
-        cdef Staging staging = <Staging> self._staging[index]
-        cdef size_t size = 0
-        cdef bint is_bool
-        for i in range(self._first, self._last):
-            if self._members[i] != NULL:
-                size += self._members[i].inputs[index].size
-        dtype = self._scheduler.spec.signature.inputs[index].datatype.numpy
-        is_bool = dtype.kind == "b"
-        if size >= BIG_BYTES and not is_bool:
-            return self.gather_big(index, size, dtype)
-        array = staging.shaped(self.shape_of(index), dtype, size)
-        if size < UNLOCKED_COPY_BYTES:
-            self.copy_rows(index, staging._data, is_bool)
-        else:
-            with nogil:
-                self.copy_rows(index, staging._data, is_bool)
-        return array
-
-    cdef object gather_big(self, int index, size_t size, object dtype):
-        """Memory of this batch alone: of one member the message itself, if its tensor lies well in it."""
-        cdef Request *request = NULL
-        cdef HeldBuffer held
-        cdef uint8_t *rows
-        cdef uint8_t *buffer = NULL
-        for i in range(self._first, self._last):
-            if self._members[i] != NULL and self._members[i].inputs[index].size:
-                request = self._members[i]
-                break
-        if request.inputs[index].size == size and <size_t> request.inputs[index].data % ALIGNMENT_BYTES == 0:
-            buffer = find_buffer(request, request.inputs[index].data)
-        if buffer != NULL:
-            held = hold_for_python(buffer, <uint8_t *> request.inputs[index].data, size)
-        else:
-            rows = new_buffer(size, 0)
-            if rows == NULL:
-                raise MemoryError
-            with nogil:
-                self.copy_rows(index, rows, False)
-            held = hold_for_python(rows, rows, size)
-            drop_buffer(rows)
-        return np.ndarray(self.shape_of(index), dtype, held)
-
-    cdef void copy_rows(self, int index, uint8_t *out, bint is_bool) noexcept nogil:
-        cdef uint8_t *at = out
-        cdef size_t size
-        for i in range(self._first, self._last):
-            if self._members[i] != NULL:
-                size = self._members[i].inputs[index].size
-                memcpy(at, self._members[i].inputs[index].data, size)
-                count_copied(COPY_GATHERED, size)
-                at += size
-        if is_bool:     # C and C++ behind the model rely on 0 and 1; a client may send any byte
-            while out < at:
-                out[0] = out[0] != 0
-                out += 1
-
-    cdef object gather_bytes(self, int index):
-        cdef const uint8_t *at
-        cdef const uint8_t *end
-        cdef size_t length
-        cdef list elements = []
-        for i in range(self._first, self._last):
-            if self._members[i] == NULL:
-                continue
-            at = self._members[i].inputs[index].data
-            end = at + self._members[i].inputs[index].size
-            while at < end:     # lengths were checked when the request was bound
-                length = at[0] | <size_t> at[1] << 8 | <size_t> at[2] << 16 | <size_t> at[3] << 24
-                elements.append(PyBytes_FromStringAndSize(<const char *> at + 4, <Py_ssize_t> length))
-                at += 4 + length
-        array = np.empty(len(elements), dtype=np.object_)
-        array[:] = elements
-        return array.reshape(self.shape_of(index))
 
     def settle(self, outputs not None):
         """Answers the selected members with their rows of ``outputs``.
