@@ -53,6 +53,7 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for name, limit in (("narrow", 3), ("one", 1)):
         steps = (counted, ("held", {"X": "t"}, {"Y": "OUT"}))
         write_ensemble(root, name, steps, scheduling=f"max_inflight_requests: {limit}")
+    write_ensemble(root, "usual", (counted, ("held", {"X": "t"}, {"Y": "OUT"})))
     series = (counted, ("spread", {"X": "t"}, {"Y": "u"}), ("double", {"X": "u"}, {"Y": "OUT"}))
     write_ensemble(root, "series", series)
     write_ensemble(root, "one_series", series, scheduling="max_inflight_requests: 1")
@@ -288,6 +289,20 @@ def test_no_more_answers_are_in_flight_than_there_are_places(site: Site, stream:
     assert find(site, "held").scheduler.in_flight == 3
     gates.open_gate("held")
     assert stream.read_all() == list(range(50))
+
+
+@pytest.mark.parametrize(("n", "width", "bound"), [(50, 1, 16), (12, 1_000_000, 4)])
+def test_what_is_in_flight_is_bounded_where_nothing_is_said(
+    site: Site, stream: Stream, n: int, width: int, bound: int
+) -> None:
+    gates.shut("held")
+    stream.ask("usual", n, width)
+    gates.wait_entered("held")
+    wait_until(lambda: find(site, "held").scheduler.in_flight == bound)
+    time.sleep(0.05)  # were there more, they would come
+    assert find(site, "held").scheduler.in_flight == bound
+    gates.open_gate("held")
+    assert stream.read_all() == list(range(n))
 
 
 def test_answers_keep_the_producers_order(stream: Stream) -> None:
