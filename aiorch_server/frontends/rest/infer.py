@@ -120,6 +120,9 @@ class InferRoute:
             for task in (inference, departure):
                 task.cancel()
                 task.add_done_callback(_take_outcome)
+            # What failed holds an error, whose traceback holds this frame: with the task in it, the request's tensors
+            # would stay until the garbage collector comes by.
+            del inference, departure, task
 
 
 def watch_headers(scope: Mapping[str, Any]) -> AbstractContextManager[Incoming]:
