@@ -20,6 +20,8 @@ TEXTS = {
     "long": "x" * 10_000,
     "long and wide": "\u20ac" * 10_000,
     "nul": "a\0b",
+    "deep": '{"a":[' * 5000,
+    "numbers": '{"max_batch_size": 1' + "0" * 5000 + ', "version_policy": 1e999}',
     "planes": "\U0001f600 e\u0301 \uffff",
     "lines": "a\r\nERROR 2026 a line of the log? \x1b[31m\x7f\x85\u2028",
     "backwards": "\u202eabc\u2066",
