@@ -42,7 +42,8 @@ def _build(place: Path, kind: str, compiler: str, flags: str) -> None:
             shutil.copyfile(source, target)  # with the time of now: what is older than its build is not compiled
     for old in [path for package in PACKAGES for path in (place / package).rglob("*") if path.suffix in SOURCES]:
         if old not in targets:  # a module that is no more
-            for left in old.parent.glob(f"{old.stem}.*"):
+            built = old.parent.glob(f"{old.stem}.*") if old.suffix == ".pyx" else ()
+            for left in (old, *(path for path in built if path.suffix in (".c", ".so"))):
                 left.unlink()
     environment = {**os.environ, "AIORCH_SANITIZE": kind, "AIORCH_DEBUG": "1", "CC": compiler}
     environment |= {"LDSHARED": f"{compiler} -shared", "CFLAGS": flags}
