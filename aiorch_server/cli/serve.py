@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO, cast
 import typer
 
 from aiorch_server.cli.announce import Announcer, ServedModel
+from aiorch_server.cli.outlet import never_waiting
 from aiorch_server.cli.output import CommandError, ExitCode, Json, Output
 from aiorch_server.cli.settings import build_config
 from aiorch_server.config.server import ControlMode, LogFormat, LogLevel, ServerConfig, Transport
@@ -247,6 +248,11 @@ class _CurrentStderr:
 
 def _run(config: ServerConfig, announcer: Announcer) -> None:
     """Serves until a signal ends it; CommandError where it cannot start."""
+    with never_waiting():
+        _run_server(config, announcer)
+
+
+def _run_server(config: ServerConfig, announcer: Announcer) -> None:
     from aiorch_server.observability.log_settings import LogSettings
     from aiorch_server.observability.logging import configure_logging
 

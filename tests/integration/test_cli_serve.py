@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from aiorch_client import Client
+from tritonclient.grpc import InferenceServerClient
 
 COMMAND = [sys.executable, "-m", "aiorch_server.cli", "serve"]
 LIMIT_S = 60
@@ -173,3 +174,17 @@ def test_why_a_model_does_not_load_is_told_once(options):
         process.terminate()
         assert process.wait(LIMIT_S) == 0
         assert process.stderr.read().decode().count("config.pbtxt") == 1
+
+
+def test_who_reads_nothing_holds_nothing_up(options):
+    """Each load is told on one pipe and logged on the other; nobody reads, and it is more than they hold."""
+    explicit = ("--model-control-mode", "explicit", "--load-model", "echo")
+    with start(*options, "--json", *explicit, "--log-level", "info") as process:
+        events = map(json.loads, read_lines(process))
+        ready = next(event for event in events if event["event"] == "ready")
+        with InferenceServerClient(ready["addresses"]["grpc"]) as client:
+            for _ in range(400):
+                client.unload_model("echo", client_timeout=LIMIT_S)
+                client.load_model("echo", client_timeout=LIMIT_S)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT_S) == 0
