@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiorch_backends.common import OpenedArtefacts, is_set, refuse, require_artefact
-from aiorch_backends.pytorch.exported import ExportedProgram
-from aiorch_backends.pytorch.instance import TorchInstance
-from aiorch_backends.pytorch.scripted import ScriptedProgram
-from aiorch_backends.pytorch.tensors import TorchProgram, import_torch
 from aiorch_server.backend import Backend, LoadContext, ModelInstance
 from aiorch_server.types import ModelSignature
+
+if TYPE_CHECKING:
+    from aiorch_backends.pytorch.tensors import TorchProgram
 
 logger = logging.getLogger(__name__)
 
 
 class PyTorchBackend(Backend):
-    """Serves ``model.pt2`` and ``model.pt``; each instance has its own copy of the program."""
+    """Serves ``model.pt2`` and ``model.pt``; each instance has its own copy of the program.
+
+    What opens and runs programs is imported with the first of them: every server knows this class.
+    """
 
     name = "pytorch"
     platforms = ("pytorch_libtorch", "pytorch", "torch")
@@ -37,6 +39,8 @@ class PyTorchBackend(Backend):
 
     def load(self, context: LoadContext, signature: ModelSignature) -> ModelInstance:
         """Binds a program to the context's device; to be called in the thread that will run it."""
+        from aiorch_backends.pytorch.instance import TorchInstance
+
         program = self._programs.take(context) or _open_program(context)
         device = _choose_device(context)
         try:
@@ -49,12 +53,18 @@ class PyTorchBackend(Backend):
 def _open_program(context: LoadContext) -> TorchProgram:
     path: Path = require_artefact(context)
     if path.suffix == ".pt2":
+        from aiorch_backends.pytorch.exported import ExportedProgram
+
         return ExportedProgram.open(context)
+    from aiorch_backends.pytorch.scripted import ScriptedProgram
+
     return ScriptedProgram.open(context)
 
 
 def _choose_device(context: LoadContext) -> str:
     """The wished device where torch has it; else the CPU, with a warning, or a refusal under ``require_gpu``."""
+    from aiorch_backends.pytorch.tensors import import_torch
+
     torch: Any = import_torch()
     if not context.device.startswith("cuda"):
         return "cpu"

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiorch_backends.common import OpenedArtefacts, complete_signature, import_framework, is_set, refuse
-from aiorch_backends.tensorflow.instance import TensorFlowInstance
-from aiorch_backends.tensorflow.programs import OpenedProgram, open_keras, open_saved_model
 from aiorch_server.backend import Backend, LoadContext, ModelInstance
 from aiorch_server.types import ModelSignature
+
+if TYPE_CHECKING:
+    from aiorch_backends.tensorflow.programs import OpenedProgram
 
 logger = logging.getLogger(__name__)
 
 
 class TensorFlowBackend(Backend):
-    """Serves SavedModels and Keras files; each instance has its own copy of the model."""
+    """Serves SavedModels and Keras files; each instance has its own copy of the model.
+
+    What opens and runs models is imported with the first of them: every server knows this class.
+    """
 
     name = "tensorflow"
     platforms = ("tensorflow_savedmodel", "tensorflow", "keras")
@@ -37,10 +41,14 @@ class TensorFlowBackend(Backend):
 
     def load(self, context: LoadContext, signature: ModelSignature) -> ModelInstance:
         """Opens the model, or takes the one that ``inspect`` opened."""
+        from aiorch_backends.tensorflow.instance import TensorFlowInstance
+
         program = self._programs.take(context) or self._open(context)
         return TensorFlowInstance(program, signature, _choose_device(context, import_tensorflow()))
 
     def _open(self, context: LoadContext) -> OpenedProgram:
+        from aiorch_backends.tensorflow.programs import open_keras, open_saved_model
+
         tf = import_tensorflow()
         self._set_threads(context, tf)
         with tf.device(_choose_device(context, tf)):
