@@ -14,7 +14,6 @@ from aiorch_server.errors import ModelLoadError
 from aiorch_server.lifecycle.model import ManagedModel
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.repository import RepositoryModel
-from aiorch_server.scheduling.ensemble import EnsembleScheduler
 from aiorch_server.scheduling.ensemble_graph import EnsembleGraph, ModelKey
 from aiorch_server.types import ModelSignature
 
@@ -83,6 +82,8 @@ class Dependencies:
             spec = ModelSpec(opened.name, version, signature)
         except (ValueError, OverflowError) as error:
             raise ModelLoadError(f"'{opened.name}' version {version} cannot be served: {error}") from error
+        from aiorch_server.scheduling.ensemble import EnsembleScheduler
+
         ensemble = EnsembleScheduler(opened.name, version, config, signature, max_requests, decoupled)
         return Servable(
             opened.name,

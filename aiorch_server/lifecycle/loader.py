@@ -29,7 +29,7 @@ from aiorch_server.lifecycle.backends import BackendRegistry
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.lifecycle.threads import run_blocking
 from aiorch_server.repository import BackendNames, RepositoryModel
-from aiorch_server.scheduling import SequenceScheduler, build_scheduler, build_sequence_schedulers, read_plan
+from aiorch_server.scheduling import build_scheduler, read_plan
 from aiorch_server.types import ModelSignature
 
 logger = logging.getLogger(__name__)
@@ -207,6 +207,8 @@ class Loader:
         if plan is None:
             scheduler = build_scheduler(config, spec, default_queue_size=self.default_queue_size)
         else:
+            from aiorch_server.scheduling.sequence import SequenceScheduler, build_sequence_schedulers
+
             scheduler = SchedulerGroup(build_sequence_schedulers(plan, spec, len(contexts)))
             sequencer = SequenceScheduler(
                 plan,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from aiorch_server._core import ModelSpec, Scheduler
 from aiorch_server.cache import VersionCache
@@ -15,9 +15,11 @@ from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import Code, ModelNotReady
 from aiorch_server.execution.response_counts import ResponseCounts
 from aiorch_server.lifecycle.threads import wait_until
-from aiorch_server.scheduling import SequenceScheduler
-from aiorch_server.scheduling.ensemble import EnsembleScheduler
 from aiorch_server.types import ModelSignature, ModelStatistics, PhaseHistogram, SchedulerCounters
+
+if TYPE_CHECKING:
+    from aiorch_server.scheduling.ensemble import EnsembleScheduler
+    from aiorch_server.scheduling.sequence import SequenceScheduler
 
 
 class RequestQueue(Protocol):
