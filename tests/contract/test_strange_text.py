@@ -40,7 +40,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     options = ("--model-control-mode", "explicit", "--load-model", "text", "--shared-memory", "on")
     with serve(root, *options, "--transport", request.param) as server:
         told: list[bytes] = []
-        # what the server announces has to be read, or it waits
+        # what the server announces has to be read, or the rest is left out
         reading = threading.Thread(target=lambda: told.append(server.process.stdout.read()))  # type: ignore[union-attr]
         reading.start()
         yield server
@@ -49,8 +49,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         lines = server.log.read_bytes().decode().splitlines()
         for line in (*lines, *told[0].decode().splitlines()):
             assert len(line) <= LONGEST, line[:500]
-        # one line for each record, and nothing that moves a terminal's cursor
-        assert all(line.startswith("20") for line in lines), lines
+        # one line for each record, and nothing that moves a terminal's cursor; a sanitizer's settings are passed over
+        assert all(line.startswith(("20", "environment AIORCH_")) for line in lines), lines
         assert not any(sign in "".join(lines) for sign in "\x1b\0\x7f")
 
 
