@@ -1,6 +1,7 @@
 """Large arrays of numbers are read in pieces, with the answers and errors of reading the document as a whole."""
 
 import json
+import time
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from aiorch_server.errors import RequestError
 from aiorch_server.frontends.rest import infer_json, number_text
 from aiorch_server.frontends.rest.infer_json import parse_infer
+from aiorch_server.types import DataType
 
 PIECE_BYTES = 48
 LIMIT = 1 << 24
@@ -130,3 +132,12 @@ def test_no_step_is_long(monkeypatch, sizes) -> None:
     call = parse_infer(body, None, "m", "", LIMIT)
     assert call.request.inputs[0].data == values.tobytes()
     assert len(body) > 1_500_000 and max(steps) <= number_text.PIECE_BYTES + 2
+
+
+@pytest.mark.parametrize("run", ["]" * 60_000, "] " * 30_000, "]" + " " * 60_000, "]," + " " * 60_000, "]" * 60 + ",["])
+def test_brackets_without_end_cost_little(run) -> None:
+    text = number_text.NumberText(memoryview(f"[1{run}2,3]".encode()))
+    started_s = time.process_time()
+    with pytest.raises(number_text.NotPlain):
+        text.pack(DataType.FP32, 3, "x", "inputs[0].data")
+    assert time.process_time() - started_s < 1.0

@@ -21,8 +21,9 @@ from aiorch_server.types import DataType
 PIECE_BYTES: Final = 64 * 1024
 _SPACE: Final = b" \t\r\n"
 _NUMBERS: Final = b"0123456789+-.eE,[]" + _SPACE
-#: The end of one row and the beginning of the next; with its bracket in front, which is found fast.
-_JOINT: Final = re.compile(rb"\]([\]\s]*),\s*\[([\[\s]*)")
+#: The end of one row and the beginning of the next; with its bracket in front, which is found fast. Brackets and space
+#: of any length would be read anew from each bracket, with the lock held.
+_JOINT: Final = re.compile(rb"\]([\]\s]{0,64}+),\s*+\[([\[\s]*+)")
 #: Longest white space around an array that is looked through.
 _MARGIN_BYTES: Final = 256
 #: What stands for an array that is cut out; clients never see it, so none of them can write it.
