@@ -57,7 +57,7 @@ class ServerCredentials:
         context.set_alpn_protocols(["h2"])
         try:
             with _write_private_file(self.certificate_chain + b"\n" + self.private_key) as path:
-                context.load_cert_chain(path)
+                context.load_cert_chain(path, password="")  # or OpenSSL asks for one, at whatever terminal there is
             if self.root_certificates is not None:
                 context.load_verify_locations(cadata=self.root_certificates.decode("ascii"))
         except (ssl.SSLError, UnicodeDecodeError) as error:

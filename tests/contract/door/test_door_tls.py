@@ -10,6 +10,7 @@ import select
 import socket
 import ssl
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -632,6 +633,36 @@ def test_credentials_that_cannot_be_used(certificates: Certificates, tmp_path: P
         ServerCredentials(key, chain * 30).make_tls_context()
     with pytest.raises(ValueError, match="no certificate in DER"):
         _core.read_names(b"\x30\x03abc")
+
+
+def test_a_locked_key_is_refused_without_a_question(tmp_path: Path) -> None:
+    """Whoever renews a certificate with a key that has a password must not stop a server with a terminal."""
+    make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -days 2 -subj /CN=localhost -passout pass:secret"
+    subprocess.run(
+        ["openssl", *make.split(), "-keyout", "key", "-out", "crt"], check=True, cwd=tmp_path, capture_output=True
+    )
+    code = """
+from pathlib import Path
+from aiorch_server.frontends.grpc import ServerCredentials
+try:
+    ServerCredentials(Path("key").read_bytes(), Path("crt").read_bytes()).make_ssl_context()
+except ValueError as error:
+    print("refused", error)
+"""
+    # Without a terminal OpenSSL asks its standard input.
+    asked = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with asked:
+        try:
+            asked.wait(TIMEOUT_S)
+        finally:
+            asked.kill()
+        assert asked.stdout is not None and asked.stdout.read().startswith(b"refused")
 
 
 # ---------------------------------------------------------------------------------------------------------------- leaks
