@@ -167,7 +167,8 @@ class DataPlane:
 
         Yields what the model answers; a last answer that is none is left out.
         """
-        with _NamedRefusals(request), self._tracer.watch_stream(servable, request.id) as run:
+        watched = self._tracer.watch_stream(servable, request.id, is_whole=leases is None)
+        with _NamedRefusals(request), watched as run:
             terms = check_request(request, servable.name, servable.signature)
             end: asyncio.Future[memoryview] | None = None
             if servable.ensemble is not None:

@@ -133,9 +133,12 @@ class Tracer:
             self._end(run, request_id)
 
     @contextmanager
-    def watch_stream(self, model: WatchedModel, request_id: str) -> Iterator[Run | None]:
-        """``watch`` and ``enter`` for a generator, each step of which may be run by another task: gives the run."""
-        outer = current_run.get() or self._begin(model)
+    def watch_stream(self, model: WatchedModel, request_id: str, *, is_whole: bool) -> Iterator[Run | None]:
+        """``watch`` and ``enter`` for a generator, each step of which may be run by another task: gives the run.
+
+        ``is_whole``: it is no step of an ensemble, which has decided for its steps.
+        """
+        outer = current_run.get() or (self._begin(model) if is_whole else None)
         if outer is None:
             yield None
             return

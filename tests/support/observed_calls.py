@@ -79,13 +79,17 @@ class TritonPythonModel:
 }
 
 
-def write_observed(root: Path) -> Path:
-    """All these models."""
+def write_observed(root: Path, *wanted: str) -> Path:
+    """All these models, or those that are wanted."""
     for name, config in CONFIGS.items():
+        if wanted and name not in wanted:
+            continue
         (root / name / "1").mkdir(parents=True)
         (root / name / "config.pbtxt").write_text(config)
         if name in FILES:
             (root / name / "1" / "model.py").write_text(FILES[name])
+    if wanted:
+        return root
     write_tally(root, "oldest")
     write_tally(root, "direct", strategy="direct { max_queue_delay_microseconds: 0 }")
     return root

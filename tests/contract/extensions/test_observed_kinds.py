@@ -324,3 +324,22 @@ def test_a_composed_batch_is_linked_to_its_members(stateful: tuple[StatefulSite,
     members = [span for span in spans if span.parent_span_id.hex() == PARENT]
     assert {link.span_id for link in batch.links} == {span.span_id for span in members} and len(members) == 2
     assert attributes_of(batch)["aiorch.batch.members"] == 2
+
+
+def test_a_step_is_no_request_of_its_own(tmp_path: Path) -> None:
+    """Not even a decoupled one, where its ensemble is not traced."""
+    whole, after = make_trace(1), make_trace(2)
+    write_observed(tmp_path, "identity", "repeat", "repeat_chain")
+    with receive_spans() as (endpoint, receiver):
+        site = StatefulSite(tmp_path, trace={"endpoint": endpoint, "rate": 0})
+        caller, client = Caller(site.target, site.http), grpc_client.InferenceServerClient(site.target)
+        try:
+            client.update_trace_settings(model_name="repeat_chain", settings={"trace_level": ["OFF"]})
+            for model, trace in (("repeat_chain", whole), ("repeat", after)):
+                caller.stream(model, {"traceparent": make_headers(trace)["traceparent"]}, 1.0)
+            spans = receiver.wait(lambda found: any(span.trace_id.hex() == after for span in found))
+            assert [span.name for span in spans if span.trace_id.hex() == whole] == []
+        finally:
+            client.close()
+            caller.close()
+            site.close()
