@@ -25,32 +25,44 @@ class _Malformed(Exception):
 
 
 def check_features(message: bytes) -> None:
-    """PayloadTooLarge if a Classify, Regress or MultiInference request has more than MOST_FEATURES; for any thread."""
-    count = 0
+    """PayloadTooLarge if a Classify, Regress or MultiInference request has more than MOST_FEATURES; for any thread.
+
+    Other fields, which take their time here, may be twice as many: an example has one around its features.
+    """
+    count = others = 0
     try:
-        for _ in _walk(memoryview(message), 0):
-            count += 1
+        for is_counted in _walk(memoryview(message), 0):
+            if is_counted:
+                count += 1
+            else:
+                others += 1
             if count > MOST_FEATURES:
                 raise PayloadTooLarge(f"the request has more examples and features than {MOST_FEATURES}")
+            if others > 2 * MOST_FEATURES:
+                raise PayloadTooLarge(
+                    f"the request has more fields beside its examples and features than {2 * MOST_FEATURES}"
+                )
     except _Malformed:
         return
 
 
-def _walk(view: memoryview, level: int) -> Iterator[None]:
-    """Once for each example and each feature below ``view``, which lies that deep in the request."""
+def _walk(view: memoryview, level: int) -> Iterator[bool]:
+    """For each field of ``view``, which lies that deep in the request, and below: whether it is one that counts."""
     wanted = _PATH[level]
     for number, part in _read_fields(view):
-        if number not in wanted:
-            continue
-        if level in (_EXAMPLE, _FEATURE):
-            yield
-        if level != _FEATURE:
+        is_wanted = number in wanted
+        yield is_wanted and level in (_EXAMPLE, _FEATURE)
+        if is_wanted and level != _FEATURE:
             yield from _walk(part, level + 1)
 
 
 def _read_fields(view: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and bytes of each field that has a length (https://protobuf.dev/programming-guides/encoding/)."""
+    """Number and bytes of each field that has a length (https://protobuf.dev/programming-guides/encoding/).
+
+    0 and none for any other.
+    """
     at, size = 0, len(view)
+    nothing = view[:0]
     while at < size:
         key, at = _read_varint(view, at)
         kind = key & 7
@@ -66,8 +78,10 @@ def _read_fields(view: memoryview) -> Iterator[tuple[int, memoryview]]:
                 raise _Malformed
             yield key >> 3, view[at : at + length]
             at += length
+            continue
         elif kind not in _GROUP:  # what is in a group is looked at like what is beside it: it may only count too much
             raise _Malformed
+        yield 0, nothing
 
 
 def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
