@@ -108,8 +108,8 @@ async def test_reflection_answers_as_grpcio_reflection(theirs: Any, question: di
 
 async def test_health_watch_tells_each_status_once_and_the_last_for_sure() -> None:
     service = HealthService()
-    watched = service.watch(health_pb2.HealthCheckRequest(service=""), None)
-    unknown = service.watch(health_pb2.HealthCheckRequest(service="nobody"), None)
+    watched = service.watch(health_pb2.HealthCheckRequest(service="").SerializeToString(), None)
+    unknown = service.watch(health_pb2.HealthCheckRequest(service="nobody").SerializeToString(), None)
     assert (await anext(watched)).status == NOT_SERVING
     assert (await anext(unknown)).status == SERVICE_UNKNOWN
     await service.set_serving(True)

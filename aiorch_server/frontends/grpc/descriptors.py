@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2 as pb
 
 from aiorch_server.errors import Code
+from aiorch_server.frontends.grpc.convert import parse_message
 
 _PACKAGES: Final = {
     "aiorch.v2": "inference",
@@ -49,9 +50,9 @@ class Descriptors:
     def answer(self, message: bytes) -> bytes:
         """What one serialized request asks for; inside it an error where that is unknown, or nothing was asked.
 
-        DecodeError where the message is none.
+        RequestError where the message is none.
         """
-        request = pb.ServerReflectionRequest.FromString(message)
+        request = parse_message(pb.ServerReflectionRequest, message)
         response = pb.ServerReflectionResponse(original_request=request)
         try:
             self._look_up(request, response)

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2
 from aiorch_server.errors import Code
 from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
 from aiorch_server.frontends.grpc.status import bound_text, to_status
+from aiorch_server.frontends.grpc.unary import parse_or_abort
 
 HEALTH_NAME: Final = "grpc.health.v1.Health"
 _Status = health_pb2.HealthCheckResponse
@@ -35,14 +36,16 @@ class HealthService:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def check(self, request: Any, context: Any) -> Any:
+    async def check(self, message: bytes, context: Any) -> Any:
         """The status now; NOT_FOUND for a service that is not known."""
+        request = await parse_or_abort(health_pb2.HealthCheckRequest, message, context)
         if request.service not in _KNOWN:
             await context.abort(to_status(Code.NOT_FOUND), bound_text(f"unknown service '{request.service}'"))
         return _Status(status=self._status)
 
-    async def watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def watch(self, message: bytes, context: Any) -> AsyncIterator[Any]:
         """The status now and after each change, for as long as the client listens; what it missed is left out."""
+        request = await parse_or_abort(health_pb2.HealthCheckRequest, message, context)
         sent = None
         while True:
             changed = self._changed
@@ -56,10 +59,10 @@ class HealthService:
 async def add_health_service(server: Any) -> HealthService:
     """Registers the health service with ``server``; it says NOT_SERVING until told otherwise."""
     service = HealthService()
-    read, write = health_pb2.HealthCheckRequest.FromString, _Status.SerializeToString
+    write = _Status.SerializeToString
     methods = {
-        "Check": RpcMethod(False, False, read, write, unary_unary=service.check),
-        "Watch": RpcMethod(False, True, read, write, unary_stream=service.watch),
+        "Check": RpcMethod(False, False, None, write, unary_unary=service.check),
+        "Watch": RpcMethod(False, True, None, write, unary_stream=service.watch),
     }
     add_methods(server, HEALTH_NAME, methods)
     return service

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 from aiorch_proto.tfserving.names import METHOD_NAMES
 from aiorch_proto.v2.service import SERVICE_NAME
 
+from aiorch_server.errors import RequestError
 from aiorch_server.frontends.grpc.health import HEALTH_NAME
 from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
+from aiorch_server.frontends.grpc.status import describe_error
 
 if TYPE_CHECKING:
     from aiorch_server.frontends.grpc.descriptors import Descriptors
@@ -43,4 +45,8 @@ class ReflectionService:
     async def reflect(self, messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         """One serialized answer for each serialized request, in their order."""
         async for message in messages:
-            yield self._descriptors.answer(message)
+            try:
+                answer = self._descriptors.answer(message)
+            except RequestError as error:
+                await context.abort(*describe_error(error))
+            yield answer

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final, TypeVar
 
-from aiorch_server.errors import RequestCancelled
+from aiorch_server.errors import RequestCancelled, RequestError
 from aiorch_server.frontends.grpc import convert
 from aiorch_server.frontends.grpc.methods import RpcMethod
 from aiorch_server.frontends.grpc.status import describe_error
@@ -44,6 +44,16 @@ def build_unary_method(
         raise AssertionError("abort returned")
 
     return RpcMethod(request_streaming=False, response_streaming=False, unary_unary=answer)
+
+
+async def parse_or_abort(message_class: Any, message: bytes, context: Any) -> Any:
+    """``message`` as one of ``message_class``; where it is none, the call ends with what every door says of that."""
+    try:
+        return convert.parse_message(message_class, message)
+    except RequestError as error:
+        code, text = describe_error(error)
+    await context.abort(code, text)
+    raise AssertionError("abort returned")
 
 
 async def own_cancellation_only(awaitable: Awaitable[_Result]) -> _Result:

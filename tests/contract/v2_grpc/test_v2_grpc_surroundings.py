@@ -54,6 +54,28 @@ async def test_health_watch(site: SimpleNamespace) -> None:
     call.cancel()
 
 
+@pytest.mark.parametrize("message", [b"\xff", b"\x0a\x05ab"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+async def test_malformed_messages_are_refused_and_not_logged(
+    site: SimpleNamespace, caplog: pytest.LogCaptureFixture, path: str, message: bytes
+) -> None:
+    call = site.channel.stream_stream(path)(iter([message]), timeout=TIMEOUT_S)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    kind = "HealthCheckRequest" if "Health" in path else "ServerReflectionRequest"
+    assert caught.value.details() == f"the {len(message)} bytes of the request are not a valid {kind} message"
+    assert not caplog.records
+
+
 def reflect_v1alpha(site: SimpleNamespace) -> Any:
     return reflection_pb2_grpc.ServerReflectionStub(site.channel).ServerReflectionInfo
 
