@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import ssl
 import subprocess
@@ -133,6 +134,26 @@ async def test_what_cannot_be_used_is_named_and_the_old_stays(
         await site.wait_for("first")
         async with site.channel("first") as channel:
             await site.ask(channel)
+        site.put("second")
+        await site.wait_for("second")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+async def test_what_is_no_file_ends_no_renewal(
+    tmp_path: Path, kind: str, pem: Callable[[str], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    site = Site(tmp_path, "native", pem)
+    strange = site.folder / "server.crt"
+    async with site.app:
+        strange.unlink()
+        if kind == "pipe":
+            os.mkfifo(strange)
+        else:
+            strange.symlink_to("/dev/zero")
+        end = time.monotonic() + TIMEOUT_S
+        while not caplog.records:
+            assert time.monotonic() < end, "nothing is told"
+            await asyncio.sleep(0.01)
         site.put("second")
         await site.wait_for("second")
 

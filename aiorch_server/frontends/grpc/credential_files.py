@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from aiorch_server.frontends.grpc.credentials import ServerCredentials
 
 logger = logging.getLogger(__name__)
 
+#: Ten times what all public authorities need together.
+_MAX_FILE_BYTES: Final = 4 << 20
 #: What tells a file's state: when it was written, its size, and which file it is.
 _Stamp = tuple[int, int, int]
 
@@ -26,11 +30,11 @@ class CredentialFiles:
     require_client_auth: bool = False
 
     def read(self) -> ServerCredentials:
-        """What the files hold now; OSError when one cannot be read."""
+        """What the files hold now; OSError when one cannot be read, ValueError when it is too large."""
         return ServerCredentials(
-            private_key=self.key.read_bytes(),
-            certificate_chain=self.certificate.read_bytes(),
-            root_certificates=self.root.read_bytes() if self.root is not None else None,
+            private_key=_read(self.key),
+            certificate_chain=_read(self.certificate),
+            root_certificates=_read(self.root) if self.root is not None else None,
             require_client_auth=self.require_client_auth,
         )
 
@@ -60,6 +64,16 @@ class CredentialFiles:
                 )
             else:
                 logger.info("new connections get the certificate that is in %s now", self.certificate)
+
+
+def _read(path: Path) -> bytes:
+    # A pipe without a writer, which open() would wait for, is empty; a device that never ends is too large.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        os.set_blocking(file.fileno(), True)
+        content = file.read(_MAX_FILE_BYTES + 1)
+    if len(content) > _MAX_FILE_BYTES:
+        raise ValueError(f"{path} has more than {_MAX_FILE_BYTES} bytes, which no PEM file needs")
+    return content
 
 
 def _stamp(path: Path) -> _Stamp | None:
