@@ -6,11 +6,13 @@ https://protobuf.dev/reference/protobuf/textformat-spec/.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from aiorch_proto.v2 import model_config_pb2
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
+from aiorch_server.config.problems import suggest
 from aiorch_server.errors import ModelLoadError
 
 
@@ -26,10 +28,18 @@ def read_pbtxt(text: str, source: str) -> dict[str, Any]:
         line, column = error.GetLine(), error.GetColumn()
         place = f"{source}:{line}:{column}" if line is not None else source
         reason = str(error).removeprefix(f"{line}:{column} : ").replace(f'"{_PACKAGE}.', '"')
-        raise ModelLoadError(f"{place}: {_shorten(reason)}") from None
+        raise ModelLoadError(f"{place}: {_explain(reason)}") from None
     except ValueError as error:  # a string that is not UTF-8 passes the grammar and fails at assignment
         raise ModelLoadError(f"{source}: {_shorten(str(error))}") from None
     return _read_message(message)
+
+
+def _explain(reason: str) -> str:
+    unknown = _UNKNOWN_FIELD.fullmatch(reason)
+    if unknown is None:
+        return _shorten(reason)
+    message = _POOL.FindMessageTypeByName(f"{_PACKAGE}.{unknown['message']}")
+    return reason.removesuffix(".") + suggest(unknown["field"], message.fields_by_name)
 
 
 def _build_presence_class() -> tuple[descriptor_pool.DescriptorPool, Any]:
@@ -53,6 +63,8 @@ def _shorten(reason: str) -> str:
 _LONGEST_REASON = 300
 _PACKAGE = model_config_pb2.DESCRIPTOR.package
 _POOL, _MESSAGE = _build_presence_class()
+#: What the parser says of a field that is not there; a longer name is nobody's mistake.
+_UNKNOWN_FIELD = re.compile(r'Message type "(?P<message>[\w.]+)" has no field named "(?P<field>\w{1,100})"\.')
 
 
 def _read_message(message: Any) -> dict[str, Any]:

@@ -81,7 +81,10 @@ def test_what_is_not_written_differs_from_zero() -> None:
 @pytest.mark.parametrize(
     ("text", "place", "reason"),
     [
-        ('name: "m"\n  nam: "x"', "2:3", 'has no field named "nam"'),
+        ('name: "m"\n  nam: "x"', "2:3", "has no field named \"nam\"; did you mean 'name'?"),
+        ("input { dim: 3 }", "1:9", '"ModelInput" has no field named "dim"; did you mean \'dims\'?'),
+        ("parameters { kee: 3 }", "1:14", 'has no field named "kee"; known here: key, value'),
+        (f"{'x' * 5000}: 3", "1:1", 'has no field named "xxx'),
         ("max_batch_size: 99999999999", "1:17", "out of range"),
         ("input {\n data_type: TYPE_X }", "2:13", "has no value named TYPE_X"),
         ("max_batch_size: 1\nmax_batch_size: 2", "2:", "should not have multiple"),
