@@ -60,7 +60,9 @@ class CredentialFiles:
                 renew(await asyncio.to_thread(self.read))
             except (OSError, ValueError) as error:
                 logger.error(
-                    "the files of gRPC's TLS have changed and cannot be used, the old ones stay in force: %s", error
+                    "the files of gRPC's TLS (%s) have changed and cannot be used, the old ones stay in force: %s",
+                    ", ".join(str(path) for path in (self.certificate, self.key, self.root) if path is not None),
+                    error,
                 )
             else:
                 logger.info("new connections get the certificate that is in %s now", self.certificate)
