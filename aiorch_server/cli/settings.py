@@ -61,9 +61,17 @@ def build_config(
     if strange:
         each = (f"--set {written}: there is no such setting{suggest(_name(written), known)}" for written in strange)
         raise UsageError(f"{'; '.join(each)} (docs/settings.md has all)")
-    for written, value in [*told, *_translate(backend_config), *_translate_cache(cache_config)]:
+    sources: dict[str, str] = {}
+    entries = [
+        *((f"--set {written}", written, value) for written, value in told),
+        *(("--backend-config", *entry) for entry in _translate(backend_config)),
+        *(("--cache-config", *entry) for entry in _translate_cache(cache_config)),
+    ]
+    for source, written, value in entries:
         name = _name(written)
         name = given.setdefault(known.get(name, (name,)), name)
+        if name not in settings:
+            sources[name] = source
         if str(settings.setdefault(name, value)) != value:
             found = "" if "password" in name else f", as {settings[name]} and as {value}"
             raise UsageError(f"setting {name} is given twice{found}")
@@ -74,7 +82,7 @@ def build_config(
         for name in _TLS_SETTINGS:
             settings.pop(name, None)
     try:
-        config = load_server_config(settings, file=file)
+        config = load_server_config(settings, sources=sources, file=file)
     except InvalidSettings as error:
         raise UsageError(str(error)) from error
     if wants_ssl and not config.grpc.tls.is_enabled:

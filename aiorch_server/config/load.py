@@ -74,15 +74,17 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "
 def load_server_config(
     options: Mapping[str, Any] | None = None,
     *,
+    sources: Mapping[str, str] | None = None,
     file: str | os.PathLike[str] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> ServerConfig:
     """The configuration from all sources.
 
     ``options`` are settings by flat name as the command line gives them (``grpc-port`` and ``grpc_port`` are the
-    same); None means "not given". ``file`` is YAML or TOML with one table per section, by default the one that
-    ``AIORCH_CONFIG`` names. ``environment`` is the process's by default; lists in it are separated by commas, paths by
-    ``os.pathsep``. Raises InvalidSettings with all problems, each with the source of the value.
+    same); None means "not given". ``sources`` names the option for those that have none of their own. ``file`` is
+    YAML or TOML with one table per section, by default the one that ``AIORCH_CONFIG`` names. ``environment`` is the
+    process's by default; lists in it are separated by commas, paths by ``os.pathsep``. Raises InvalidSettings with
+    all problems, each with the source of the value.
     """
     variables = os.environ if environment is None else environment
     settings = _Settings()
@@ -90,7 +92,7 @@ def load_server_config(
     if path:
         settings.add_file(Path(path))
     settings.add_environment(variables)
-    settings.add_options(options or {})
+    settings.add_options(options or {}, sources or {})
     return settings.build()
 
 
@@ -129,13 +131,13 @@ class _Settings:
                 hint = suggest(variable.removeprefix(PREFIX).lower(), self._names)
                 logger.warning("environment %s is no setting and is passed over%s", variable, hint)
 
-    def add_options(self, options: Mapping[str, Any]) -> None:
-        """Adds settings of the command line."""
+    def add_options(self, options: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+        """Adds settings of the command line; ``sources`` names those options that are not named after the setting."""
         for option, value in options.items():
             if value is None:
                 continue
             name = option.lstrip("-").replace("-", "_").replace(".", "_")
-            source = f"option --{name.replace('_', '-')}"
+            source = f"option {sources.get(option, '--' + name.replace('_', '-'))}"
             path = self._names.get(name)
             if path is None:
                 self._problems.append(Problem((), f"{source}: there is no such setting{suggest(name, self._names)}"))

@@ -21,6 +21,7 @@ from aiorch_server.config.section import Flag, Number, Section, Whole
 LOOPBACK = "127.0.0.1"
 DEFAULT_MESSAGE_BYTES = 64 * 1024 * 1024
 _KEY_PREFIX = re.compile(r"/[^/\0]{1,200}")
+_ENDPOINT = re.compile(r"https?://[^\s]+")
 _CACHE_NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
 _RESOURCE = re.compile(r"[^:,]+:\d{1,9}(:\d{1,9})?", re.ASCII)
 _PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.ASCII)
@@ -278,7 +279,7 @@ def _read_keys(value: object) -> object:
     # YAML and the variables of the environment make booleans of such words; Triton's option is one.
     if isinstance(value, bool):
         return "on" if value else "off"
-    return {"true": "on", "false": "off"}.get(value, value) if isinstance(value, str) else value
+    return {"true": "on", "1": "on", "false": "off", "0": "off"}.get(value, value) if isinstance(value, str) else value
 
 
 def _check_keys(text: str) -> str:
@@ -339,6 +340,12 @@ class LogConfig(Section):
     slow_lines_per_s: Annotated[Whole, Field(ge=1, le=1000)] = 10
 
 
+def _check_endpoint(text: str) -> str:
+    if text and not _ENDPOINT.fullmatch(text):
+        raise ValueError("should be the address of a receiver such as http://127.0.0.1:4318")
+    return text
+
+
 class TraceConfig(Section):
     """Where traces go, and of what; without ``endpoint`` nothing is traced.
 
@@ -347,7 +354,7 @@ class TraceConfig(Section):
     ``level``, ``rate`` and ``count`` with TraceSetting.
     """
 
-    endpoint: Annotated[str, Field(pattern=r"^(https?://[^\s]+)?$", max_length=2000)] = ""
+    endpoint: Annotated[str, Field(max_length=2000), AfterValidator(_check_endpoint)] = ""
     level: TraceLevel = TraceLevel.TIMESTAMPS
     rate: Annotated[Whole, Field(ge=0, le=2**32 - 1)] = 1000
     count: Annotated[Whole, Field(ge=-1, le=2**31 - 1)] = -1
