@@ -17,7 +17,7 @@ from aiorch_server._core.request cimport (
     release_sink,
 )
 from aiorch_server._core.routes cimport DISPATCHED, RouteReader, Router, begin_round, dispatch, end_round
-from aiorch_server._core.wire cimport SCAN_OK, InferScan, scan_request
+from aiorch_server._core.wire_request cimport SCAN_OK, InferScan, scan_request
 
 
 def time_scan(bytes message not None, long repeats):
