@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from aiorch_server.config.labels import PREFIX as LABEL_PREFIX
 from aiorch_server.config.problems import Problem, suggest
+from aiorch_server.errors import ModelLoadError
 
 #: What the server reads itself, for all backends.
 SERVER_PARAMETERS = ("cpu_threads", "isolate_failures", "warmup")
@@ -30,6 +31,16 @@ _HINTS = frozenset(
     }
 )
 _TRITONS = ("TRITON_", "TF_")
+#: Those of the server that are on unless they say false.
+FLAGS = ("isolate_failures", "warmup")
+
+
+def read_flag(parameters: Mapping[str, str], name: str) -> bool:
+    """Whether one of FLAGS is on; ModelLoadError for anything but true or false."""
+    value = parameters.get(name, "true").strip().lower()
+    if value not in ("true", "1", "false", "0"):
+        raise ModelLoadError(f"parameter '{name}' is '{value}', true or false is right")
+    return value in ("true", "1")
 
 
 def find_unknown_parameters(names: Collection[str], backend: str, read: Collection[str]) -> Iterator[Problem]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from aiorch_server.backend import ModelInstance, RequestInstance
 from aiorch_server.config.model import ModelConfig
+from aiorch_server.config.parameters import read_flag
 from aiorch_server.config.tensors import ModelWarmup, WarmupInput
 from aiorch_server.errors import CapacityError, ModelLoadError, NotFoundError, RequestError
 from aiorch_server.execution.rehearsal import rehearse
@@ -55,7 +56,7 @@ def make_samples(config: ModelConfig, signature: ModelSignature, directory: Path
     ``model_warmup`` that does not fit the signature or whose file is missing.
     """
     samples: list[WarmupSample] = []
-    if config.to_strings().get("warmup", "true").lower() != "false":
+    if read_flag(config.to_strings(), "warmup"):
         for rows in sorted({1, max(1, signature.max_batch_size)}):
             sample = _make_zeros(signature, rows)
             if sample is not None:

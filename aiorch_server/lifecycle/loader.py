@@ -13,7 +13,7 @@ from dataclasses import replace
 from aiorch_server._core import ModelSpec, Scheduler
 from aiorch_server.backend import Backend, DeclaredSignature, DeclareMetric, LoadContext
 from aiorch_server.config.model import ModelConfig
-from aiorch_server.config.parameters import find_idle_parameters, find_unknown_parameters
+from aiorch_server.config.parameters import FLAGS, find_idle_parameters, find_unknown_parameters, read_flag
 from aiorch_server.config.problems import format_problems
 from aiorch_server.errors import AiorchError, ModelLoadError
 from aiorch_server.execution.group import SchedulerGroup
@@ -201,7 +201,7 @@ class Loader:
             spec = ModelSpec(model.name, version, signature)
         except (ValueError, OverflowError) as error:
             raise ModelLoadError(f"'{model.name}' version {version} cannot be served: {error}") from error
-        isolates = parameters.get("isolate_failures", "true").strip().lower() != "false"
+        isolates = read_flag(parameters, "isolate_failures")
         scheduler: Scheduler | SchedulerGroup
         sequencer = None
         if plan is None:
@@ -264,6 +264,8 @@ def _complete_config(
 
 
 def _check_parameters(name: str, parameters: Mapping[str, str], backend: Backend) -> None:
+    for flag in FLAGS:
+        read_flag(parameters, flag)
     if backend.parameters is None:
         return
     problems = list(find_unknown_parameters(parameters, backend.name, backend.parameters))

@@ -17,7 +17,13 @@ from aiorch_backends.tensorflow import TensorFlowBackend
 from aiorch_server.app import Application
 from aiorch_server.backend import Backend
 from aiorch_server.config.model import ModelConfig
-from aiorch_server.config.parameters import SERVER_PARAMETERS, find_idle_parameters, find_unknown_parameters
+from aiorch_server.config.parameters import (
+    FLAGS,
+    SERVER_PARAMETERS,
+    find_idle_parameters,
+    find_unknown_parameters,
+    read_flag,
+)
 from aiorch_server.config.server import ServerConfig
 from aiorch_server.errors import ModelLoadError
 
@@ -117,3 +123,14 @@ async def test_a_model_with_such_a_parameter_does_not_load(tmp_path: Path, caplo
             entries["wrong"].reason
         )
         assert "model 'hinted': parameters.ENABLE_NVFUSER has no effect" in caplog.text
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_flag_is_true_or_false(name: str) -> None:
+    assert [read_flag({name: value}, name) for value in ("true", "True", "1", "false", " FALSE ", "0")] == [
+        True
+    ] * 3 + [False] * 3
+    assert read_flag({}, name)
+    for value in ("no", "off", ""):
+        with pytest.raises(ModelLoadError, match=f"parameter '{name}' is '{value}', true or false is right"):
+            read_flag({name: value}, name)
