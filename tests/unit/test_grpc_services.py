@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncGenerator, AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
+from aiorch_proto.v2 import inference_pb2 as pb
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
@@ -20,7 +22,9 @@ from aiorch_server.frontends.grpc.embedded import GrpcServicerContext
 from aiorch_server.frontends.grpc.health import HealthService
 from aiorch_server.frontends.grpc.methods import RpcMethod, RpcService
 from aiorch_server.frontends.grpc.reflection import ReflectionService
+from aiorch_server.frontends.grpc.servicer import InferenceServicer
 from aiorch_server.frontends.grpc.status import to_status
+from aiorch_server.types import FINAL_RESPONSE, InferenceResponse
 
 SERVICES = ("grpc.health.v1.Health", "inference.GRPCInferenceService")
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -127,3 +131,29 @@ async def test_health_watch_tells_each_status_once_and_the_last_for_sure() -> No
     assert (await asyncio.wait_for(silent[0], TIMEOUT_S)).status == SERVING
     silent[1].cancel()
     await asyncio.gather(*silent, return_exceptions=True)
+
+
+async def test_a_stream_whose_client_has_just_gone_ends_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    """The call is over before the task that answers is told."""
+    is_over = asyncio.Event()
+
+    async def stream(request: Any, deadline_ns: int) -> AsyncGenerator[InferenceResponse, None]:
+        is_over.set()
+        yield InferenceResponse("m", "1", [], request.id, {FINAL_RESPONSE: True})
+
+    async def write(message: bytes) -> None:
+        raise ServicerContext.usage_error("the RPC is over")
+
+    async def read() -> AsyncIterator[bytes]:
+        yield pb.ModelInferRequest(model_name="m", id="1").SerializeToString()
+
+    context = SimpleNamespace(
+        done=is_over.is_set,
+        write=write,
+        invocation_metadata=tuple,
+        time_remaining=lambda: None,
+    )
+    dataplane: Any = SimpleNamespace(is_decoupled=lambda *_: False, stream=stream)
+    controlplane: Any = SimpleNamespace()
+    await asyncio.wait_for(InferenceServicer(dataplane, controlplane).ModelStreamInfer(read(), context), TIMEOUT_S)
+    assert not caplog.records

@@ -50,6 +50,10 @@ class _StreamFailed(Exception):
         self.error = error
 
 
+class _CallOver(Exception):
+    """Nobody is there to be written to; the cancellation that follows has not come to this task yet."""
+
+
 class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
     """The RPCs over the two planes, one method each; what they raise becomes a status in ``add_inference_service``."""
 
@@ -112,6 +116,8 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
                     raise _StreamFailed(error)
                 response.error_message = describe_error(error)[1]
             async with writing:
+                if context.done():
+                    raise _CallOver
                 await context.write(response.SerializeToString())
 
         async def respond(message: bytes, turn: Turn) -> None:
@@ -134,7 +140,7 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
                             own_turn.leave()
                         await turn.wait()
                         await write(_encode_answer(answer, own), answer.error)
-            except _StreamFailed:
+            except (_StreamFailed, _CallOver):
                 raise
             except Exception as error:
                 if isinstance(error, DeadlineExpired) and 0 < deadline_ns < time.monotonic_ns() + _TIMER_NS:
@@ -152,6 +158,8 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
         try:
             with receive(context.invocation_metadata() or (), "grpc", method) as incoming:
                 await run_stream(messages, respond)
+        except _CallOver:
+            return
         except _StreamFailed as failed:
             await context.abort(*describe_error(failed.error))
 
