@@ -22,7 +22,7 @@ from aiorch_server.scheduling.ensemble_counters import EnsembleCounters
 from aiorch_server.scheduling.ensemble_graph import EnsembleGraph, ModelKey, Stage, Step
 from aiorch_server.scheduling.ensemble_run import Held, Run
 from aiorch_server.scheduling.ensemble_stream import EnsembleStream
-from aiorch_server.types import InferenceRequest, InferenceResponse, ModelSignature, SchedulerCounters
+from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse, ModelSignature, SchedulerCounters
 
 #: What a queue of the core holds where nothing else is configured.
 DEFAULT_MAX_REQUESTS = 16384
@@ -188,11 +188,16 @@ class EnsembleScheduler:
             self._conduct(request, host, deadline_ns, leases, stream.conduct), context=context
         )
         conducting.add_done_callback(lambda _: stream.close())
+        is_over = False
         try:
             async with contextlib.aclosing(stream.follow()) as answers:
                 async for answer in answers:
+                    is_over = bool(answer.parameters.get(FINAL_RESPONSE))
                     yield answer
-            await conducting
+            if is_over:  # whatever comes to pass now, nothing may follow the last answer
+                await asyncio.wait((conducting,))
+            else:
+                await conducting
         finally:
             conducting.cancel()
             await asyncio.gather(conducting, return_exceptions=True)

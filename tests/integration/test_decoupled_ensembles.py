@@ -7,6 +7,7 @@ import json
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
 from typing import Any
 
 import decoupled_models as told
@@ -24,6 +25,8 @@ from ensembles import write_ensemble, write_model
 from patience import PATIENCE
 from running_site import Site
 from tritonclient.utils import InferenceServerException
+
+from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, Tensor
 
 TIMEOUT_S = 20.0 * PATIENCE
 STALL_S = 0.5
@@ -217,6 +220,27 @@ def test_a_client_that_leaves_stops_the_producer_and_the_steps(site: Site, stub:
     wait_until(lambda: is_quiet(site))
     assert told.sent["leaves"] < MANY
     assert find(site, "narrow").statistics().failures["CANCELED"] >= 1
+
+
+def test_nothing_follows_the_last_answer(site: Site) -> None:
+    """Not even the end of its time, which comes before the next answer is asked for."""
+    tensor = Tensor("IN", "FP32", (1, 2), memoryview(np.array([2, 1], np.float32).tobytes()))
+    request = InferenceRequest("doubled", "", [tensor], parameters={"final": True})
+
+    async def ask() -> list[Any]:
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + 1
+        answers = []
+        async with aclosing(site.application.dataplane.stream(request, deadline_ns=int(deadline_s * 1e9))) as stream:
+            async for answer in stream:
+                answers.append(answer.parameters.get(FINAL_RESPONSE, False))
+                if answers[-1]:
+                    over = asyncio.Event()
+                    loop.call_at(deadline_s + 0.05, over.set)
+                    await over.wait()
+        return answers
+
+    assert site.run(ask()) == [False, True]
 
 
 async def test_an_aio_client_that_leaves_stops_the_producer(site: Site) -> None:

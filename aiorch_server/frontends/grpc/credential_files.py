@@ -58,7 +58,7 @@ class CredentialFiles:
             seen = found  # from before it is read: what is written meanwhile is seen at the next look
             try:
                 renew(await asyncio.to_thread(self.read))
-            except (OSError, ValueError) as error:
+            except Exception as error:  # of whatever kind: the next files may be right again
                 logger.error(
                     "the files of gRPC's TLS (%s) have changed and cannot be used, the old ones stay in force: %s",
                     ", ".join(str(path) for path in (self.certificate, self.key, self.root) if path is not None),
