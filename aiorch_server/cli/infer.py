@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json as json_format
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from aiorch_client import InferResult
+from aiorch_client import Client, InferRequest, InferResult, RequestError
 from rich.text import Text
 
 from aiorch_server.cli.connection import (
@@ -62,7 +63,7 @@ def infer(
     token_file: TokenFile = None,
     json: Json = False,
 ) -> None:
-    """Runs a model on tensors from files or standard input and shows what it gives."""
+    """Runs a model on tensors from files or standard input and shows what it gives, of a decoupled one in turn."""
     shown = ClientOutput(json)
     with shown.guard():
         if output is not None and output.suffix != ".npz":
@@ -70,18 +71,33 @@ def infer(
         tensors = read_inputs(inputs)
         parameters = _parse_parameters(parameter or [])
         tls_config = make_tls(tls, tls_root_cert, tls_cert, tls_key)
+        request = InferRequest(model, tensors, model_version, output_name or None, parameters, request_id)
         with open_client(url, timeout_s=timeout_secs, tls=tls_config, token=read_token(token_file)) as client:
-            result = client.infer(
-                model,
-                tensors,
-                version=model_version,
-                outputs=output_name or None,
-                parameters=parameters,
-                request_id=request_id,
-            )
-        if output is not None:
-            _save(result, output)
-        shown.show(_describe(result, has_data=output is None), _render(result), *([f"-> {output}"] if output else []))
+            for result in _ask(client, request, is_single=output is not None):
+                if output is not None:
+                    _save(result, output)
+                written = [f"-> {output}"] if output else []
+                shown.show(_describe(result, has_data=output is None), _render(result), *written)
+
+
+def _ask(client: Client, request: InferRequest, *, is_single: bool) -> Iterator[InferResult]:
+    """The answer, or those of a decoupled model as they come; UsageError for these where it must be one."""
+    try:
+        yield client.infer(
+            request.model,
+            request.inputs,
+            version=request.version,
+            outputs=request.outputs,
+            parameters=request.parameters,
+            request_id=request.request_id,
+        )
+        return
+    except RequestError as error:
+        if error.code.name != "UNIMPLEMENTED" or "decoupled" not in error.details:
+            raise
+    if is_single:
+        raise UsageError(f"model '{request.model}' gives any number of answers, --output holds one; use --json")
+    yield from client.stream([request])
 
 
 def _parse_parameters(arguments: list[str]) -> dict[str, Any]:

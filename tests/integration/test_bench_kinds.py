@@ -131,3 +131,18 @@ def wait_for_requests(address: str) -> None:
             return
         time.sleep(0.02)
     raise AssertionError("no requests")
+
+
+def test_infer_shows_each_answer_of_a_decoupled_model(tmp_path: Path) -> None:
+    write(tmp_path / "models", "decoupled")
+    command = [sys.executable, "-m", "aiorch_server.cli", "infer", "counting", "-i", "-", "--json"]
+    with serve(tmp_path / "models") as (_, addresses, _):
+        command += ["--url", addresses["grpc"]]
+        given = {"input": '{"N": [3]}', "capture_output": True, "text": True, "timeout": TIMEOUT_S, "check": False}
+        done = subprocess.run(command, **given)
+        refused = subprocess.run([*command, "--output", str(tmp_path / "answer.npz")], **given)
+    assert done.returncode == 0, done.stdout
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["outputs"][0]["data"] for answer in answers if answer["outputs"]] == [[0], [1], [2]]
+    assert refused.returncode == 2
+    assert "gives any number of answers" in json.loads(refused.stdout)["error"]["text"]
