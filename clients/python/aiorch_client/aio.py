@@ -277,8 +277,10 @@ def _choose_error(statuses: list[_Status], error: grpc.RpcError) -> ClientError:
     """The server's status of a stream.
 
     A message that is written while the server ends the stream fails, and grpc.aio then puts an INTERNAL of its own in
-    the place of the server's status (https://github.com/grpc/grpc/issues/36066). Each status is announced, so of two
-    the server's is the one that is not INTERNAL.
+    the place of the server's status (https://github.com/grpc/grpc/issues/36066). Either may be announced and either
+    raised, so of two the server's is the one that is not INTERNAL.
     """
-    told = [status for status in statuses if status[0] is not grpc.StatusCode.INTERNAL] or statuses
-    return from_status(*told[0]) if told else from_rpc_error(error)
+    told = next((status for status in statuses if status[0] is not grpc.StatusCode.INTERNAL), None)
+    if told is None and statuses and error.code() is grpc.StatusCode.INTERNAL:
+        told = statuses[0]
+    return from_rpc_error(error) if told is None else from_status(*told)
