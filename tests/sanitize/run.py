@@ -83,6 +83,8 @@ def make_environment(kind: str, place: Path, logs: Path) -> dict[str, str]:
             f"{common}:allocator_may_return_null=1:exitcode=86:ignore_noninstrumented_modules=1:history_size=4"
             ":report_signal_unsafe=0:die_after_fork=0"
         )
+        # a process that a test starts is a fork here, in which gRPC's threads would go on until it is a new program
+        environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     return environment
 
 

@@ -175,7 +175,11 @@ async def test_callers_do_not_spin_when_the_server_has_left() -> None:
 
 
 async def test_callers_go_on_when_the_server_is_back() -> None:
-    async with serve(echo) as server:
+    async def hang(request: bytes, context: Any) -> bytes:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with serve(hang) as server:
         plan = make_plan(server, streams=2, duration_s=6, connect_timeout_s=20)
         task = asyncio.create_task(drive_load(plan))
         async with asyncio.timeout(10):
@@ -329,7 +333,7 @@ async def test_progress_is_told_and_its_failure_is_not_hidden() -> None:
     told: list[tuple[float, int]] = []
     async with serve(echo) as server:
         await drive_load(make_plan(server, duration_s=0.7), lambda part, answers: told.append((part, answers)))
-        assert len(told) >= 3
+        assert len(told) >= 2
         assert [part for part, _ in told] == sorted(part for part, _ in told)
         assert told[-1][1] > 0
 
