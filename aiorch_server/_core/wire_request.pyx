@@ -23,12 +23,13 @@ cdef const uint8_t *read_field(const uint8_t *at, const uint8_t *end, uint32_t *
                                uint64_t *value, Slice *content) noexcept nogil:
     """Reads one field of any kind; `content` is set for length-delimited ones, `value` for varints.
 
-    Gives NULL for what is cut off or not protobuf. Groups (kinds 3 and 4) are refused too: nothing in the V2 service
-    uses them, and the Python plane can still decide.
+    Gives NULL for what is cut off or not protobuf, which takes tags of five bytes at most. Groups (kinds 3 and 4)
+    are refused too: nothing in the V2 service uses them, and the Python plane can still decide.
     """
     cdef uint64_t tag
+    cdef const uint8_t *begin = at
     at = read_varint(at, end, &tag)
-    if at == NULL or tag > 0xFFFFFFFFULL or (tag >> 3) == 0:
+    if at == NULL or at - begin > 5 or tag > 0xFFFFFFFFULL or (tag >> 3) == 0:
         return NULL
     number[0] = <uint32_t> (tag >> 3)
     kind[0] = <uint32_t> (tag & 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from aiorch_proto.v2 import inference_pb2 as pb
+from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -190,3 +191,11 @@ def test_damaged_responses_are_refused() -> None:
 def test_texts_that_come_twice_are_for_protobuf(twice: bytes) -> None:
     """It takes the last, but refuses the whole for the first if that is no UTF-8."""
     assert not scan(twice)["is_plain"]
+
+
+def test_tags_of_more_than_five_bytes_are_for_protobuf() -> None:
+    long_tag = b"\x92\x80\x80\x80\x80\x00\x00"
+    with pytest.raises(DecodeError):
+        pb.ModelInferRequest.FromString(long_tag)
+    with pytest.raises(ValueError, match="not a serialized ModelInferRequest"):
+        scan(long_tag)
