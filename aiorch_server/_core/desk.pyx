@@ -3,10 +3,11 @@
 from libc.stdint cimport uint8_t
 from libc.string cimport strlen
 
+from aiorch_server._core.admission cimport cancel_request
 from aiorch_server._core.h2_answer cimport answer_stream, fail_stream
 from aiorch_server._core.h2_request cimport make_slow, take_ready
 from aiorch_server._core.request cimport free_request
-from aiorch_server._core.routes cimport DISPATCHED, cancel_request, dispatch
+from aiorch_server._core.routes cimport DISPATCHED, dispatch
 
 cdef enum:
     STATUS_INTERNAL = 13

@@ -10,7 +10,6 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
-from aiorch_server._core.admission cimport cancel_request  # noqa: re-exported for doors
 from aiorch_server._core.buffers cimport Place
 from aiorch_server._core.request cimport CompletionSink, Request, TraceParent, pthread_mutex_t
 from aiorch_server._core.scheduler_state cimport SchedulerState

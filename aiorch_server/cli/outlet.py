@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import stat
 import sys
 import threading
@@ -105,7 +106,7 @@ class Outlet(io.TextIOBase):
             try:
                 left = left[os.write(self._fd, left) :]
             except BlockingIOError:  # a descriptor that somebody made non-blocking
-                time.sleep(0.01)
+                select.select((), (self._fd,), ())
             except OSError:
                 self._is_gone = True
 

@@ -72,6 +72,16 @@ def test_what_is_too_much_is_left_out_and_counted(pipe: tuple[int, TextIO]) -> N
     assert read_until(reading, b"and on\n") == b"and on\n"
 
 
+def test_a_descriptor_that_does_not_wait_loses_nothing(pipe: tuple[int, TextIO]) -> None:
+    reading, stream = pipe
+    os.set_blocking(stream.fileno(), False)
+    outlet = Outlet(stream)
+    text = "".join(f"{number}\n" for number in range(60_000))
+    outlet.write(text)
+    outlet.write("end\n")
+    assert read_until(reading, b"end\n").decode() == text + "end\n"
+
+
 def test_a_reader_that_is_gone_ends_it(pipe: tuple[int, TextIO]) -> None:
     reading, stream = pipe
     outlet = Outlet(stream)
