@@ -11,6 +11,11 @@
     |  |- OverrideRefused         a load request's own configuration or files make no model
     |  |- DeviceMissing           it needs a device that this machine does not have
     |  |- AlreadyExists           the name is taken
+    |  |- NotAuthenticated        the caller must say who it is
+    |  |- PermissionDenied        the caller may not do this
+    |  |- PreconditionFailed      the caller must change something else first
+    |  |- Conflict                somebody else was faster: look again, then decide
+    |  |- ChecksumMismatch        what came is not what was announced
     |  `- InvalidSettings         the server was started with settings that are wrong
     |- NotFoundError           the caller must name something that exists
     |  |- UnknownModel            no model of that name
@@ -20,6 +25,8 @@
     |  |- QueueTimeout            the queue policy's time ran out
     |  |- DeadlineExpired         the caller's own deadline ran out
     |  |- StreamStalled           nobody took a stream's answers for too long
+    |  |- QuotaExceeded           the tenant's quota is used up
+    |  |- RegistryUnavailable     the registry's database or store does not answer
     |  |- ModelNotReady           the version exists, but does not serve (yet)
     |  `- ServerStopping          the server takes no new requests
     |- BackendError            the model's owner must act
@@ -114,6 +121,36 @@ class AlreadyExists(RequestError):
     code = Code.ALREADY_EXISTS
 
 
+class NotAuthenticated(RequestError):
+    """The call has no credentials, or none that hold."""
+
+    code = Code.UNAUTHENTICATED
+
+
+class PermissionDenied(RequestError):
+    """The caller is known and may see what it asks for, but not do this with it."""
+
+    code = Code.PERMISSION_DENIED
+
+
+class PreconditionFailed(RequestError):
+    """The state of what the request names does not allow it; the text says what does."""
+
+    code = Code.FAILED_PRECONDITION
+
+
+class Conflict(RequestError):
+    """What the request builds upon was changed by somebody else; the text says by whom, where that is known."""
+
+    code = Code.ABORTED
+
+
+class ChecksumMismatch(RequestError):
+    """The bytes that came are not those that were announced; nothing of them was kept."""
+
+    code = Code.DATA_LOSS
+
+
 class InvalidSettings(RequestError):
     """Settings the server was started with are wrong; the text names each one and where it came from."""
 
@@ -160,6 +197,16 @@ class StreamStalled(CapacityError):
     """The answers of a stream were not taken for so long that the model had to wait too long to send more."""
 
     retryable = False
+
+
+class QuotaExceeded(CapacityError):
+    """The tenant has used up what it may; the text says which bound, and when to come back."""
+
+    code = Code.RESOURCE_EXHAUSTED
+
+
+class RegistryUnavailable(CapacityError):
+    """The registry's database or artefact store cannot be reached; what is served goes on being served."""
 
 
 class ModelNotReady(CapacityError):

@@ -29,14 +29,17 @@ SOURCES = {
         "aiorch/tfserving/error.proto",
         "aiorch/tfserving/serving.proto",
     ),
+    "admin/v1": tuple(
+        f"aiorch/admin/v1/{name}.proto" for name in ("registry", "deployments", "tuning", "access", "audit")
+    ),
 }
 PACKAGE = ROOT / "aiorch_proto" / "v2"
 #: The "gencode" version that protoc stamps into what it generates.
 GENCODE_VERSION = "6.31.1"
 #: What protoc writes for ``aiorch.<package>``, in imports and as names of modules.
 _REWRITES = (
-    (re.compile(r"^from aiorch\.(\w+) import ", re.MULTILINE), r"from aiorch_proto.\1 import "),
-    (re.compile(r"'aiorch\.(\w+\.\w+_pb2)'"), r"'aiorch_proto.\1'"),
+    (re.compile(r"^from aiorch\.([\w.]+) import ", re.MULTILINE), r"from aiorch_proto.\1 import "),
+    (re.compile(r"'aiorch\.([\w.]+_pb2)'"), r"'aiorch_proto.\1'"),
 )
 
 

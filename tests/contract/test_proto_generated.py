@@ -43,8 +43,9 @@ def test_check_finds_each_kind_of_drift(generator: ModuleType, tmp_path: Path) -
 
 
 def test_generated_text_knows_its_package(generator: ModuleType) -> None:
-    for package in generator.SOURCES:
-        for name, text in generator.generate(package).items():
+    for folder in generator.SOURCES:
+        package = folder.replace("/", ".")
+        for name, text in generator.generate(folder).items():
             assert "from aiorch." not in text, name
             assert f"'aiorch.{package}.{name.removesuffix('.py')}'" not in text, name
             assert f"'aiorch_proto.{package}.{name.removesuffix('.py')}'" in text or name.endswith(".pyi"), name
