@@ -109,7 +109,7 @@ def collect_problems(error: ValidationError, model: type[BaseModel]) -> Iterator
             yield Problem(location, "is missing and must be written")
         else:
             text = str(cause) if cause is not None else detail["msg"].removeprefix("Input ")
-            found = "something else" if location[-1:] == ("password",) else format_found(detail["input"])
+            found = "something else" if location[-1:] in (("password",), ("sha256",)) else format_found(detail["input"])
             yield Problem(location, f"found {found}; {text}")
 
 

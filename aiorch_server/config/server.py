@@ -17,6 +17,7 @@ from aiorch_server.config.names import check_name
 from aiorch_server.config.problems import Problem, raise_problems
 from aiorch_server.config.redis import RedisConfig
 from aiorch_server.config.section import Flag, Number, Section, Whole
+from aiorch_server.config.security import SecurityConfig
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -379,6 +380,7 @@ class ServerConfig(Section):
     cache: CacheConfig = CacheConfig()
     log: LogConfig = LogConfig()
     trace: TraceConfig = TraceConfig()
+    security: SecurityConfig = SecurityConfig()
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
