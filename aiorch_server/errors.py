@@ -200,9 +200,16 @@ class StreamStalled(CapacityError):
 
 
 class QuotaExceeded(CapacityError):
-    """The tenant has used up what it may; the text says which bound, and when to come back."""
+    """The tenant has used up what it may; the text says which bound, and when to come back.
+
+    ``retry_after_ns`` is 0 where no time is known.
+    """
 
     code = Code.RESOURCE_EXHAUSTED
+
+    def __init__(self, text: str, retry_after_ns: int = 0) -> None:
+        super().__init__(text)
+        self.retry_after_ns = retry_after_ns
 
 
 class RegistryUnavailable(CapacityError):

@@ -356,6 +356,17 @@ class SchedulerCounters:
     phases: Mapping[str, PhaseHistogram]
 
 
+@dataclass(frozen=True, slots=True)
+class QuotaCounters:
+    """What one tenant's quota has counted since it was made; ``in_flight`` is now."""
+
+    admitted: int
+    refused_requests: int
+    refused_rows: int
+    refused_in_flight: int
+    in_flight: int
+
+
 @dataclass(slots=True)
 class PhaseStamps:
     """When one request passed the doorways, on the monotonic clock in nanoseconds; 0: it did not.

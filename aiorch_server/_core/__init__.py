@@ -7,6 +7,8 @@ from aiorch_server._core.compiled import serve_compiled
 from aiorch_server._core.histogram import Histogram
 from aiorch_server._core.mailbox import Mailbox
 from aiorch_server._core.member import Member, count_run, detach, is_unwanted, list_attachments, read_trace
+from aiorch_server._core.passes import Passes
+from aiorch_server._core.quota import Admission, Quota
 from aiorch_server._core.routes import Router
 from aiorch_server._core.scheduler import Scheduler
 from aiorch_server._core.spec import ModelSpec
@@ -33,6 +35,7 @@ except ImportError:  # built without OpenSSL, or it is not there at run time: th
     TlsContext = read_names = None  # type: ignore[assignment, misc]
 
 __all__ = [
+    "Admission",
     "Batch",
     "BatchFormer",
     "Call",
@@ -43,6 +46,8 @@ __all__ = [
     "Member",
     "ModelSpec",
     "NativeServer",
+    "Passes",
+    "Quota",
     "Router",
     "Scheduler",
     "ServerLedger",

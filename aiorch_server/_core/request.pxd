@@ -110,6 +110,10 @@ cdef struct Request:
     # what Python keeps with the request, or NULL: a reference, given back with the record (see mailbox.pyx)
     void *attachment
     void (*drop_attachment)(void *attachment) noexcept nogil
+    # the quota that it counts for while this record lives, or NULL: a reference (see quota.pxd)
+    void *quota
+    void (*leave_quota)(void *quota) noexcept nogil
+    int64_t retry_after_ns  # of a refusal: when it makes sense to come back; 0: not known
     # for who watches: NULL, or owned and filled when it is settled; and the trace that it belongs to
     Stamps *stamps
     TraceParent parent

@@ -176,6 +176,8 @@ cdef void free_request(Request *request) noexcept nogil:
         free(request.stamps)
     if request.attachment != NULL:
         request.drop_attachment(request.attachment)
+    if request.quota != NULL:
+        request.leave_quota(request.quota)
     if request.scheduler != NULL:
         request.drop_scheduler(request.scheduler)
     if request.sink != NULL:
