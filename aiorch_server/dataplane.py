@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import dataclasses
 import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing, nullcontext
 from types import TracebackType
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 
 from aiorch_server._core import Mailbox, decode_response
 from aiorch_server.errors import (
-    AiorchError,
     CapacityError,
     DeadlineExpired,
     InternalError,
@@ -28,10 +28,11 @@ from aiorch_server.execution.response_channel import ResponseChannel
 from aiorch_server.execution.submission import submit
 from aiorch_server.execution.taker import Taker
 from aiorch_server.observability.tracer import Tracer
+from aiorch_server.routing import Samples
 from aiorch_server.scheduling import find_queue_timeout_us
-from aiorch_server.tracing import Run, current_run, find_trace
+from aiorch_server.tracing import Run, current_incoming, current_run, find_trace
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse, Parameter, Tensor
-from aiorch_server.validation import QueueTerms, check_request
+from aiorch_server.validation import QueueTerms, check_request, find_correlation_id
 
 if TYPE_CHECKING:
     from aiorch_server.lifecycle.manager import LifecycleManager
@@ -59,13 +60,24 @@ class DataPlane:
         self._tracer = tracer or Tracer()
         self._regions = regions or SharedRegions()
         self._patience_s = stream_stall_s or math.inf
+        #: Who gets to see a sample of the requests.
+        self.samples = Samples(self._replay)
 
     def is_decoupled(self, model_name: str, model_version: str) -> bool:
-        """Whether requests to that version have any number of answers; False where there is no such version."""
-        try:
-            return self._manager.find(model_name, model_version).signature.is_decoupled
-        except AiorchError:
-            return False
+        """Whether requests to that version may have any number of answers; False where there is no such version."""
+        return any(each.signature.is_decoupled for each in self._manager.list_choices(model_name, model_version))
+
+    def foresee(self, model_name: str, model_version: str) -> Servable:
+        """The version that the next request of this task will run on, for doors which must know it to read the request.
+
+        It is chosen now, and not again for ``infer`` or ``stream``. Raises as LifecycleManager.choose.
+        """
+        incoming = current_incoming.get()
+        if model_version or incoming is None:
+            return self._manager.find(model_name, model_version)
+        servable, is_sampled = self._manager.choose(model_name, key=incoming.route_key, chosen=incoming.choice)
+        incoming.choice = servable.version, is_sampled
+        return servable
 
     async def infer(self, request: InferenceRequest, *, deadline_ns: int = 0) -> InferenceResponse:
         """Runs one request; ``deadline_ns`` is absolute on the monotonic clock, 0 for none.
@@ -75,11 +87,12 @@ class DataPlane:
         takes the request out of the queue. The response's tensors keep its memory alive; outputs that went to shared
         memory have no data.
         """
-        with self._manager.acquire(request.model_name, request.model_version) as servable:
+        servable, is_sampled = self._choose(request)
+        with servable.acquire():
             if servable.signature.is_decoupled:
                 raise UnsupportedRequest(DECOUPLED_TEXT)
             with self._tracer.watch(servable):
-                return await self._infer(servable, request, deadline_ns)
+                return await self._infer(servable, request, deadline_ns, is_sampled=is_sampled)
 
     async def stream(
         self, request: InferenceRequest, *, deadline_ns: int = 0
@@ -91,10 +104,11 @@ class DataPlane:
         ``contextlib.aclosing``) cancels the request; while nobody takes its answers, the model has to wait. After
         ``stream_stall_s`` it need not any more: what comes next is StreamStalled.
         """
-        with self._manager.acquire(request.model_name, request.model_version) as servable:
+        servable, is_sampled = self._choose(request)
+        with servable.acquire():
             if not servable.signature.is_decoupled:
                 with self._tracer.watch(servable):
-                    answer = await self._infer(servable, request, deadline_ns)
+                    answer = await self._infer(servable, request, deadline_ns, is_sampled=is_sampled)
                 yield dataclasses.replace(answer, parameters={**answer.parameters, FINAL_RESPONSE: True})
                 return
             name, version = servable.name, str(servable.version)
@@ -115,14 +129,48 @@ class DataPlane:
             if not is_final:
                 yield InferenceResponse(name, version, (), request.id, {FINAL_RESPONSE: True})
 
-    async def _infer(self, servable: Servable, request: InferenceRequest, deadline_ns: int) -> InferenceResponse:
+    async def _infer(
+        self, servable: Servable, request: InferenceRequest, deadline_ns: int, *, is_sampled: bool
+    ) -> InferenceResponse:
+        since_ns = time.monotonic_ns() if is_sampled else 0
         with _NamedRefusals(request), Exchange(self._regions, request, servable.signature) as exchange:
-            response = await self.infer_on(servable, await exchange.bring(), deadline_ns=deadline_ns)
+            brought = await exchange.bring()
+            taking = self.samples.take(servable, brought, since_ns) if is_sampled and servable.sequencer is None else None
+            if taking is None:
+                response = await self.infer_on(servable, brought, deadline_ns=deadline_ns)
+            else:
+                with taking:
+                    response = taking.answer = await self.infer_on(servable, brought, deadline_ns=deadline_ns)
             return await exchange.deliver(response)
 
-    def acquire(self, name: str, version: str) -> ServableHandle:
-        """A lease on a version that is ready; see LifecycleManager.acquire."""
-        return self._manager.acquire(name, version)
+    def _choose(self, request: InferenceRequest) -> tuple[Servable, bool]:
+        """The version that a request is for, and whether it is in the sample."""
+        if request.model_version:
+            return self._manager.find(request.model_name, request.model_version), False
+        incoming = current_incoming.get()
+        key, chosen = b"", None
+        if incoming is not None:
+            key, chosen, incoming.choice = incoming.route_key, incoming.choice, None
+        return self._manager.choose(
+            request.model_name, key=key, correlation_id=find_correlation_id(request), chosen=chosen
+        )
+
+    async def _replay(self, request: InferenceRequest, version: int, *, deadline_ns: int = 0) -> InferenceResponse:
+        """As ``routing.Replay``."""
+        with self._manager.find(request.model_name, str(version)).acquire() as servable:
+            batching = servable.config.dynamic_batching
+            parameters = dict(request.parameters)
+            parameters.pop("priority", None)
+            if batching is not None and batching.priority_levels:
+                parameters["priority"] = batching.priority_levels
+            request = dataclasses.replace(request, model_version=str(version), parameters=parameters)
+            return await self.infer_on(servable, request, deadline_ns=deadline_ns)
+
+    def acquire(self, name: str, version: str, correlation_id: int | str = 0) -> ServableHandle:
+        """A lease on a version that is ready, for one step of a request; see LifecycleManager.choose."""
+        incoming = current_incoming.get()
+        key = incoming.route_key if incoming is not None else b""
+        return self._manager.choose(name, version, key=key, correlation_id=correlation_id)[0].acquire()
 
     async def infer_on(
         self,

@@ -68,6 +68,18 @@ def _read_parameters(request: InferenceRequest) -> QueueTerms:
     )
 
 
+def find_correlation_id(request: InferenceRequest) -> int | str:
+    """The sequence that ``request`` belongs to, 0 for none; also for one that ``check_request`` will refuse."""
+    if request.sequence is not None:
+        return request.sequence.correlation_id
+    if "sequence_id" not in request.parameters:
+        return 0
+    try:
+        return _read_sequence(request).correlation_id
+    except RequestError:
+        return 0
+
+
 def _read_sequence(request: InferenceRequest) -> SequencePlace:
     correlation_id = request.parameters.get("sequence_id", 0)
     if isinstance(correlation_id, bool) or not isinstance(correlation_id, int | str):

@@ -11,6 +11,7 @@ from aiorch_server._core.passes import Passes
 from aiorch_server._core.quota import Admission, Quota
 from aiorch_server._core.routes import Router
 from aiorch_server._core.scheduler import Scheduler
+from aiorch_server._core.shares import Shares
 from aiorch_server._core.spec import ModelSpec
 from aiorch_server._core.wire_messages import (
     decode_response,
@@ -51,6 +52,7 @@ __all__ = [
     "Router",
     "Scheduler",
     "ServerLedger",
+    "Shares",
     "TlsContext",
     "count_run",
     "decode_response",

@@ -15,6 +15,7 @@ cdef class Call:
     cdef readonly str encoding
     cdef readonly frozenset accepted
     cdef readonly int64_t deadline_ns
+    cdef readonly tuple choice      # version, and whether it is in the sample; None: nothing was chosen
     cdef readonly bint is_half_closed
     cdef readonly bint is_over
     cdef bint is_head_sent

@@ -10,6 +10,7 @@ class Call:
     encoding: str
     accepted: frozenset[str]
     deadline_ns: int
+    choice: tuple[int, bool] | None
     is_half_closed: bool
     is_over: bool
     def set_over_callback(self, callback: Callable[[], None]) -> None: ...

@@ -8,6 +8,7 @@ from aiorch_server._core.buffers cimport new_buffer
 from aiorch_server._core.grpc_text cimport put_frame_prefix
 from aiorch_server._core.h2_stream cimport FRAME_PREFIX_BYTES, pack_metadata, unpack_metadata
 from aiorch_server._core.request cimport now_ns
+from aiorch_server._core.shares cimport Choice
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +22,23 @@ cdef class Call:
     """One call on the Python plane, as bytes; made by the driver and passed to ``on_call``.
 
     ``encoding`` names that of compressed requests, ``accepted`` those that the client takes beside identity.
-    ``metadata`` are the request's header pairs as bytes, without those that gRPC itself uses. All methods belong to
-    the loop's thread. When the call is over before ``finish`` (cancelled, expired, connection lost), the callback is
+    ``metadata`` are the request's header pairs as bytes, without those that gRPC itself uses. ``choice`` is the version
+    that the route table chose for a request which it did not carry, see shares.pxd. All methods belong to the loop's
+    thread. When the call is over before ``finish`` (cancelled, expired, connection lost), the callback is
     called once, and everything sent later is dropped without an error.
     """
 
     cdef int describe(self, const uint8_t *packed, size_t size, int encoding, uint32_t accepted,
                       int64_t deadline_ns) except -1:
+        cdef Choice choice
         self.path = ""
         self.metadata = []
         for pair in unpack_metadata(packed, size):
             if pair[0] == b":path":
                 self.path = pair[1].decode("latin-1")
+            elif pair[0] == b":choice":
+                memcpy(&choice, <const char *> pair[1], sizeof(Choice))
+                self.choice = choice.version, bool(choice.is_sampled)
             else:
                 self.metadata.append(pair)
         self.encoding = ENCODINGS[encoding]

@@ -6,10 +6,13 @@ from libc.string cimport strlen
 from aiorch_server._core.admission cimport cancel_request
 from aiorch_server._core.h2_answer cimport answer_stream, fail_stream
 from aiorch_server._core.h2_request cimport make_slow, take_ready
+from aiorch_server._core.h2_stream cimport keep_metadata
 from aiorch_server._core.request cimport free_request
 from aiorch_server._core.routes cimport DISPATCHED, dispatch
+from aiorch_server._core.shares cimport Choice
 
 cdef enum:
+    STATUS_RESOURCE_EXHAUSTED = 8
     STATUS_INTERNAL = 13
 
 
@@ -23,18 +26,27 @@ cdef void abandon_request(Stream *stream) noexcept nogil:
         request.owner = NULL            # it comes through the sink and is freed there
 
 
+cdef void hand_on(Stream *stream) noexcept nogil:
+    """Makes a slow call of what was declined; with the version that was chosen for it, which holds there too."""
+    if stream.mark.choice.version == 0 or keep_metadata(
+            stream, <const uint8_t *> b":choice", 7, <const uint8_t *> &stream.mark.choice, sizeof(Choice)) == 0:
+        make_slow(stream)
+    else:
+        fail_stream(stream, STATUS_RESOURCE_EXHAUSTED, <const uint8_t *> b"Out of memory", 13)
+
+
 cdef void dispatch_ready(Connection *connection, RouteReader *reader, CompletionSink *sink) noexcept nogil:
     cdef Request *request = NULL
     cdef Stream *stream = take_ready(connection)
     while stream != NULL:
         if (stream.message != NULL and sink != NULL and dispatch(
                 reader, stream.message, stream.message_size, &stream.rest, stream.received_ns, stream.deadline.due_ns,
-                &stream.parent, sink, stream, &request) == DISPATCHED):
+                &stream.parent, &stream.mark, sink, stream, &request) == DISPATCHED):
             stream.message = stream.rest.buffer = NULL
             stream.request = request
             connection.group.in_flight += 1
         else:
-            make_slow(stream)
+            hand_on(stream)
         stream = take_ready(connection)
 
 

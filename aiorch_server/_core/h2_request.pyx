@@ -10,6 +10,7 @@ from aiorch_server._core.h2_life cimport has_room
 from aiorch_server._core.h2_stream cimport *
 from aiorch_server._core.nghttp2 cimport nghttp2_session_consume_stream
 from aiorch_server._core.request cimport TraceParent
+from aiorch_server._core.shares cimport hash_key
 from aiorch_server._core.timers cimport set_timer
 
 cdef enum:
@@ -119,6 +120,9 @@ cdef int take_header(Stream *stream, const uint8_t *name, size_t name_size,
         return 0
     elif name_size == 11 and _is(name, name_size, b"traceparent", 11):
         read_trace_parent(value, value_size, &stream.parent)
+    elif name_size == 16 and _is(name, name_size, b"aiorch-route-key", 16):
+        stream.mark.has_key = value_size > 0
+        stream.mark.key = hash_key(value, value_size)
     elif name_size == 13 and _is(name, name_size, b"aiorch-timing", 13):
         stream.wants_timing = True
     return keep_metadata(stream, name, name_size, value, value_size)

@@ -14,6 +14,7 @@ from aiorch_server._core.h2_rules cimport Life, LifeRules
 from aiorch_server._core.loans cimport LentList, Loan
 from aiorch_server._core.nghttp2 cimport nghttp2_option, nghttp2_session, nghttp2_session_callbacks
 from aiorch_server._core.request cimport TraceParent
+from aiorch_server._core.shares cimport RouteMark
 from aiorch_server._core.timers cimport Timer, TimerHeap
 
 
@@ -176,6 +177,7 @@ cdef struct Stream:
     int64_t timeout_ns                  # -1: none
     bint wants_timing                   # of its answer, which Python writes
     TraceParent parent
+    RouteMark mark                      # its route key; and, once a driver has chosen, the version
     # the request
     bint is_remote_closed               # END_STREAM was received
     bint has_message                    # fast: the one message is complete
@@ -220,7 +222,8 @@ cdef struct Stream:
     size_t status_text_size
     uint8_t *trailing                   # packed metadata, owned
     size_t trailing_size
-    # packed metadata: uint32 name size, uint32 value size, name, value, and so on; ":path" is in it for slow calls
+    # packed metadata: uint32 name size, uint32 value size, name, value, and so on; ":path" is in it for slow calls, and
+    # ":choice" (a Choice) where the driver has chosen a version: no client can send a name like these
     uint8_t *metadata
     size_t metadata_size
     size_t metadata_capacity

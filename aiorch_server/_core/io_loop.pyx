@@ -39,7 +39,8 @@ cdef enum:
 # ---------------------------------------------------------------------------------------------------- life of the state
 cdef bint place_rest(Stream *stream, const uint8_t *head, size_t size, size_t message_size, Place *place) noexcept nogil:
     cdef IoState *io = (<IoConnection *> stream.connection.owner).io
-    return io.router != NULL and place_tensor(io.router, head, size, message_size, place)
+    return io.router != NULL and place_tensor(
+        io.router, head, size, message_size, &stream.mark, place)
 
 
 cdef IoState *new_io(const Limits *limits, const uint8_t *fast_path, size_t fast_path_size, RouterState *router,

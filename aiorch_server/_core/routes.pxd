@@ -13,6 +13,7 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t
 from aiorch_server._core.buffers cimport Place
 from aiorch_server._core.request cimport CompletionSink, Request, TraceParent, pthread_mutex_t
 from aiorch_server._core.scheduler_state cimport SchedulerState
+from aiorch_server._core.shares cimport RouteMark, ShareTable
 from aiorch_server._core.wire cimport Slice
 
 
@@ -32,6 +33,7 @@ cdef struct ModelRoute:
     int default_index           # into versions; -1: no version is served by default
     int n_versions
     VersionRoute *versions      # owned, ascending
+    ShareTable *shares          # one reference; NULL: who names no version gets the default
 
 
 cdef enum:
@@ -64,17 +66,19 @@ cdef void release_router(RouterState *router) noexcept nogil
 cdef void begin_round(RouterState *router, RouteReader *reader) noexcept nogil
 cdef void end_round(RouteReader *reader) noexcept nogil
 # `rest`: the message's end where that lies elsewhere, as place_tensor said; NULL, or without a buffer: it does not.
-# `deadline_ns` is absolute on CLOCK_MONOTONIC, 0 for none; `parent` NULL is none. What shall be traced is declined. On DISPATCHED `*request` is the new request, whose `owner` is
-# as given.
+# `deadline_ns` is absolute on CLOCK_MONOTONIC, 0 for none; `parent` NULL is none. What shall be traced or is in the sample
+# of its shares is declined. `mark` has the request's key; a version that was chosen for it is in there afterwards, also
+# where it was declined, and holds if it is there before. On DISPATCHED `*request` is the new request, whose `owner` is as
+# given.
 cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size, const Place *rest,
-                             int64_t received_ns, int64_t deadline_ns, const TraceParent *parent, CompletionSink *sink,
-                             void *owner, Request **request) noexcept nogil
+                             int64_t received_ns, int64_t deadline_ns, const TraceParent *parent, RouteMark *mark,
+                             CompletionSink *sink, void *owner, Request **request) noexcept nogil
 
 
-# Where the tensor of a message belongs of which the head has come: into rows of a batch of the version that it names.
-# False: into the message. Any thread, in a round or not.
+# Where the tensor of a message belongs of which the head has come: into rows of a batch of the version that it names, or
+# that is chosen for it, see `dispatch`. False: into the message. Any thread, in a round or not.
 cdef bint place_tensor(RouterState *router, const uint8_t *head, size_t head_size, size_t message_size,
-                       Place *place) noexcept nogil
+                       RouteMark *mark, Place *place) noexcept nogil
 
 
 cdef class Router:

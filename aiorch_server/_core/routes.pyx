@@ -20,6 +20,7 @@ from aiorch_server._core.request cimport (
 )
 from aiorch_server._core.scheduler cimport Scheduler
 from aiorch_server._core.scheduler_state cimport release_scheduler, retain_scheduler, wake
+from aiorch_server._core.shares cimport Shares, choose_share, release_shares, retain_shares
 from aiorch_server._core.spec cimport bind_request, measure_rows
 from aiorch_server._core.watch cimport choose
 from aiorch_server._core.wire cimport put_varint, slice_equals
@@ -53,10 +54,30 @@ cdef const ModelRoute *find_model(const RouteTable *table, const Slice *name) no
     return NULL
 
 
-cdef SchedulerState *find_version(const ModelRoute *model, const Slice *version) noexcept nogil:
-    """The version's scheduler; an empty version is the default one. NULL: not there, or not a plain number."""
+cdef SchedulerState *find_number(const ModelRoute *model, int64_t number) noexcept nogil:
+    for at in range(model.n_versions):
+        if model.versions[at].version == number:
+            return model.versions[at].scheduler
+    return NULL
+
+
+cdef SchedulerState *find_share(const ModelRoute *model, RouteMark *mark) noexcept nogil:
+    """The scheduler of the version that was chosen, or is now. NULL: the request is in the sample."""
+    cdef SchedulerState *scheduler = NULL
+    if mark.choice.version != 0:
+        scheduler = find_number(model, mark.choice.version)
+    if scheduler == NULL:       # or it went away since
+        choose_share(model.shares, mark)
+        scheduler = find_number(model, mark.choice.version)
+    return NULL if mark.choice.is_sampled else scheduler
+
+
+cdef SchedulerState *find_version(const ModelRoute *model, const Slice *version, RouteMark *mark) noexcept nogil:
+    """The version's scheduler; an empty version is one by shares, or the default. NULL: not there, or not a plain number."""
     cdef int64_t number = 0
     if version.size == 0:
+        if model.shares != NULL:
+            return find_share(model, mark)
         return model.versions[model.default_index].scheduler if model.default_index >= 0 else NULL
     if version.size > 9:
         return NULL
@@ -64,10 +85,7 @@ cdef SchedulerState *find_version(const ModelRoute *model, const Slice *version)
         if version.data[i] < c'0' or version.data[i] > c'9':
             return NULL
         number = number * 10 + (version.data[i] - c'0')
-    for at in range(model.n_versions):
-        if model.versions[at].version == number:
-            return model.versions[at].scheduler
-    return NULL
+    return find_number(model, number)
 
 
 cdef void free_table(RouteTable *table) noexcept nogil:
@@ -80,6 +98,8 @@ cdef void free_table(RouteTable *table) noexcept nogil:
             if model.versions[i].scheduler != NULL:
                 release_scheduler(model.versions[i].scheduler)
         free(model.versions)
+        if model.shares != NULL:
+            release_shares(model.shares)
         free(<void *> model.name.data)
     free(table.slots)
     free(table)
@@ -149,9 +169,10 @@ cdef class Router:
             release_router(self.state)
 
     def publish(self, routes not None):
-        """Replaces the table: ``{name: (default_version, {version: Scheduler})}``.
+        """Replaces the table: ``{name: (default_version, {version: Scheduler})}``, or with ``Shares`` as a third.
 
-        ``default_version`` is what a request without version gets; it must be among the versions, or 0 for none.
+        ``default_version`` is what a request without version gets; it must be among the versions, or 0 for none. With
+        ``Shares``, all of whose versions must be there too, these say it. ValueError otherwise, and nothing changes.
         Requests that were dispatched before stay with the scheduler they went to.
         """
         cdef RouteTable *table = <RouteTable *> calloc(1, sizeof(RouteTable))
@@ -167,8 +188,8 @@ cdef class Router:
             if table.slots == NULL:
                 raise MemoryError
             table.mask = n_slots - 1
-            for name, (default_version, versions) in routes.items():
-                add_model(table, name, default_version, versions)
+            for name, (default_version, versions, *shares) in routes.items():
+                add_model(table, name, default_version, versions, shares[0] if shares else None)
         except BaseException:
             free_table(table)
             raise
@@ -179,13 +200,13 @@ cdef class Router:
         release_table(retired)
 
 
-cdef SchedulerState *find_scheduler(const RouteTable *table, const InferScan *scan) noexcept nogil:
+cdef SchedulerState *find_scheduler(const RouteTable *table, const InferScan *scan, RouteMark *mark) noexcept nogil:
     cdef const ModelRoute *model = find_model(table, &scan.model_name)
-    return find_version(model, &scan.model_version) if model != NULL else NULL
+    return find_version(model, &scan.model_version, mark) if model != NULL else NULL
 
 
 cdef bint place_tensor(RouterState *router, const uint8_t *head, size_t head_size, size_t message_size,
-                       Place *place) noexcept nogil:
+                       RouteMark *mark, Place *place) noexcept nogil:
     cdef RouteReader reader
     cdef InferScan scan
     cdef SchedulerState *scheduler
@@ -202,7 +223,7 @@ cdef bint place_tensor(RouterState *router, const uint8_t *head, size_t head_siz
     begin_round(router, &reader)
     if (reader.table != NULL and scan_parts(head, find_head_size(at, message_size), tensor, &scan) == SCAN_OK
             and scan.is_plain):
-        scheduler = find_scheduler(reader.table, &scan)
+        scheduler = find_scheduler(reader.table, &scan, mark)
         if scheduler != NULL:
             row_bytes = measure_rows(scheduler.spec, &scan, &rows)
             is_placed = row_bytes > 0 and reserve_in_slab(scheduler, row_bytes, rows, place)
@@ -229,8 +250,8 @@ cdef void take_back(Request *candidate) noexcept nogil:
 
 
 cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size, const Place *rest,
-                             int64_t received_ns, int64_t deadline_ns, const TraceParent *parent, CompletionSink *sink,
-                             void *owner, Request **request) noexcept nogil:
+                             int64_t received_ns, int64_t deadline_ns, const TraceParent *parent, RouteMark *mark,
+                             CompletionSink *sink, void *owner, Request **request) noexcept nogil:
     cdef InferScan scan
     cdef ScanResult scanned
     cdef SchedulerState *scheduler
@@ -247,7 +268,7 @@ cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size,
         scanned = scan_request(message, size, &scan)
     if scanned != SCAN_OK or not scan.is_plain:
         return DECLINED
-    scheduler = find_scheduler(reader.table, &scan)
+    scheduler = find_scheduler(reader.table, &scan, mark)
     if scheduler == NULL or choose(&scheduler.watch, parent):
         return DECLINED
     candidate = new_request(message, size, scheduler.spec.n_inputs, scheduler.spec.n_key, sink, owner)
@@ -277,7 +298,7 @@ cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size,
     return DISPATCHED
 
 
-cdef int add_model(RouteTable *table, str name, int64_t default_version, versions) except -1:
+cdef int add_model(RouteTable *table, str name, int64_t default_version, versions, Shares shares) except -1:
     cdef bytes text = name.encode()
     cdef Slice key
     cdef ModelRoute *model
@@ -312,4 +333,9 @@ cdef int add_model(RouteTable *table, str name, int64_t default_version, version
         model.n_versions += 1
     if default_version and model.default_index < 0:
         raise ValueError(f"default version {default_version} of '{name}' is not among {sorted(versions)}")
+    if shares is not None:
+        if any([number not in versions for number in shares.versions]):
+            raise ValueError(f"shares of '{name}' are for {shares.versions}, not all among {sorted(versions)}")
+        model.shares = shares.table
+        retain_shares(model.shares)
     return 0

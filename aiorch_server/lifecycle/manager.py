@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from aiorch_server._core import Router, Scheduler
+from aiorch_server._core import Router
 from aiorch_server.cache import ResponseCache
 from aiorch_server.config.server import ControlMode
 from aiorch_server.errors import (
@@ -26,10 +26,12 @@ from aiorch_server.lifecycle.caching import attach_cache, check_caching
 from aiorch_server.lifecycle.dependencies import Dependencies, list_requirements
 from aiorch_server.lifecycle.loader import Loader, Source
 from aiorch_server.lifecycle.model import STOPPING_TEXT, ManagedModel, Observer
+from aiorch_server.lifecycle.route import Route
 from aiorch_server.lifecycle.servable import Servable, ServableHandle
 from aiorch_server.lifecycle.threads import run_blocking
 from aiorch_server.lifecycle.version_policy import choose_aspired, find_missing
 from aiorch_server.repository import ModelRepository, ModelSnapshot, RepositoryModel
+from aiorch_server.routing import Traffic
 from aiorch_server.types import ModelIndexEntry, ModelState
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,8 @@ class LifecycleManager:
         self._prepare = prepare or (lambda servable: None)
         self._models: dict[str, ManagedModel] = {}
         self._dependencies = Dependencies(self._models)
-        self._routes: dict[str, tuple[int, dict[int, Servable]]] = {}
+        self._routes: dict[str, Route] = {}
+        self._traffic: dict[str, Traffic] = {}
         self._snapshots: Mapping[str, ModelSnapshot] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
@@ -107,24 +110,57 @@ class LifecycleManager:
         return self._is_stopping
 
     def acquire(self, name: str, version: str = "") -> ServableHandle:
-        """A lease on a version that is ready; ``version`` "" is the policy's choice.
+        """A lease on a version that is ready, for one request; "" is what the shares choose for it, see ``choose``.
 
         Raises UnknownModel, UnknownVersion, ModelNotReady, ServerStopping, or RequestError for a bad version string.
         """
-        return self.find(name, version).acquire()
+        return self.choose(name, version)[0].acquire()
+
+    def choose(
+        self,
+        name: str,
+        version: str = "",
+        *,
+        key: bytes = b"",
+        correlation_id: int | str = 0,
+        chosen: tuple[int, bool] | None = None,
+    ) -> tuple[Servable, bool]:
+        """The version that one request is to run on, and whether it is in the sample that observers get.
+
+        For each request once: where it names no version, it is counted to the shares. A sequence goes where it is
+        under way; else the version in ``chosen`` holds while it is ready, then the shares decide, by ``key`` (the
+        request's, see ROUTE_KEY) where they are sticky. Raises as ``acquire``.
+        """
+        number, route = self._find_route(name, version)
+        found = route.choose(number, key, correlation_id, chosen) if route is not None else None
+        if found is None:
+            raise self._explain_missing(name, number)
+        return found
 
     def find(self, name: str, version: str = "") -> Servable:
-        """Like ``acquire``, without a lease: for looking at what does not change."""
+        """For looking at a version that is ready, without a lease; "" is the first that has a share.
+
+        No request is counted. Raises as ``acquire``.
+        """
+        number, route = self._find_route(name, version)
+        servable = route.look(number) if route is not None else None
+        if servable is None:
+            raise self._explain_missing(name, number)
+        return servable
+
+    def _find_route(self, name: str, version: str) -> tuple[int, Route | None]:
         number = parse_version(version)
         if self._has_closed:
             raise ServerStopping(STOPPING_TEXT)
-        route = self._routes.get(name)
-        if route is not None:
-            default, servables = route
-            servable = servables.get(number or default)
-            if servable is not None:
-                return servable
-        raise self._explain_missing(name, number)
+        return number, self._routes.get(name)
+
+    def list_choices(self, name: str, version: str = "") -> list[Servable]:
+        """Everything that ``choose`` may give for a request; empty where it raises."""
+        try:
+            number, route = self._find_route(name, version)
+        except (RequestError, ServerStopping):
+            return []
+        return route.list_choices(number) if route is not None else []
 
     def is_ready(self, name: str, version: str = "") -> bool:
         """Whether requests for that version should be sent; RequestError for a bad version string."""
@@ -140,7 +176,11 @@ class LifecycleManager:
 
     def versions(self, name: str) -> list[int]:
         """The ready versions of a model, lowest first."""
-        return sorted(self._routes[name][1]) if name in self._routes else []
+        return sorted(self._routes[name].servables) if name in self._routes else []
+
+    def traffic(self, name: str) -> Traffic | None:
+        """What ``set_traffic`` was last told."""
+        return self._traffic.get(name)
 
     def is_known(self, name: str) -> bool:
         """Whether a version of the model was ever tried."""
@@ -212,6 +252,21 @@ class LifecycleManager:
         for each in unneeded:
             if each in self._models:
                 await self.unload(each, unload_dependents=True)
+
+    def set_traffic(self, name: str, traffic: Traffic | None) -> None:
+        """Says where requests to a model go that name no version; None: to the highest one that is ready.
+
+        Takes effect at once, for all doors together, and holds until it is set again, whether the model serves or not.
+        A version that is not ready gets nothing: the others have its share as long. Where none of them is ready, such
+        requests are refused (ModelNotReady). Sequences stay with the version where they began.
+        """
+        if self._traffic.get(name) == traffic:
+            return
+        if traffic is None:
+            del self._traffic[name]
+        else:
+            self._traffic[name] = traffic
+        self._publish()
 
     async def poll(self) -> None:
         """Looks at the repository once and follows what was added, changed or removed since the last look.
@@ -379,21 +434,21 @@ class LifecycleManager:
                 self._models.pop(model.name, None)
 
     def _publish(self) -> None:
-        routes: dict[str, tuple[int, dict[int, Servable]]] = {}
+        routes: dict[str, Route] = {}
         if not self._has_closed:
             self._dependencies.follow()
             for name, model in self._models.items():
                 if ready := model.ready():
                     for servable in ready.values():
                         self._prepare(servable)
-                    routes[name] = (max(ready), ready)
+                    routes[name] = Route(name, ready, self._traffic.get(name), self._routes.get(name))
         self._routes = routes
         self._router.publish(
             {
-                name: (default, schedulers)
-                for name, (default, servables) in routes.items()
+                name: (route.default, schedulers, route.shares)
+                for name, route in routes.items()
                 # the compiled desk leaves to Python what it does not know
-                if len(schedulers := _find_plain(servables)) == len(servables)
+                if (schedulers := route.find_plain()) is not None
             }
         )
         if not self._is_stopping:
@@ -448,23 +503,13 @@ class LifecycleManager:
         if model is None or not model.versions:
             return UnknownModel(f"{text} is not found")
         if not version:
+            if self._routes.get(name) is not None:
+                wanted = ", ".join(str(each.version) for each in self._traffic[name].shares if each.share)
+                return ModelNotReady(f"{text} version {wanted} is not at ready state")
             return UnknownVersion(f"{text} has no available versions")
         if version not in model.versions:
             return UnknownVersion(f"{text} version {version} is not found")
         return ModelNotReady(f"{text} version {version} is not at ready state")
-
-
-def _find_plain(servables: Mapping[int, Servable]) -> dict[int, Scheduler]:
-    """The schedulers that the compiled desk may use by itself; a model with others too is left to the data plane.
-
-    Decoupled models answer over streams only, which the compiled desk does not carry; nor does it look into a cache.
-    """
-    plain = {
-        version: each.plain_scheduler
-        for version, each in servables.items()
-        if not each.signature.is_decoupled and each.cache is None
-    }
-    return {version: scheduler for version, scheduler in plain.items() if scheduler is not None}
 
 
 def _explain_missing_versions(name: str, missing: Sequence[int]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from aiorch_server.tracing import ROUTE_KEY as ROUTE_KEY
+
 #: All requests, in hundredths of a percent.
 WHOLE: Final = 10_000
-#: The metadata (REST: the header) by which sticky requests are told apart.
-ROUTE_KEY: Final = "aiorch-route-key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,11 @@ class Share:
 class Traffic:
     """Where the requests of one model go that name no version.
 
-    ``shares`` add up to ``WHOLE`` (ValueError otherwise). ``is_sticky``: a request with a key always goes where its key
-    goes, and what its share loses or gains moves no other key. ``sampled`` is the part of all requests that the
-    compiled path leaves to the control plane, which may copy or record them.
+    ``shares`` add up to ``WHOLE`` (ValueError otherwise); looks at the model without version are answered for the first
+    of them that is ready and not 0. ``is_sticky``: a request with a key (metadata or header ``ROUTE_KEY``) always goes
+    where its key goes; a version whose share grows at the others' cost keeps all keys that it has. ``sampled`` is the
+    part of these requests that the compiled path leaves to the control plane, whose observers (``Samples``) may copy or
+    record them; each version has its share of it.
     """
 
     shares: tuple[Share, ...]

@@ -23,6 +23,7 @@ from aiorch_server.scheduling.ensemble_graph import EnsembleGraph, ModelKey, Sta
 from aiorch_server.scheduling.ensemble_run import Held, Run
 from aiorch_server.scheduling.ensemble_stream import EnsembleStream
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse, ModelSignature, SchedulerCounters
+from aiorch_server.validation import find_correlation_id
 
 #: What a queue of the core holds where nothing else is configured.
 DEFAULT_MAX_REQUESTS = 16384
@@ -48,8 +49,10 @@ class StepServable(Protocol):
 class StepHost(Protocol[Held]):
     """Who runs requests: the data plane."""
 
-    def acquire(self, name: str, version: str) -> contextlib.AbstractContextManager[Held]:
-        """A lease on a model that is ready."""
+    def acquire(
+        self, name: str, version: str, correlation_id: int | str
+    ) -> contextlib.AbstractContextManager[Held]:
+        """A lease on a model that is ready, for a step of a request of that sequence (0: none)."""
         ...
 
     async def infer_on(
@@ -225,7 +228,7 @@ class EnsembleScheduler:
         try:
             with contextlib.ExitStack() as stack:
                 if leases is None:
-                    leases = self._lease(host, stack)
+                    leases = self._lease(host, stack, find_correlation_id(request))
                 plan = self.graph.plan([output.name for output in request.outputs])
                 rows = request.inputs[0].shape[0] if self._signature.max_batch_size else 0
                 run = Run(request, plan, rows, deadline_ns, leases)
@@ -260,7 +263,9 @@ class EnsembleScheduler:
             return self._refusal
         return error
 
-    def _lease(self, host: StepHost[Held], stack: contextlib.ExitStack) -> Mapping[ModelKey, Held]:
+    def _lease(
+        self, host: StepHost[Held], stack: contextlib.ExitStack, correlation_id: int | str
+    ) -> Mapping[ModelKey, Held]:
         """All models that may be needed, those of ensembles among the steps included: held before the first step."""
         leases: dict[ModelKey, Held] = {}
         open_keys = list(self.graph.models)
@@ -269,7 +274,7 @@ class EnsembleScheduler:
             if key in leases:
                 continue
             try:
-                leases[key] = servable = stack.enter_context(host.acquire(*key))
+                leases[key] = servable = stack.enter_context(host.acquire(*key, correlation_id))
             except AiorchError as error:
                 raise self.name_step(error, f"model '{key[0]}'") from error
             if servable.ensemble is not None:

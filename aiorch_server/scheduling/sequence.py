@@ -88,6 +88,10 @@ class SequenceScheduler:
         """Sequences that wait for a place."""
         return self._table.backlog
 
+    def has_sequence(self, correlation_id: int | str) -> bool:
+        """Whether a request of that sequence would join one that is under way here."""
+        return self._table.is_known(correlation_id)
+
     async def infer(
         self, request: InferenceRequest, terms: QueueTerms, mailbox: Mailbox, *, deadline_ns: int = 0
     ) -> InferenceResponse:

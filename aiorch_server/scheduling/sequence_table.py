@@ -212,6 +212,10 @@ class SequenceTable:
 
     # ------------------------------------------------------------------------------------------- how sequences end
 
+    def is_known(self, key: int | str) -> bool:
+        """Whether a request of the sequence ``key`` can join it."""
+        return key in self._known
+
     def expire(self, now_ns: int) -> int:
         """Ends sequences that were idle for too long; gives when to look again, 0 for not before something runs."""
         while self._idle:

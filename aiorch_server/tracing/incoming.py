@@ -13,6 +13,8 @@ from aiorch_server.tracing.run import Run, current_run
 
 #: A request with this header is answered with its phases; the compiled desk looks for the same name.
 TIMING_HEADER: Final = "aiorch-timing"
+#: By this a request goes where its key goes, where shares are sticky; the compiled desk looks for the same name.
+ROUTE_KEY: Final = "aiorch-route-key"
 _OFF: Final = ("", "0", "false", "off")
 #: https://www.w3.org/TR/trace-context/; only versions that nobody knows yet may go on behind the flags.
 _PARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
@@ -25,7 +27,8 @@ class Incoming:
     """One request at its door; ``run`` is set when it was watched.
 
     ``protocol`` is grpc or http, ``method`` the path of what was called, ``parent`` the caller's ``traceparent``, empty
-    where there is none or it is malformed.
+    where there is none or it is malformed. ``choice`` is the version that was chosen for it already, and whether the request
+    is in the sample; whoever runs it takes that away.
     """
 
     protocol: str
@@ -34,6 +37,8 @@ class Incoming:
     parent: str = ""
     state: str = ""
     run: Run | None = None
+    route_key: bytes = b""
+    choice: tuple[int, bool] | None = None
 
     @property
     def is_sampled(self) -> bool | None:
@@ -47,7 +52,7 @@ class Incoming:
 
     def separate(self) -> Incoming:
         """One of its own for the task that runs now: of many requests that came with the same headers."""
-        own = replace(self, run=None)
+        own = replace(self, run=None, choice=None)
         current_incoming.set(own)
         return own
 
@@ -83,6 +88,8 @@ def receive(headers: Iterable[tuple[str, str | bytes]], protocol: str, method: s
             incoming.wants_timing = value.lower() not in _OFF
         elif name == "traceparent":
             incoming.parent = value if _is_parent(value) else ""
+        elif name == ROUTE_KEY:
+            incoming.route_key = value.encode("latin-1", "replace")
         elif name == "tracestate" and len(incoming.state) + len(value) < _MAX_STATE_CHARACTERS:
             incoming.state = f"{incoming.state},{value}" if incoming.state else value
     token = current_incoming.set(incoming)

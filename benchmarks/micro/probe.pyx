@@ -4,7 +4,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from aiorch_server._core.buffers cimport drop_buffer, new_buffer
 from aiorch_server._core.request cimport (
@@ -17,6 +17,7 @@ from aiorch_server._core.request cimport (
     release_sink,
 )
 from aiorch_server._core.routes cimport DISPATCHED, RouteReader, Router, begin_round, dispatch, end_round
+from aiorch_server._core.shares cimport RouteMark
 from aiorch_server._core.wire_request cimport SCAN_OK, InferScan, scan_request
 
 
@@ -60,8 +61,10 @@ cdef class Probe:
         cdef const char *data = message
         cdef uint8_t **copies = <uint8_t **> malloc(<size_t> count * sizeof(uint8_t *))
         cdef Request *request
+        cdef RouteMark mark
         cdef int64_t started
         cdef int number, dispatched = 0
+        memset(&mark, 0, sizeof(RouteMark))
         if copies == NULL:
             raise MemoryError
         with nogil:
@@ -73,7 +76,7 @@ cdef class Probe:
             begin_round(self.router.state, &self.reader)
             for number in range(count):
                 if copies[number] == NULL or dispatch(
-                        &self.reader, copies[number], size, NULL, started, 0, NULL, self.sink, NULL,
+                        &self.reader, copies[number], size, NULL, started, 0, NULL, &mark, self.sink, NULL,
                         &request) != DISPATCHED:
                     break
                 dispatched += 1

@@ -275,6 +275,11 @@ class ServicerContext:
                 raise CallFailed(Code.INVALID_ARGUMENT, str(error)) from None
         return self._invocation_metadata
 
+    @property
+    def choice(self) -> tuple[int, bool] | None:
+        """The version that the compiled path chose for a request which it did not carry; see shares.pxd."""
+        return self._call.choice
+
     def peer(self) -> str:
         """The client's address, for example ``ipv4:127.0.0.1:50000``."""
         return self._call.peer

@@ -75,6 +75,7 @@ async def own_cancellation_only(awaitable: Awaitable[_Result]) -> _Result:
 def watch_call(context: Any, method: str) -> Iterator[Incoming]:
     """Surrounds a call to ``method`` (service and name) with what its metadata ask to be watched, and tells them."""
     with receive(context.invocation_metadata() or (), "grpc", method) as incoming:
+        incoming.choice = getattr(context, "choice", None)  # grpc.aio's has none
         try:
             yield incoming
         finally:

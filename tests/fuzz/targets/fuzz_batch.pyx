@@ -9,7 +9,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t
 from libc.stdio cimport fprintf, stderr
 from libc.stdlib cimport abort
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, memset
 
 import traceback
 
@@ -18,6 +18,7 @@ import numpy as np
 from aiorch_server._core.buffers cimport Place, drop_buffer, new_buffer
 from aiorch_server._core.request cimport CompletionSink, Request, drain_sink, free_request, new_sink
 from aiorch_server._core.routes cimport DISPATCHED, Router, RouterState, RouteReader, begin_round, dispatch, end_round
+from aiorch_server._core.shares cimport RouteMark
 from aiorch_server._core.wire cimport put_varint
 
 from aiorch_server._core import Batch, ModelSpec, Scheduler, decode_response, scan
@@ -93,6 +94,7 @@ cdef object run_messages(const uint8_t *data, size_t size, CompletionSink *sink)
     cdef Request *request
     cdef RouteReader reader
     cdef Place rest
+    cdef RouteMark mark
     cdef uint8_t *message
     cdef size_t length, own
     cdef int n = 0
@@ -108,9 +110,10 @@ cdef object run_messages(const uint8_t *data, size_t size, CompletionSink *sink)
             rest.buffer = new_buffer(length - own, 0)
             rest.data = rest.buffer
             memcpy(rest.buffer, data + 2 + own, length - own)
+        memset(&mark, 0, sizeof(RouteMark))
         message = new_buffer(own, 0)
         memcpy(message, data + 2, own)
-        if dispatch(&reader, message, length, &rest, 1, 0, NULL, sink, <void *> served, &request) == DISPATCHED:
+        if dispatch(&reader, message, length, &rest, 1, 0, NULL, &mark, sink, <void *> served, &request) == DISPATCHED:
             sent[<size_t> request] = PyBytes_FromStringAndSize(<const char *> data + 2, <Py_ssize_t> length)
         else:
             drop_buffer(message)
