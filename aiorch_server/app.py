@@ -236,10 +236,18 @@ class Application:
         from aiorch_server.frontends.rest import RestServer
         from aiorch_server.frontends.rest.connection import Patience
         from aiorch_server.frontends.rest.planes import RestLimits
+        from aiorch_server.frontends.restriction import AccessRules
 
         patience = Patience(max_head_bytes=self.config.limits.max_header_bytes)
         limits = RestLimits(max_body_bytes=config.max_body_bytes, patience=patience)
-        self._rest = RestServer(self.dataplane, self.controlplane, host=config.host, port=config.port, limits=limits)
+        self._rest = RestServer(
+            self.dataplane,
+            self.controlplane,
+            host=config.host,
+            port=config.port,
+            limits=limits,
+            access=AccessRules(config.restricted_apis),
+        )
         self.http_port = await self._rest.start()
 
     async def _build_grpc(self) -> Any:
@@ -303,9 +311,9 @@ class Application:
                 reuse_port=config.reuse_port,
                 life=_make_life(config),
                 compression=door.COMPRESSIONS[config.compression],
-                interceptors=[door.import_interceptor(name) for name in config.interceptors],
+                interceptors=_make_interceptors(config),
             )
-        interceptors = [door.import_interceptor(name) for name in config.interceptors]
+        interceptors = _make_interceptors(config)
         # interceptors are made with grpc, our own services are not
         open_door = door.NativeGrpcServer if interceptors else door.GrpcDoor
         return open_door(
@@ -396,6 +404,18 @@ def _make_life(config: GrpcConfig) -> ConnectionLife:
         max_connection_age_s=config.max_connection_age_ms / 1e3,
         max_connection_age_grace_s=config.max_connection_age_grace_ms / 1e3,
     )
+
+
+def _make_interceptors(config: GrpcConfig) -> list[Any]:
+    from aiorch_server.frontends.grpc import import_interceptor
+
+    interceptors = [import_interceptor(name) for name in config.interceptors]
+    if config.restricted_protocols:
+        from aiorch_server.frontends.grpc.restricted import RestrictionInterceptor
+        from aiorch_server.frontends.restriction import AccessRules
+
+        interceptors.insert(0, RestrictionInterceptor(AccessRules.for_grpc(config.restricted_protocols)))
+    return interceptors
 
 
 @contextlib.contextmanager

@@ -95,11 +95,19 @@ def serve(
     grpc_use_ssl_mutual: Annotated[
         str | None, typer.Option(metavar=_BOOLEAN, help="Whether clients must show a certificate.")
     ] = None,
+    grpc_restricted_protocol: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GROUPS:KEY=VALUE", help="Calls that need a header, see docs/protocol.md; repeatable."),
+    ] = None,
     allow_http: Annotated[
         str | None, typer.Option(metavar=_BOOLEAN, help="Whether to listen for REST; default true.")
     ] = None,
     http_address: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
     http_port: Annotated[int | None, typer.Option(help="Port, 0 takes a free one; default 8000.")] = None,
+    http_restricted_api: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GROUPS:KEY=VALUE", help="REST calls that need a header; repeatable."),
+    ] = None,
     allow_metrics: Annotated[
         str | None, typer.Option(metavar=_BOOLEAN, help="Whether to serve metrics; default true.")
     ] = None,
@@ -201,9 +209,11 @@ def serve(
         "grpc_server_key": grpc_server_key,
         "grpc_root_cert": grpc_root_cert,
         "grpc_use_ssl_mutual": grpc_use_ssl_mutual,
+        "grpc_restricted_protocol": grpc_restricted_protocol,
         "allow_http": allow_http,
         "http_address": http_address,
         "http_port": http_port,
+        "http_restricted_api": http_restricted_api,
         "allow_metrics": allow_metrics,
         "metrics_address": metrics_address,
         "metrics_port": metrics_port,

@@ -9,7 +9,7 @@ from typing import Any
 
 from aiorch_server.cli.output import UsageError
 from aiorch_server.config.load import load_server_config, setting_names
-from aiorch_server.config.problems import suggest
+from aiorch_server.config.problems import is_secret, suggest
 from aiorch_server.config.server import ServerConfig
 from aiorch_server.errors import InvalidSettings
 
@@ -73,7 +73,7 @@ def build_config(
         if name not in settings:
             sources[name] = source
         if str(settings.setdefault(name, value)) != value:
-            found = "" if "password" in name else f", as {settings[name]} and as {value}"
+            found = "" if is_secret(known.get(name, ())) else f", as {settings[name]} and as {value}"
             raise UsageError(f"setting {name} is given twice{found}")
     if log_verbose:
         settings.setdefault("log_level", "debug")

@@ -50,8 +50,10 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "grpc_http2_min_recv_ping_interval_without_data": ("grpc", "http2_min_ping_interval_without_data_ms"),
     "grpc_max_connection_age": ("grpc", "max_connection_age_ms"),
     "grpc_max_connection_age_grace": ("grpc", "max_connection_age_grace_ms"),
+    "grpc_restricted_protocol": ("grpc", "restricted_protocols"),
     "allow_http": ("http", "enabled"),
     "http_address": ("http", "host"),
+    "http_restricted_api": ("http", "restricted_apis"),
     "allow_metrics": ("metrics", "enabled"),
     "metrics_address": ("metrics", "host"),
     "instances": ("execution", "instances"),
@@ -62,6 +64,12 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "allow_client_shm": ("shared_memory", "keys"),
     "shared_memory": ("shared_memory", "keys"),
     "cache": ("cache", "kind"),
+}
+#: What stands between the elements of a list that is written as one text, where that is no comma.
+_SEPARATORS: Mapping[tuple[str, ...], str] = {
+    ALIASES["model_repository"]: os.pathsep,
+    ALIASES["grpc_restricted_protocol"]: "\n",
+    ALIASES["http_restricted_api"]: "\n",
 }
 # Read elsewhere: by setup.py, and by this module for the file's name.
 _OTHER_VARIABLES = {CONFIG_VARIABLE, "AIORCH_DEBUG", "AIORCH_SANITIZE"}
@@ -83,7 +91,8 @@ def load_server_config(
     ``options`` are settings by flat name as the command line gives them (``grpc-port`` and ``grpc_port`` are the
     same); None means "not given". ``sources`` names the option for those that have none of their own. ``file`` is
     YAML or TOML with one table per section, by default the one that ``AIORCH_CONFIG`` names. ``environment`` is the
-    process's by default; lists in it are separated by commas, paths by ``os.pathsep``. Raises InvalidSettings with
+    process's by default; lists in it are separated by commas, paths by ``os.pathsep``, restrictions stand on
+    lines of their own. Raises InvalidSettings with
     all problems, each with the source of the value.
     """
     variables = os.environ if environment is None else environment
@@ -201,8 +210,7 @@ def _read_text(path: tuple[str, ...], text: str) -> Any:
     if annotation is bool:
         return _BOOLEANS.get(text.strip().lower(), text)
     if get_origin(annotation) is tuple:
-        separator = os.pathsep if path == ALIASES["model_repository"] else ","
-        return [part.strip() for part in text.split(separator) if part.strip()]
+        return [part.strip() for part in text.split(_SEPARATORS.get(path, ",")) if part.strip()]
     return text
 
 

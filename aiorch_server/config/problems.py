@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 Location = tuple[int | str, ...]
 Model = TypeVar("Model", bound=BaseModel)
 _LONGEST_FOUND = 80
+#: Settings whose values are not told, nor those below them.
+_SECRETS = frozenset({"password", "sha256", "restricted_protocols", "restricted_apis"})
 _MOST_TOLD = 50
 #: Finding the words for a problem takes time, and nobody reads more.
 _MOST_COLLECTED = 2 * _MOST_TOLD
@@ -69,6 +71,11 @@ def format_found(value: object) -> str:
     return text if len(text) <= _LONGEST_FOUND else text[: _LONGEST_FOUND - 3] + "..."
 
 
+def is_secret(location: Iterable[int | str]) -> bool:
+    """Whether what is written at this place must not be shown."""
+    return not _SECRETS.isdisjoint(location)
+
+
 def format_problems(problems: Iterable[Problem]) -> str:
     """All problems in one line, for error texts; very many are cut off."""
     texts = list(dict.fromkeys(map(str, problems)))
@@ -109,7 +116,7 @@ def collect_problems(error: ValidationError, model: type[BaseModel]) -> Iterator
             yield Problem(location, "is missing and must be written")
         else:
             text = str(cause) if cause is not None else detail["msg"].removeprefix("Input ")
-            found = "something else" if location[-1:] in (("password",), ("sha256",)) else format_found(detail["input"])
+            found = "something else" if is_secret(location) else format_found(detail["input"])
             yield Problem(location, f"found {found}; {text}")
 
 

@@ -13,7 +13,10 @@ from aiorch_server.types import DataType
 class Section(BaseModel):
     """A frozen part of a configuration; unknown keys are problems, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    # What is wrong may be a secret, and pydantic's own text has it all; ours are made in `problems`.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, hide_input_in_errors=True
+    )
 
 
 def _refuse_bool(value: object) -> object:

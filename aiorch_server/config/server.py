@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, File
 from aiorch_server.config.names import check_name
 from aiorch_server.config.problems import Problem, raise_problems
 from aiorch_server.config.redis import RedisConfig
+from aiorch_server.config.restriction import Restricted, find_binary, find_repeated
 from aiorch_server.config.section import Flag, Number, Section, Whole
 from aiorch_server.config.security import SecurityConfig
 
@@ -143,7 +144,7 @@ class GrpcConfig(Section):
     ``min_compress_bytes``. With ``reuse_port`` other processes may share the port; otherwise one that is taken is
     refused. Times and PINGs go by gRPC's channel arguments of the same names. ``compression`` and ``interceptors``
     (written ``module:attribute``) take ModelInfer off the compiled path: the first for clients that accept packed
-    answers, the second unless their ``skipped_methods`` name it.
+    answers, the second unless their ``skipped_methods`` name it. So do ``restricted_protocols`` with group inference.
     """
 
     enabled: Flag = True
@@ -166,6 +167,7 @@ class GrpcConfig(Section):
     compression: Compression = Compression.NONE
     min_compress_bytes: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 1024
     interceptors: tuple[Plugin, ...] = ()
+    restricted_protocols: tuple[Restricted, ...] = ()
     tls: TlsConfig = TlsConfig()
 
     def write_address(self, port: int) -> str:
@@ -185,6 +187,8 @@ class GrpcConfig(Section):
                 f"found {self.max_buffered_bytes}; one message of max_message_bytes ({self.max_message_bytes}) must fit"
             )
             yield Problem(("max_buffered_bytes",), text)
+        yield from find_repeated("restricted_protocols", self.restricted_protocols)
+        yield from find_binary("restricted_protocols", self.restricted_protocols)
 
 
 class HttpConfig(Section):
@@ -194,6 +198,12 @@ class HttpConfig(Section):
     host: Host = LOOPBACK
     port: Port = 8000
     max_body_bytes: Bytes = DEFAULT_MESSAGE_BYTES
+    restricted_apis: tuple[Restricted, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        raise_problems(find_repeated("restricted_apis", self.restricted_apis))
+        return self
 
 
 class MetricsConfig(Section):

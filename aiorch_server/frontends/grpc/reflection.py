@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 _V1ALPHA: Final = "grpc.reflection.v1alpha.ServerReflection"
 #: v1 has v1alpha's messages under another package; newer clients ask for it first.
 _V1: Final = "grpc.reflection.v1.ServerReflection"
+REFLECTION_NAMES: Final = (_V1, _V1ALPHA)
 
 
 def add_reflection_service(server: Any) -> None:
     """Registers reflection (v1 and v1alpha) of all services that the application serves with ``server``."""
-    service = ReflectionService((SERVICE_NAME, *METHOD_NAMES, HEALTH_NAME, _V1, _V1ALPHA))
+    service = ReflectionService((SERVICE_NAME, *METHOD_NAMES, HEALTH_NAME, *REFLECTION_NAMES))
     methods = {"ServerReflectionInfo": RpcMethod(True, True, stream_stream=service.reflect)}
-    for name in (_V1, _V1ALPHA):
+    for name in REFLECTION_NAMES:
         add_methods(server, name, methods)
 
 

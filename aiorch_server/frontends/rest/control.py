@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from aiorch_server.config.restriction import Group
 from aiorch_server.errors import (
     AiorchError,
     InternalError,
@@ -32,6 +33,7 @@ from aiorch_server.frontends.rest.regions import RegionRoutes
 from aiorch_server.frontends.rest.settings import SettingRoutes
 from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
 from aiorch_server.frontends.rest.tensor_json import name_json_type
+from aiorch_server.frontends.restriction import AccessRules
 from aiorch_server.frontends.unpacking import UnpackBudget
 
 logger = logging.getLogger(__name__)
@@ -56,41 +58,62 @@ register_url_convertor("version", VersionConvertor())
 class ControlRoutes:
     """The endpoints over one control plane."""
 
-    def __init__(self, controlplane: ManagementPlane, limits: RestLimits, budget: UnpackBudget) -> None:
+    def __init__(
+        self, controlplane: ManagementPlane, limits: RestLimits, budget: UnpackBudget, access: AccessRules
+    ) -> None:
         self._controlplane = controlplane
         self._limits = limits
         self._budget = budget
+        self._access = access
 
     def build_app(self) -> Starlette:
         """The application with all routes; answers are written by hand because the protocol fixes their shape."""
         model = "/v2/models/{model}"
         version = model + "/versions/{version:version}"
         repository = "/v2/repository/{repository}"
+        regions = RegionRoutes(self._controlplane, self._read_document)
         routes = []
-        for method, paths, endpoint in (
-            ("GET", ("/openapi.json",), _show_openapi),
-            ("GET", ("/v2",), self._server_metadata),
-            ("GET", ("/v2/health/live",), self._server_live),
-            ("GET", ("/v2/health/ready",), self._server_ready),
-            ("GET", ("/v2/models/stats", f"{model}/stats", f"{version}/stats"), self._statistics),
-            ("GET", (f"{model}/ready", f"{version}/ready"), self._model_ready),
-            ("GET", (f"{model}/config", f"{version}/config"), self._model_config),
-            ("GET", (model, version), self._model_metadata),
-            ("POST", ("/v2/repository/index", f"{repository}/index"), self._index),
-            ("POST", ("/v2/repository/models/{model}/load",), self._load),
-            ("POST", ("/v2/repository/models/{model}/unload",), self._unload),
+        for group, method, paths, endpoint in (
+            (Group.METADATA, "GET", ("/openapi.json",), _show_openapi),
+            (Group.METADATA, "GET", ("/v2",), self._server_metadata),
+            (Group.HEALTH, "GET", ("/v2/health/live",), self._server_live),
+            (Group.HEALTH, "GET", ("/v2/health/ready",), self._server_ready),
+            (Group.STATISTICS, "GET", ("/v2/models/stats", f"{model}/stats", f"{version}/stats"), self._statistics),
+            (Group.HEALTH, "GET", (f"{model}/ready", f"{version}/ready"), self._model_ready),
+            (Group.MODEL_CONFIG, "GET", (f"{model}/config", f"{version}/config"), self._model_config),
+            (Group.METADATA, "GET", (model, version), self._model_metadata),
+            (Group.MODEL_REPOSITORY, "POST", ("/v2/repository/index", f"{repository}/index"), self._index),
+            (Group.MODEL_REPOSITORY, "POST", ("/v2/repository/models/{model}/load",), self._load),
+            (Group.MODEL_REPOSITORY, "POST", ("/v2/repository/models/{model}/unload",), self._unload),
             (
+                Group.MODEL_REPOSITORY,
                 "POST",
                 (f"{repository}/models/{{model}}/load", f"{repository}/models/{{model}}/unload"),
                 _named_repository,
             ),
-            *RegionRoutes(self._controlplane, self._read_document).list_routes(),
+            *((Group.SHARED_MEMORY, *each) for each in regions.list_routes()),
             *SettingRoutes(self._controlplane, self._read_document).list_routes(),
         ):
-            routes += [Route(path, _guard(endpoint), methods=method.split()) for path in paths]
+            routes += [Route(path, self._guard(group, endpoint), methods=method.split()) for path in paths]
         app = Starlette(routes=routes, exception_handlers={HTTPException: _show_http_error})
         app.router.redirect_slashes = False
         return app
+
+    def _guard(self, group: Group, endpoint: Endpoint) -> Endpoint:
+        """``endpoint`` for who may call it, its errors as error documents; a fault of ours is logged and not shown."""
+
+        async def serve(request: Request) -> Response:
+            try:
+                self._access.check((group,), request.scope["headers"])
+                return await endpoint(request)
+            except AiorchError as error:
+                return Response(error_body(str(error)), status_of(error), headers_of(error), "application/json")
+            except Exception:
+                logger.exception("%s %s failed on a fault of this server", request.method, request.url.path)
+                fault = InternalError("internal error while serving the request; the server's log says more")
+                return Response(error_body(str(fault)), status_of(fault), media_type="application/json")
+
+        return serve
 
     async def _server_metadata(self, request: Request) -> Response:
         return write_json(show_server(self._controlplane.server_metadata()))
@@ -171,22 +194,6 @@ class ControlRoutes:
             if elements > _MAX_LOAD_ELEMENTS:
                 raise PayloadTooLarge(f"the load request has about {elements} elements, more than {_MAX_LOAD_ELEMENTS}")
             return parse_document(body, self._limits.max_body_bytes) if body else {}
-
-
-def _guard(endpoint: Endpoint) -> Endpoint:
-    """``endpoint`` with its errors as error documents; a fault of ours is logged and not shown."""
-
-    async def serve(request: Request) -> Response:
-        try:
-            return await endpoint(request)
-        except AiorchError as error:
-            return Response(error_body(str(error)), status_of(error), headers_of(error), "application/json")
-        except Exception:
-            logger.exception("%s %s failed on a fault of this server", request.method, request.url.path)
-            fault = InternalError("internal error while serving the request; the server's log says more")
-            return Response(error_body(str(fault)), status_of(fault), media_type="application/json")
-
-    return serve
 
 
 async def _show_openapi(request: Request) -> Response:

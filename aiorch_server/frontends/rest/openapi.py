@@ -17,6 +17,7 @@ from aiorch_server.frontends.rest.openapi_schemas import SCHEMAS, refer
 #: What each status tells; bodies are the schema Error.
 _FAILURES: Final = {
     400: "The request is wrong; the text says what and where.",
+    403: "The server's operator asks for a header that is missing or wrong.",
     404: "No such model, version or path.",
     408: "The body stood still, or came too slowly.",
     409: "The request was given up.",
@@ -110,6 +111,8 @@ def _show_responses(operation: Operation) -> dict[str, Any]:
             success["content"]["application/octet-stream"] = {"schema": {}}
     elif operation.answer:
         success["content"] = {operation.answer: {"schema": {}}}
-    failures = {str(status): {"$ref": f"#/components/responses/{status}"} for status in operation.failures}
+    # Any group of calls can be restricted, but for the metrics, which have a port of their own.
+    told = operation.failures if operation.tag == "metrics" else sorted({403, *operation.failures})
+    failures = {str(status): {"$ref": f"#/components/responses/{status}"} for status in told}
     is_refused = operation.failures == (501,)
     return failures if is_refused else {"200": success, **failures}

@@ -7,11 +7,13 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from aiorch_server.config.restriction import Group
 from aiorch_server.frontends.rest.body import Receive, Send
 from aiorch_server.frontends.rest.generate import GenerateRoute, GenerateStreamRoute
-from aiorch_server.frontends.rest.infer import InferRoute
+from aiorch_server.frontends.rest.infer import InferRoute, describe_failure, respond
 from aiorch_server.frontends.rest.listener import HttpListener
 from aiorch_server.frontends.rest.planes import InferencePlane, ManagementPlane, RestLimits
+from aiorch_server.frontends.restriction import AccessRules
 from aiorch_server.frontends.unpacking import UnpackBudget
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ _INFER_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([0-9]+))?/(infer|gene
 class RestServer:
     """Serves REST on ``host``:``port`` in the running event loop; installs no signal handlers.
 
-    Both planes stay the caller's. ``port`` 0 picks a free port, which ``start`` returns.
+    Both planes stay the caller's. ``port`` 0 picks a free port, which ``start`` returns. ``access`` says which calls
+    need a header; it is looked at where a call is dispatched, so that no way of writing a path goes round it.
     """
 
     def __init__(
@@ -38,8 +41,10 @@ class RestServer:
         host: str = "127.0.0.1",
         port: int = 8000,
         limits: RestLimits | None = None,
+        access: AccessRules | None = None,
         max_connections: int = 4096,
     ) -> None:
+        access = self._access = access or AccessRules()
         limits = limits or RestLimits()
         budget = UnpackBudget()
         infer = InferRoute(dataplane, limits, budget)
@@ -48,8 +53,8 @@ class RestServer:
             "generate": GenerateRoute(dataplane, controlplane, limits, budget),
             "generate_stream": GenerateStreamRoute(dataplane, controlplane, limits, budget),
         }
-        self._serving_parts = (controlplane, infer, limits, budget)
-        self._control_parts = (controlplane, limits, budget)
+        self._serving_parts = (controlplane, infer, limits, budget, access)
+        self._control_parts = (controlplane, limits, budget, access)
         self._control: Starlette | None = None
         self._opening = asyncio.Lock()
         self._listener = HttpListener(
@@ -84,6 +89,11 @@ class RestServer:
         # Inference goes past the framework: routing tables and middleware cost as much as the whole request.
         matched = _INFER_PATH.fullmatch(scope["path"])
         if matched is not None:
+            refusal = self._access.find_refusal((Group.INFERENCE,), scope["headers"])
+            if refusal is not None:
+                status, body, headers = describe_failure(refusal)
+                await respond(send, status, headers, body)
+                return
             await self._inference[matched[3]](scope, receive, send, matched[1], matched[2] or "")
         elif _SERVING_PATH.match(scope["path"]) is not None:
             await self._serving(scope, receive, send)
@@ -98,8 +108,10 @@ class RestServer:
         return self._control
 
 
-def _build_control(controlplane: ManagementPlane, limits: RestLimits, budget: UnpackBudget) -> Starlette:
+def _build_control(
+    controlplane: ManagementPlane, limits: RestLimits, budget: UnpackBudget, access: AccessRules
+) -> Starlette:
     """Imports the web framework: 1 MB that a server does without until it is asked something beside inference."""
     from aiorch_server.frontends.rest.control import ControlRoutes
 
-    return ControlRoutes(controlplane, limits, budget).build_app()
+    return ControlRoutes(controlplane, limits, budget, access).build_app()

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from aiorch_server.config.restriction import Group
 from aiorch_server.errors import RequestError
 from aiorch_server.frontends.rest.documents import write_json
 from aiorch_server.frontends.rest.planes import ManagementPlane
@@ -26,10 +27,13 @@ class SettingRoutes:
         self._controlplane = controlplane
         self._read_document = read_document
 
-    def list_routes(self) -> list[tuple[str, tuple[str, ...], Endpoint]]:
-        """Methods, paths and endpoint of each."""
+    def list_routes(self) -> list[tuple[Group, str, tuple[str, ...], Endpoint]]:
+        """Group, methods, paths and endpoint of each."""
         traces = ("/v2/trace/setting", "/v2/models/{model}/trace/setting")
-        return [("GET POST", traces, self._trace), ("GET POST", ("/v2/logging",), self._log)]
+        return [
+            (Group.TRACE, "GET POST", traces, self._trace),
+            (Group.LOGGING, "GET POST", ("/v2/logging",), self._log),
+        ]
 
     async def _trace(self, request: Request) -> Response:
         changes = {}

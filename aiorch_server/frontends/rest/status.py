@@ -7,6 +7,7 @@ from http import HTTPStatus
 
 from aiorch_server.errors import AiorchError, Code, PayloadTooLarge
 from aiorch_server.frontends.rest.body import BodyTimeout, UnsupportedCoding
+from aiorch_server.frontends.restriction import AccessRestricted
 
 _MOST_CHARACTERS = 4096
 
@@ -36,6 +37,7 @@ STATUS_BY_CODE: dict[Code, HTTPStatus] = {
 STATUS_BY_CLASS: dict[type[AiorchError], HTTPStatus] = {
     PayloadTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     BodyTimeout: HTTPStatus.REQUEST_TIMEOUT,
+    AccessRestricted: HTTPStatus.FORBIDDEN,
 }
 
 #: Headers that say more about an error: what would be read, and that the rest of a body is not waited for.

@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import Any, Final, TypeVar
 from urllib.parse import unquote
 
+from aiorch_server.config.restriction import Group
 from aiorch_server.errors import RequestError
 from aiorch_server.frontends.rest.body import (
     ClientGone,
@@ -31,6 +32,7 @@ from aiorch_server.frontends.rest.infer import (
 )
 from aiorch_server.frontends.rest.infer_json import parse_document
 from aiorch_server.frontends.rest.planes import RestLimits
+from aiorch_server.frontends.restriction import AccessRules
 from aiorch_server.frontends.tfserving import examples, json_answer, json_request
 from aiorch_server.frontends.tfserving.information import find_status
 from aiorch_server.frontends.tfserving.models import (
@@ -59,11 +61,19 @@ _Result = TypeVar("_Result")
 class ServingRoute:
     """Answers the paths below PREFIX; every request is answered once, unless its client went away."""
 
-    def __init__(self, catalogue: ModelCatalogue, route: InferRoute, limits: RestLimits, budget: UnpackBudget) -> None:
+    def __init__(
+        self,
+        catalogue: ModelCatalogue,
+        route: InferRoute,
+        limits: RestLimits,
+        budget: UnpackBudget,
+        access: AccessRules,
+    ) -> None:
         self._catalogue = catalogue
         self._route = route
         self._limits = limits
         self._budget = budget
+        self._access = access
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """Reads the request, answers it or sends the error document."""
@@ -85,10 +95,13 @@ class ServingRoute:
     async def _answer(self, scope: Mapping[str, Any], receive: Receive) -> bytes:
         method, path = scope["method"], scope["raw_path"].decode("latin-1")
         if method == "POST" and (matched := _CALL.fullmatch(path)) is not None:
+            self._access.check((Group.INFERENCE,), scope["headers"])
             wanted = _read_target(*matched.groups()[:3])
             async with receive_body(receive, scope["headers"], self._limits, self._budget) as body:
                 return await self._call(matched[4].lower(), wanted, body, receive)
         if method == "GET" and (matched := _QUESTION.fullmatch(path)) is not None:
+            groups = (Group.METADATA,) if matched[4] else (Group.HEALTH, Group.METADATA)
+            self._access.check(groups, scope["headers"])
             if not matched[1]:
                 raise RequestError("Missing model name in request.")
             wanted = _read_target(*matched.groups()[:3])
