@@ -75,12 +75,12 @@ class ControlPlane:
 
     def is_live(self) -> bool:
         """True while the server runs; ServerStopping once it drains."""
-        self._check_running("Server exiting")
+        self.check_running("Server exiting")
         return True
 
     def is_ready(self) -> bool:
         """Whether the start is over and, if readiness is strict, every model serves that should. Raises as is_live."""
-        self._check_running("Server exiting")
+        self.check_running("Server exiting")
         return self._manager.is_started and not (self._is_strict and self._manager.problems())
 
     def readiness_problems(self) -> dict[str, str]:
@@ -89,7 +89,7 @@ class ControlPlane:
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """Whether that version (any, if empty) takes requests; RequestError for a bad version string."""
-        self._check_running("Server not ready")
+        self.check_running("Server not ready")
         return self._manager.is_ready(name, version)
 
     def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
@@ -97,7 +97,7 @@ class ControlPlane:
 
         Raises UnknownModel, UnknownVersion, ModelNotReady, ServerStopping or RequestError.
         """
-        self._check_running("Server not ready")
+        self.check_running("Server not ready")
         servable = self._manager.find(name, version)
         return ModelMetadata(
             name=name,
@@ -109,7 +109,7 @@ class ControlPlane:
 
     def model_config(self, name: str, version: str = "") -> ModelConfig:
         """The completed configuration of a loaded version; raises as model_metadata."""
-        self._check_running("Server not ready")
+        self.check_running("Server not ready")
         return self._manager.find(name, version).config
 
     def find_signature(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
@@ -152,14 +152,14 @@ class ControlPlane:
 
     def repository_index(self, ready_only: bool = False) -> list[ModelIndexEntry]:
         """All models that are managed or stored, with state and reason."""
-        self._check_running("Server not ready")
+        self.check_running("Server not ready")
         return self._manager.index(ready_only)
 
     async def load_model(
         self, name: str, config_json: str | bytes | None = None, files: Mapping[str, bytes] | None = None
     ) -> None:
         """Loads or reloads a model; returns when it serves. Raises as LifecycleManager.load."""
-        self._check_running("Server not ready")
+        self.check_running("Server not ready")
         await self._manager.load(name, config_json, files)
 
     async def unload_model(self, name: str, unload_dependents: bool = False) -> None:
@@ -167,7 +167,7 @@ class ControlPlane:
 
         ``unload_dependents``: also the models of an ensemble's steps that were loaded only for it.
         """
-        self._check_running("Server not ready")
+        self.check_running("Server not ready")
         await self._manager.unload(name, unload_dependents)
 
     def trace_setting(self, model: str, changes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -186,7 +186,8 @@ class ControlPlane:
             raise UnsupportedRequest("the server does not support dynamic logging: its process has set up its own")
         return self._logs.update(changes) if changes else self._logs.values()
 
-    def _check_running(self, text: str) -> None:
+    def check_running(self, text: str) -> None:
+        """ServerStopping with ``text`` once the server drains."""
         if self._manager.is_stopping:
             raise ServerStopping(text)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,6 +20,8 @@ import tritonclient.http as http_client
 from running_site import TIMEOUT_S, Site
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
+
+from aiorch_server.types import InferenceRequest, Tensor
 
 FP32 = 'input { name: "A" data_type: TYPE_FP32 dims: [16] } output { name: "X" data_type: TYPE_FP32 dims: [16] }'
 PAIR = """
@@ -277,11 +280,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def open_site(models: Path, transport: str, control_mode: str = "explicit") -> Site:
+def open_site(models: Path, transport: str, control_mode: str = "explicit", io_threads: int = 1) -> Site:
     loaded = [name for name in MODELS if name not in ("broken", "gone")] if control_mode == "explicit" else []
     return Site(
         models,
-        io_threads=1 if transport == "native" else 0,
+        io_threads=io_threads if transport == "native" else 0,
         grpc={"transport": transport},
         lifecycle={"control_mode": control_mode, "load_models": loaded, "is_readiness_strict": False},
         shared_memory={"keys": "on"},
@@ -384,3 +387,61 @@ def test_stopping(models: Path, transport: str) -> None:
                 door.client.get_model_metadata("pair")
         stopping.result(TIMEOUT_S)
         assert told.wait(TIMEOUT_S)
+
+
+SHUTTING_DOWN = "GRPC server is shutting down and has stopped accepting new requests."
+
+
+def make_stream_request(model: str, id: str) -> pb.ModelInferRequest:
+    request = pb.ModelInferRequest(model_name=model, id=id, raw_input_contents=[bytes(64)])
+    request.inputs.add(name="A", datatype="FP32", shape=[1, 16])
+    return request
+
+
+@pytest.mark.parametrize(("transport", "io_threads"), [("native", 1), ("native", 0), ("grpcio", 0)])
+def test_stopping_while_a_stream_is_open(models: Path, transport: str, io_threads: int) -> None:
+    """``stopping``, the other text: a new call goes nowhere, what is under way is answered, what comes next is not."""
+    site = open_site(models, transport, io_threads=io_threads)
+    requests: queue.Queue[pb.ModelInferRequest | None] = queue.Queue()
+    with grpc_client.InferenceServerClient(site.target) as client:
+        stub = client._client_stub
+        answers = stub.ModelStreamInfer(iter(requests.get, None), timeout=TIMEOUT_S)
+        closing: queue.Queue[pb.ModelInferRequest | None] = queue.Queue()
+        strict = stub.ModelStreamInfer(
+            iter(closing.get, None), metadata=(("triton_grpc_error", "true"),), timeout=TIMEOUT_S
+        )
+        closing.put(make_stream_request("gate", "early"))
+        wait_until(lambda: site.count_pending("gate") == 1)
+        site.run(infer_beside(site))
+        assert next(strict).infer_response.id == "early"
+        requests.put(make_stream_request("gate", "first"))
+        wait_until(lambda: site.count_pending("gate") == 1)
+
+        stopping = site.begin_stop(TIMEOUT_S)
+        wait_until(lambda: site.application.manager.is_stopping)
+        requests.put(make_stream_request("pair", "second"))
+        requests.put(make_stream_request("nobody", "third"))
+        closing.put(make_stream_request("gate", "late"))
+        with pytest.raises(grpc.RpcError) as caught:
+            next(strict)
+        assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, SHUTTING_DOWN)
+        assert not stopping.done()
+        site.run(infer_beside(site))
+        first, second, third = (next(answers) for _ in range(3))
+        assert (first.error_message, first.infer_response.id) == ("", "first")
+        for answer, id in ((second, "second"), (third, "third")):
+            assert (answer.error_message, answer.infer_response.id) == (SHUTTING_DOWN, id)
+            assert answer.infer_response.parameters["triton_final_response"].bool_param
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(make_stream_request("gate", "new"), timeout=TIMEOUT_S)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        requests.put(None)
+        closing.put(None)
+        assert list(answers) == [] and answers.code() is grpc.StatusCode.OK
+        stopping.result(TIMEOUT_S)
+    site.close()
+
+
+async def infer_beside(site: Site) -> None:
+    """The second request that ``gate`` waits for, past the doors."""
+    await site.application.dataplane.infer(InferenceRequest("gate", "", [Tensor("A", "FP32", (1, 16), bytes(64))]))

@@ -152,6 +152,17 @@ def test_a_refusal_says_nothing_about_models(site: Site, message: bytes) -> None
             assert answer == refusal_of("inference")
 
 
+def test_the_message_is_not_waited_for(site: Site) -> None:
+    silent: queue.Queue[bytes | None] = queue.Queue()
+    with grpc.insecure_channel(site.target) as channel:
+        for path in (FAST_PATH, "/grpc.health.v1.Health/Check"):
+            call = channel.stream_stream(path)(iter(silent.get, None), timeout=TIMEOUT_S)
+            with pytest.raises(grpc.RpcError):
+                next(call)
+            assert (call.code().name, call.details()) == refusal_of(GROUPS[path][0])
+            silent.put(None)
+
+
 def test_packed_messages_are_not_unpacked_first(site: Site) -> None:
     with grpc.insecure_channel(site.target, compression=grpc.Compression.Gzip) as channel:
         assert ask(channel, FAST_PATH, message=encode_values([1.0] * 1000)) == refusal_of("inference")

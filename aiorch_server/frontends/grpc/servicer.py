@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 #: From this number of elements on typed contents are unpacked on another thread: a million takes up to 0.8 s.
 _MANY_ELEMENTS: Final = 1 << 13
+#: As Triton says it. HTTP/2 tells clients that no new call may begin here; of a stream that is open it says nothing.
+_SHUTTING_DOWN: Final = "GRPC server is shutting down and has stopped accepting new requests."
 #: What a timer may be early, and the deadline of a request before that of its call.
 _TIMER_NS: Final = 2_000_000
 
@@ -128,6 +130,7 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
             try:
                 request = convert.parse_message(pb.ModelInferRequest, message)
                 failed.infer_response.id = request.id
+                self._controlplane.check_running(_SHUTTING_DOWN)
                 is_decoupled = self._dataplane.is_decoupled(request.model_name, request.model_version)
                 if is_decoupled:
                     turn.leave()

@@ -128,6 +128,10 @@ class MemoryControlPlane:
     def server_metadata(self) -> types.ServerMetadata:
         return types.ServerMetadata("aiorchestrator", "0.1.0", ("statistics", "model_repository"))
 
+    def check_running(self, text: str) -> None:
+        if not self.live:
+            raise errors.ServerStopping(text)
+
     def is_live(self) -> bool:
         if not self.live:
             raise errors.ServerStopping("Server exiting")
