@@ -116,7 +116,9 @@ def collect_problems(error: ValidationError, model: type[BaseModel]) -> Iterator
             yield Problem(location, "is missing and must be written")
         else:
             text = str(cause) if cause is not None else detail["msg"].removeprefix("Input ")
-            found = "something else" if is_secret(location) else format_found(detail["input"])
+            # what stands where a section with a secret should be may hold it
+            is_hidden = is_secret(location) or is_secret(_known_keys(model, location))
+            found = "something else" if is_hidden else format_found(detail["input"])
             yield Problem(location, f"found {found}; {text}")
 
 

@@ -133,7 +133,10 @@ ROWS: dict[str, tuple[Callable[[Door], Any], str, str]] = {
     ),
     "wrong shape": (
         lambda d: d.infer(inputs=[d.fill("A", (1, 15)), "B"]),
-        *("INVALID_ARGUMENT", CORE + "unexpected shape for input 'A' for model 'pair'. Expected [-1,16], got [1,15]. "),
+        "INVALID_ARGUMENT",
+        CORE
+        + "unexpected shape for input 'A' for model 'pair'. Expected [-1,16], got [1,15]. NOTE: this model batches "
+        "(max_batch_size > 0), so each input carries the batch dimension in front of the dims of its configuration.$",
     ),
     "wrong dtype": (
         lambda d: d.infer(inputs=[d.fill("A", datatype="INT32"), "B"]),
@@ -387,6 +390,27 @@ def test_stopping(models: Path, transport: str) -> None:
                 door.client.get_model_metadata("pair")
         stopping.result(TIMEOUT_S)
         assert told.wait(TIMEOUT_S)
+
+
+@pytest.mark.parametrize("door", ["native", "grpcio"], indirect=True)
+def test_client_cancels(door: Door) -> None:
+    """``client cancel``: the text is the client's own, and the request leaves its queue."""
+    told: queue.Queue[Any] = queue.Queue()
+    call = door.client.async_infer("gate", [door.fill("A")], lambda result, error: told.put(error))
+    wait_until(lambda: door.site.count_pending("gate") == 1)
+    call.cancel()
+    error = told.get(timeout=TIMEOUT_S)
+    assert (error.status(), error.message()) == ("StatusCode.CANCELLED", "Locally cancelled by application!")
+    wait_until(lambda: door.site.count_pending("gate") == 0)
+
+    door.client.start_stream(lambda result, error: told.put(error))
+    door.client.async_stream_infer("gate", [door.fill("A")])
+    wait_until(lambda: door.site.count_pending("gate") == 1)
+    door.client.stop_stream(cancel_requests=True)
+    error = told.get(timeout=TIMEOUT_S)
+    assert (error.status(), error.message()) == ("StatusCode.CANCELLED", "Locally cancelled by application!")
+    wait_until(lambda: door.site.count_pending("gate") == 0)
+    assert door.infer().as_numpy("X").tolist() == np.ones((1, 16)).tolist()
 
 
 SHUTTING_DOWN = "GRPC server is shutting down and has stopped accepting new requests."

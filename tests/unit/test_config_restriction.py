@@ -110,6 +110,26 @@ def test_values_of_a_wrong_kind_are_not_shown(written: str, tmp_path: Path) -> N
     assert "http.restricted_apis" in str(raised.value) and SECRET not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "http: health:k=@",
+        "http: [health:k=@]",
+        "http: {restricted_apis: [health:k=@",
+        "http: {restricted_apis: {health: {k: @}}}",
+        "http_restricted_api: health:k=@",
+        "http: {restricted_apis: [a:k=@], restricted_apis: 1}",
+        "health:k=@",
+    ],
+)
+def test_files_that_are_wrong_are_told_without_the_value(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(name.replace("@", SECRET))
+    with pytest.raises(InvalidSettings) as raised:
+        load_server_config(file=file, environment={})
+    assert "server.yaml" in str(raised.value) and SECRET not in str(raised.value)
+
+
 def test_two_sources_on_one_command_line_are_told_without_the_value(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as raised:
         build_config(
