@@ -129,6 +129,8 @@ $(CACHE)/test: pyproject.toml setup.py $(CACHE)/base
 	    || deploy/install-packages prometheus nghttp2-client curl
 	@command -v espeak-ng >/dev/null || deploy/install-packages espeak-ng
 	@command -v redis-server >/dev/null || deploy/install-packages redis-server
+	@command -v mariadbd >/dev/null && ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 \
+	    || deploy/install-packages postgresql mariadb-server
 	@command -v node >/dev/null && command -v npm >/dev/null || deploy/install-packages nodejs npm
 	@touch $@ $(CACHE)/examples $(CACHE)/compiled
 

@@ -14,6 +14,7 @@
     |  |- NotAuthenticated        the caller must say who it is
     |  |- PermissionDenied        the caller may not do this
     |  |- PreconditionFailed      the caller must change something else first
+    |  |- IdempotencyKeyReused    the key stands for another request already
     |  |- Conflict                somebody else was faster: look again, then decide
     |  |- ChecksumMismatch        what came is not what was announced
     |  `- InvalidSettings         the server was started with settings that are wrong
@@ -27,6 +28,7 @@
     |  |- StreamStalled           nobody took a stream's answers for too long
     |  |- QuotaExceeded           the tenant's quota is used up
     |  |- RegistryUnavailable     the registry's database or store does not answer
+    |  |  `- OutcomeUnknown          ... and nobody knows whether the change was made
     |  |- ModelNotReady           the version exists, but does not serve (yet)
     |  `- ServerStopping          the server takes no new requests
     |- BackendError            the model's owner must act
@@ -139,6 +141,10 @@ class PreconditionFailed(RequestError):
     code = Code.FAILED_PRECONDITION
 
 
+class IdempotencyKeyReused(RequestError):
+    """The idempotency key was used for another request; a new request needs a new key."""
+
+
 class Conflict(RequestError):
     """What the request builds upon was changed by somebody else; the text says by whom, where that is known."""
 
@@ -214,6 +220,12 @@ class QuotaExceeded(CapacityError):
 
 class RegistryUnavailable(CapacityError):
     """The registry's database or artefact store cannot be reached; what is served goes on being served."""
+
+
+class OutcomeUnknown(RegistryUnavailable):
+    """The database went away while a change was written; repeating is safe with the same idempotency key alone."""
+
+    retryable = False
 
 
 class ModelNotReady(CapacityError):

@@ -156,6 +156,16 @@ def serve(
         list[str] | None,
         typer.Option(help="Triton's form, repeatable: local,size=BYTES or redis,host=HOST,port=PORT and so on."),
     ] = None,
+    registry: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Database of the model registry, such as sqlite:///aiorch.db; without it none."
+        ),
+    ] = None,
+    artefacts: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|s3://...", help="Where the registry's artefacts are; default artefacts."),
+    ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="The least severe records to write; default info.")] = None,
     log_verbose: Annotated[int | None, typer.Option(help="Above 0: the same as --log-level debug.")] = None,
     log_format: Annotated[
@@ -226,6 +236,8 @@ def serve(
         "cache": cache,
         "cache_size_bytes": cache_size_bytes,
         "cache_ttl_secs": cache_ttl_secs,
+        "registry": registry,
+        "artefacts": artefacts,
         "log_level": log_level,
         "log_format": log_format,
         "log_slow_us": log_slow_us,

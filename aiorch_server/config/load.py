@@ -64,6 +64,8 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "allow_client_shm": ("shared_memory", "keys"),
     "shared_memory": ("shared_memory", "keys"),
     "cache": ("cache", "kind"),
+    "registry": ("registry", "url"),
+    "artefacts": ("registry", "artefacts"),
 }
 #: What stands between the elements of a list that is written as one text, where that is no comma.
 _SEPARATORS: Mapping[tuple[str, ...], str] = {

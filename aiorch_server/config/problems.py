@@ -15,7 +15,7 @@ Location = tuple[int | str, ...]
 Model = TypeVar("Model", bound=BaseModel)
 _LONGEST_FOUND = 80
 #: Settings whose values are not told, nor those below them.
-_SECRETS = frozenset({"password", "sha256", "restricted_protocols", "restricted_apis"})
+_SECRETS = frozenset({"password", "url", "sha256", "restricted_protocols", "restricted_apis"})
 _MOST_TOLD = 50
 #: Finding the words for a problem takes time, and nobody reads more.
 _MOST_COLLECTED = 2 * _MOST_TOLD

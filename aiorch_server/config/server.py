@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, DirectoryPath, Field, File
 from aiorch_server.config.names import check_name
 from aiorch_server.config.problems import Problem, raise_problems
 from aiorch_server.config.redis import RedisConfig
+from aiorch_server.config.registry import RegistryConfig
 from aiorch_server.config.restriction import Restricted, find_binary, find_repeated
 from aiorch_server.config.section import Flag, Number, Section, Whole
 from aiorch_server.config.security import SecurityConfig
@@ -383,6 +384,7 @@ class ServerConfig(Section):
     http: HttpConfig = HttpConfig()
     metrics: MetricsConfig = MetricsConfig()
     repository: RepositoryConfig = RepositoryConfig()
+    registry: RegistryConfig = RegistryConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
     execution: ExecutionConfig = ExecutionConfig()
     limits: LimitsConfig = LimitsConfig()

@@ -1,0 +1,1 @@
+"""Numbered migrations of the registry's tables, for Alembic; upgrade.py runs them."""
