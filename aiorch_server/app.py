@@ -29,6 +29,7 @@ from aiorch_server.lifecycle.manager import LifecycleManager
 from aiorch_server.lifecycle.model import Observer
 from aiorch_server.observability.cache_metrics import CacheCollector
 from aiorch_server.observability.model_metrics import ModelMetrics
+from aiorch_server.observability.sample_metrics import SampleCollector
 from aiorch_server.observability.slow_log import SlowLog
 from aiorch_server.observability.trace_settings import TraceLevel, TraceSetting, TraceSettings
 from aiorch_server.observability.tracer import Tracer
@@ -223,7 +224,11 @@ class Application:
         self._metrics = MetricsServer(
             self.manager.servables,
             list_ledgers=self._list_ledgers,
-            own=[self._model_metrics, *self._list_cache_collectors()],
+            own=[
+                self._model_metrics,
+                SampleCollector(self.dataplane.samples.counts),
+                *self._list_cache_collectors(),
+            ],
             host=config.host,
             port=config.port,
         )
@@ -376,6 +381,7 @@ class Application:
             jobs.append(self._rest.stop(grace_s))
         problems = await asyncio.gather(*jobs, return_exceptions=True)
         await self._slow_log.stop()
+        await self.dataplane.samples.close()
         left_s = max(0.0, until - asyncio.get_running_loop().time())
         problems += await asyncio.gather(self.manager.stop(left_s), return_exceptions=True)
         if self._cache is not None:

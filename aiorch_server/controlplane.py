@@ -13,6 +13,7 @@ from aiorch_server.exchange import SharedRegions
 from aiorch_server.lifecycle.manager import LifecycleManager, parse_version
 from aiorch_server.observability.log_settings import LogSettings, LogValue
 from aiorch_server.observability.trace_settings import TraceSettings
+from aiorch_server.tracing import current_incoming
 from aiorch_server.types import (
     ModelIndexEntry,
     ModelMetadata,
@@ -113,11 +114,23 @@ class ControlPlane:
         return self._manager.find(name, version).config
 
     def find_signature(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
-        """The version that a request would get now, and what it takes and gives; raises as LifecycleManager.find.
+        """A version, and what it takes and gives; raises as LifecycleManager.find.
 
         Unlike the other questions it is answered while the server drains: requests are served until the end.
         """
         servable = self._manager.find(name, version)
+        return servable.version, servable.signature
+
+    def foresee(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
+        """As ``find_signature``, for a request that cannot be read without: of the version that it will run on.
+
+        Where shares say that, it is counted here, and not again when the request that this task has received is run.
+        """
+        incoming = current_incoming.get()
+        if version or incoming is None:
+            return self.find_signature(name, version)
+        servable, is_sampled = self._manager.choose(name, key=incoming.route_key, chosen=incoming.choice)
+        incoming.choice = servable.version, is_sampled
         return servable.version, servable.signature
 
     def find_labelled(self, name: str, label: str) -> int:

@@ -67,18 +67,6 @@ class DataPlane:
         """Whether requests to that version may have any number of answers; False where there is no such version."""
         return any(each.signature.is_decoupled for each in self._manager.list_choices(model_name, model_version))
 
-    def foresee(self, model_name: str, model_version: str) -> Servable:
-        """The version that the next request of this task will run on, for doors which must know it to read the request.
-
-        It is chosen now, and not again for ``infer`` or ``stream``. Raises as LifecycleManager.choose.
-        """
-        incoming = current_incoming.get()
-        if model_version or incoming is None:
-            return self._manager.find(model_name, model_version)
-        servable, is_sampled = self._manager.choose(model_name, key=incoming.route_key, chosen=incoming.choice)
-        incoming.choice = servable.version, is_sampled
-        return servable
-
     async def infer(self, request: InferenceRequest, *, deadline_ns: int = 0) -> InferenceResponse:
         """Runs one request; ``deadline_ns`` is absolute on the monotonic clock, 0 for none.
 
@@ -135,7 +123,8 @@ class DataPlane:
         since_ns = time.monotonic_ns() if is_sampled else 0
         with _NamedRefusals(request), Exchange(self._regions, request, servable.signature) as exchange:
             brought = await exchange.bring()
-            taking = self.samples.take(servable, brought, since_ns) if is_sampled and servable.sequencer is None else None
+            is_sampled = is_sampled and servable.sequencer is None  # who would replay a step of a sequence?
+            taking = self.samples.take(servable, brought, since_ns) if is_sampled else None
             if taking is None:
                 response = await self.infer_on(servable, brought, deadline_ns=deadline_ns)
             else:

@@ -202,9 +202,7 @@ class Taking:
 
     __slots__ = ("_samples", "answer", "request", "servable", "since_ns", "size")
 
-    def __init__(
-        self, samples: Samples, servable: Served, request: InferenceRequest, since_ns: int, size: int
-    ) -> None:
+    def __init__(self, samples: Samples, servable: Served, request: InferenceRequest, since_ns: int, size: int) -> None:
         self._samples = samples
         self.servable = servable
         self.request = request

@@ -49,9 +49,7 @@ class StepServable(Protocol):
 class StepHost(Protocol[Held]):
     """Who runs requests: the data plane."""
 
-    def acquire(
-        self, name: str, version: str, correlation_id: int | str
-    ) -> contextlib.AbstractContextManager[Held]:
+    def acquire(self, name: str, version: str, correlation_id: int | str) -> contextlib.AbstractContextManager[Held]:
         """A lease on a model that is ready, for a step of a request of that sequence (0: none)."""
         ...
 

@@ -27,8 +27,8 @@ class Incoming:
     """One request at its door; ``run`` is set when it was watched.
 
     ``protocol`` is grpc or http, ``method`` the path of what was called, ``parent`` the caller's ``traceparent``, empty
-    where there is none or it is malformed. ``choice`` is the version that was chosen for it already, and whether the request
-    is in the sample; whoever runs it takes that away.
+    where there is none or it is malformed. ``choice`` is the version that was chosen for it already, and whether it is
+    in the sample; whoever runs it takes that away.
     """
 
     protocol: str

@@ -34,7 +34,7 @@ class GatedPlane:
 
 
 class OneModel:
-    def find_signature(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
+    def foresee(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
         spec = TensorSpec("x", DataType.FP64, (-1,))
         return 1, ModelSignature((spec,), (spec,))
 

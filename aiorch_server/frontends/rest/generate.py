@@ -81,7 +81,8 @@ class GenerateRoute(InferRoute):
     ) -> InferenceRequest:
         limits = self._limits
         async with receive_body(receive, headers, limits, self._budget) as body:
-            model = self._controlplane.model_metadata(model_name, model_version)
+            version, _ = self._controlplane.foresee(model_name, model_version)
+            model = self._controlplane.model_metadata(model_name, str(version))
             return await parse_apart(len(body), parse_generate, body, model, model_version, limits.max_json_bytes)
 
 

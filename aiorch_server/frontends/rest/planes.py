@@ -78,7 +78,11 @@ class ManagementPlane(Protocol):
         ...
 
     def find_signature(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
-        """The version that a request would get now, and what it takes and gives."""
+        """A version, "" for the default one, and what it takes and gives."""
+        ...
+
+    def foresee(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
+        """The version that the request at hand will run on, and what it takes and gives."""
         ...
 
     def find_labelled(self, name: str, label: str) -> int:

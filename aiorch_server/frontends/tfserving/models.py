@@ -51,7 +51,11 @@ class ModelCatalogue(Protocol):
     """The control plane's side."""
 
     def find_signature(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
-        """The version that a request would get now, and what it takes and gives."""
+        """A version, "" for the default one, and what it takes and gives."""
+        ...
+
+    def foresee(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
+        """The version that the request at hand will run on, and what it takes and gives."""
         ...
 
     def find_labelled(self, name: str, label: str) -> int:
@@ -93,7 +97,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A version that serves; ``asked`` is what the data plane is asked for, "" for the highest version."""
+    """A version that serves; ``asked`` is what the data plane is asked for, "" for the one that it chooses."""
 
     name: str
     version: int
@@ -114,18 +118,21 @@ class Served:
             raise type(error)(text.removeprefix(_NO_ID)) from error.__cause__
 
 
-def find_model(catalogue: ModelCatalogue, wanted: Wanted) -> Served:
-    """The version that serves ``wanted``; its signature's name is not looked at. ServableNotFound, RequestError."""
+def find_model(catalogue: ModelCatalogue, wanted: Wanted, *, is_run: bool = True) -> Served:
+    """The version that serves ``wanted``; its signature's name is not looked at. ServableNotFound, RequestError.
+
+    ``is_run``: a request is to be run on it; else somebody only asks.
+    """
     asked = resolve_version(catalogue, wanted)
     try:
-        version, signature = catalogue.find_signature(wanted.name, asked)
+        version, signature = (catalogue.foresee if is_run else catalogue.find_signature)(wanted.name, asked)
     except (UnknownModel, UnknownVersion, ModelNotReady):
         raise _not_found(wanted.name, asked) from None
     return Served(wanted.name, version, asked, signature)
 
 
 def resolve_version(catalogue: ModelCatalogue, wanted: Wanted) -> str:
-    """The version as the planes take it, "" for the highest one; RequestError for an unknown label."""
+    """The version as the planes take it, "" where none is named; RequestError for an unknown label."""
     if not wanted.name:
         raise RequestError("ModelSpec has no name specified.")
     if wanted.label:

@@ -106,7 +106,7 @@ class ServingRoute:
                 raise RequestError("Missing model name in request.")
             wanted = _read_target(*matched.groups()[:3])
             if matched[4]:
-                return json_answer.render_metadata(find_model(self._catalogue, wanted))
+                return json_answer.render_metadata(find_model(self._catalogue, wanted, is_run=False))
             return json_answer.render_status(find_status(self._catalogue, wanted))
         raise RequestError(f"Malformed request: {method} {path}")
 

@@ -99,7 +99,7 @@ class ServingServicer:
         """Inputs and outputs of a model."""
         wanted = Wanted.read(request)
         information.check_fields(request.metadata_field)
-        return information.encode_metadata(find_model(self._catalogue, wanted))
+        return information.encode_metadata(find_model(self._catalogue, wanted, is_run=False))
 
     async def GetModelStatus(self, request: pb.GetModelStatusRequest, context: Any) -> pb.GetModelStatusResponse:
         """States of the versions of a model."""
