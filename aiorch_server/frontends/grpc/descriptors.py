@@ -35,6 +35,7 @@ _STANDARD_FILES: Final = {
     "aiorch/tfserving/serving.proto": "tensorflow_serving/apis/prediction_service.proto",
     "grpc_reflection/v1alpha/reflection.proto": "grpc_reflection/v1/reflection.proto",
 }
+_ADMIN: Final = "aiorch.admin."
 
 
 class Descriptors:
@@ -46,6 +47,8 @@ class Descriptors:
     def __init__(self, services: Iterable[str]) -> None:
         self._services = sorted(services)
         self._pool = build_pool()
+        if any(name.startswith(_ADMIN) for name in self._services):
+            _add_admin_files(self._pool)
 
     def answer(self, message: bytes) -> bytes:
         """What one serialized request asks for; inside it an error where that is unknown, or nothing was asked.
@@ -112,6 +115,17 @@ def build_pool() -> DescriptorPool:
     pool.Add(_copy_file(pb))
     pool.Add(rename_packages(_copy_file(pb), {"grpc.reflection.v1alpha": "grpc.reflection.v1"}))
     return pool
+
+
+def _add_admin_files(pool: DescriptorPool) -> None:
+    """The admin services' files, which are named as they are published."""
+    from aiorch_proto.admin.v1 import access_pb2, audit_pb2, deployments_pb2, registry_pb2, tuning_pb2
+    from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
+
+    for module in (duration_pb2, field_mask_pb2, timestamp_pb2):
+        pool.Add(_copy_file(module))
+    for module in (registry_pb2, deployments_pb2, tuning_pb2, access_pb2, audit_pb2):
+        pool.Add(_copy_file(module))
 
 
 def rename_packages(file: FileDescriptorProto, packages: Mapping[str, str]) -> FileDescriptorProto:

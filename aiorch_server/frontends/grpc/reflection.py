@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,9 +23,12 @@ _V1: Final = "grpc.reflection.v1.ServerReflection"
 REFLECTION_NAMES: Final = (_V1, _V1ALPHA)
 
 
-def add_reflection_service(server: Any) -> None:
-    """Registers reflection (v1 and v1alpha) of all services that the application serves with ``server``."""
-    service = ReflectionService((SERVICE_NAME, *METHOD_NAMES, HEALTH_NAME, *REFLECTION_NAMES))
+def add_reflection_service(server: Any, admin_services: Iterable[str] = ()) -> None:
+    """Registers reflection (v1 and v1alpha) of all services that the application serves with ``server``.
+
+    ``admin_services`` are the names of those that only servers with a registry have.
+    """
+    service = ReflectionService((SERVICE_NAME, *METHOD_NAMES, HEALTH_NAME, *REFLECTION_NAMES, *admin_services))
     methods = {"ServerReflectionInfo": RpcMethod(True, True, stream_stream=service.reflect)}
     for name in REFLECTION_NAMES:
         add_methods(server, name, methods)

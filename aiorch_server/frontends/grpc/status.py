@@ -39,9 +39,9 @@ def to_status(code: Code) -> Any:
     return next((status for status in statuses if status.value[0] == code), code)
 
 
-def bound_text(text: str) -> str:
-    """``text`` as valid Unicode of at most MAX_TEXT_BYTES, with a mark at its end where it was cut."""
+def bound_text(text: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """``text`` as valid Unicode of at most ``max_bytes``, with a mark at its end where it was cut."""
     encoded = text.encode("utf-8", "replace")
-    if len(encoded) <= MAX_TEXT_BYTES:
+    if len(encoded) <= max_bytes:
         return encoded.decode("utf-8")
-    return encoded[: MAX_TEXT_BYTES - len(_CUT)].decode("utf-8", "ignore") + _CUT
+    return encoded[: max_bytes - len(_CUT)].decode("utf-8", "ignore") + _CUT
