@@ -4,6 +4,7 @@ from collections.abc import Callable
 from aiorch_server._core.call import Call
 from aiorch_server._core.h2_ledger import ServerLedger
 from aiorch_server._core.h2_life import ConnectionRules
+from aiorch_server._core.passes import Passes
 from aiorch_server._core.routes import Router
 
 class NativeServer:
@@ -29,6 +30,7 @@ class NativeServer:
         rules: ConnectionRules | None = None,
         ledger: ServerLedger | None = None,
         packed_encodings: int = 0,
+        passes: Passes | None = None,
     ) -> None: ...
     def make_protocol(self) -> BaseProtocol: ...
     @property

@@ -5,7 +5,7 @@ import logging
 import socket
 import urllib.parse
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
@@ -18,6 +18,7 @@ from aiorch_server._core.h2_ledger cimport ServerLedger, has_place
 from aiorch_server._core.h2_life cimport ConnectionRules, balance_books, begin_life, next_tending, tend_due
 from aiorch_server._core.h2_request cimport take_event
 from aiorch_server._core.h2_stream cimport *
+from aiorch_server._core.passes cimport Passes
 from aiorch_server._core.request cimport (
     CompletionSink,
     Request,
@@ -29,6 +30,7 @@ from aiorch_server._core.request cimport (
 )
 from aiorch_server._core.routes cimport Router, begin_round, end_round
 from aiorch_server._core.timers cimport next_due, take_due
+from aiorch_server._core.transport cimport PeerIdentity, new_identity
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +59,23 @@ cdef str name_peer(object transport):
     return "unix:"
 
 
+cdef PeerIdentity *identify(bytes certificate) except? NULL:
+    """Of a handshake that asyncio has made; NULL: the client has shown nothing."""
+    cdef PeerIdentity *identity
+    if certificate is None:
+        return NULL
+    identity = new_identity(<const uint8_t *> PyBytes_AS_STRING(certificate), <size_t> PyBytes_GET_SIZE(certificate))
+    if identity == NULL:
+        raise MemoryError
+    return identity
+
+
 cdef class NativeServer:
     """All connections of one loop; listening sockets are the caller's (see ``make_protocol``)."""
 
     def __cinit__(self, loop, on_call, Router router=None, *, str fast_path="", double greeting_timeout_s=20.0,
                   double write_timeout_s=60.0, ConnectionRules rules=None, ServerLedger ledger=None,
-                  uint32_t packed_encodings=0, **limits):
+                  uint32_t packed_encodings=0, Passes passes=None, **limits):
         cdef SessionLimits bounds = SessionLimits(**limits)
         cdef bytes path = fast_path.encode() if router is not None else b""
         self.loop, self.on_call, self.router = loop, on_call, router
@@ -77,6 +90,8 @@ cdef class NativeServer:
         if rules is None:
             rules = ConnectionRules()
         set_rules(self.group, &rules.rules, ledger.ledger if ledger is not None else NULL, packed_encodings)
+        if passes is not None:
+            set_passes(self.group, passes.table)
         self.receive_view = <uint8_t[:RECEIVE_BYTES]> self.receive_buffer
         self.sink = new_sink()
         if self.sink == NULL:
@@ -314,6 +329,8 @@ cdef class ConnectionProtocol(CallCarrier):
             logger.error("no memory for another connection")
             transport.abort()
             return
+        if ssl_object is not None and self.server.group.passes != NULL:
+            self.connection.identity = identify(ssl_object.getpeercert(True))
         self.server.arm_timer()
         transport.set_write_buffer_limits(high=TRANSPORT_HIGH_WATER_BYTES)
         self.greeting_timer = self.server.loop.call_later(self.server.greeting_timeout_s, self._on_stalled)

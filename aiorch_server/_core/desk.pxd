@@ -5,12 +5,16 @@
 # stream only remembers it. All functions are for the thread of the stream's group.
 
 from aiorch_server._core.h2_stream cimport Connection, Group, Stream
+from aiorch_server._core.passes cimport Claim
 from aiorch_server._core.request cimport CompletionSink, Request
 from aiorch_server._core.routes cimport RouteReader
 
 
 # For new_group: cuts the tie between a stream that is over and its request in flight.
 cdef void abandon_request(Stream *stream) noexcept nogil
+# What a stream shows where its group has passes: the one `authorization` header, or else the connection's certificate.
+# It points into the stream.
+cdef void read_claim(Stream *stream, Claim *claim) noexcept nogil
 # Puts the connection's complete messages into their queues; what the router declines becomes a slow call, and so does
 # everything where `sink` is NULL.
 cdef void dispatch_ready(Connection *connection, RouteReader *reader, CompletionSink *sink) noexcept nogil

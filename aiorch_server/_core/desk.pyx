@@ -1,12 +1,14 @@
 """The way between sessions and queues; see desk.pxd."""
 
-from libc.stdint cimport uint8_t
-from libc.string cimport strlen
+from libc.stdint cimport uint8_t, uint32_t
+from libc.string cimport memcpy, strlen
 
 from aiorch_server._core.admission cimport cancel_request
-from aiorch_server._core.h2_answer cimport answer_stream, fail_stream
+from aiorch_server._core.grpc_text cimport put_decimal
+from aiorch_server._core.h2_answer cimport answer_stream, fail_stream, finish_stream
 from aiorch_server._core.h2_request cimport make_slow, take_ready
 from aiorch_server._core.h2_stream cimport keep_metadata
+from aiorch_server._core.passes cimport CREDENTIAL_CERTIFICATE, CREDENTIAL_HEADER, CREDENTIAL_NONE
 from aiorch_server._core.request cimport free_request
 from aiorch_server._core.routes cimport DISPATCHED, dispatch
 from aiorch_server._core.shares cimport Choice
@@ -14,6 +16,12 @@ from aiorch_server._core.shares cimport Choice
 cdef enum:
     STATUS_RESOURCE_EXHAUSTED = 8
     STATUS_INTERNAL = 13
+
+cdef extern from * nogil:
+    """
+    static const char PUSHBACK[] = "grpc-retry-pushback-ms";
+    """
+    const char PUSHBACK[23]
 
 
 cdef void abandon_request(Stream *stream) noexcept nogil:
@@ -35,19 +43,52 @@ cdef void hand_on(Stream *stream) noexcept nogil:
         fail_stream(stream, STATUS_RESOURCE_EXHAUSTED, <const uint8_t *> b"Out of memory", 13)
 
 
+cdef void read_claim(Stream *stream, Claim *claim) noexcept nogil:
+    cdef Connection *connection = stream.connection
+    claim.table, claim.last, claim.kind = stream.group.passes, &connection.last_pass, CREDENTIAL_NONE
+    if stream.n_credentials == 1:
+        claim.kind = CREDENTIAL_HEADER
+        claim.credential.data = stream.metadata + stream.credential_at
+        claim.credential.size = stream.credential_size
+    elif stream.n_credentials == 0 and connection.identity != NULL and connection.identity.certificate != NULL:
+        claim.kind = CREDENTIAL_CERTIFICATE
+        claim.credential.data = connection.identity.certificate
+        claim.credential.size = connection.identity.certificate_size
+
+
 cdef void dispatch_ready(Connection *connection, RouteReader *reader, CompletionSink *sink) noexcept nogil:
     cdef Request *request = NULL
     cdef Stream *stream = take_ready(connection)
+    cdef Claim claim
+    cdef Claim *shown = NULL
+    if connection.group.passes != NULL:
+        shown = &claim
     while stream != NULL:
+        if shown != NULL:
+            read_claim(stream, shown)
         if (stream.message != NULL and sink != NULL and dispatch(
                 reader, stream.message, stream.message_size, &stream.rest, stream.received_ns, stream.deadline.due_ns,
-                &stream.parent, &stream.mark, sink, stream, &request) == DISPATCHED):
+                &stream.parent, &stream.mark, shown, sink, stream, &request) == DISPATCHED):
             stream.message = stream.rest.buffer = NULL
             stream.request = request
             connection.group.in_flight += 1
         else:
             hand_on(stream)
         stream = take_ready(connection)
+
+
+cdef void push_back(Stream *stream, const Request *request) noexcept nogil:
+    """Refuses with the time after which to retry, as clients with a retry policy understand it: gRFC A6."""
+    cdef char packed[64]
+    cdef char *value = packed + 8 + sizeof(PUSHBACK) - 1
+    cdef uint32_t sizes[2]
+    sizes[0] = sizeof(PUSHBACK) - 1
+    sizes[1] = <uint32_t> put_decimal(value, <size_t> ((request.retry_after_ns + 999999) // 1000000))
+    memcpy(packed, sizes, sizeof(sizes))
+    memcpy(packed + 8, PUSHBACK, sizes[0])
+    finish_stream(stream, request.status, <const uint8_t *> request.error,
+                  strlen(request.error) if request.error != NULL else 0,
+                  <const uint8_t *> packed, 8 + sizes[0] + sizes[1])
 
 
 cdef Connection *settle_request(Group *group, Request *request) noexcept nogil:
@@ -57,7 +98,9 @@ cdef Connection *settle_request(Group *group, Request *request) noexcept nogil:
     if stream != NULL:
         connection = stream.connection
         stream.request = NULL
-        if request.status != 0:
+        if request.retry_after_ns:
+            push_back(stream, request)
+        elif request.status != 0:
             fail_stream(stream, request.status, <const uint8_t *> request.error,
                         strlen(request.error) if request.error != NULL else 0)
         elif request.response == NULL:

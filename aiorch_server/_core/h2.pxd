@@ -23,6 +23,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t
 from aiorch_server._core.h2_ledger cimport Ledger
 from aiorch_server._core.h2_rules cimport LifeRules
 from aiorch_server._core.h2_stream cimport Connection, Group, Limits, Outlet, Stream
+from aiorch_server._core.passes cimport PassTable
 
 
 cdef enum:
@@ -35,6 +36,8 @@ cdef Group *new_group(const Limits *limits, const uint8_t *fast_path, size_t fas
                       void (*abandon)(Stream *) noexcept nogil) noexcept nogil
 # Before the first connection: its rules, what it shares with others (may be NULL), and encodings (see Group).
 cdef void set_rules(Group *group, const LifeRules *rules, Ledger *ledger, uint32_t packed_encodings) noexcept nogil
+# Likewise: fast calls without a pass are declined from now on. Keeps a reference.
+cdef void set_passes(Group *group, PassTable *passes) noexcept nogil
 cdef void release_group(Group *group) noexcept nogil
 # NULL when memory or the ledger's places ran out (has_place tells). Without begin_life() no rule is ever looked at.
 cdef Connection *open_connection(Group *group, void *owner) noexcept nogil

@@ -20,7 +20,9 @@ from aiorch_server._core.h2_request cimport end_request, open_call, take_bytes, 
 from aiorch_server._core.h2_stream cimport MAX_OUTLET_PIECES, MIN_LANDING_BYTES, STREAM_NEW, close_stream, new_stream
 from aiorch_server._core.loans cimport drop_loan
 from aiorch_server._core.nghttp2 cimport *
+from aiorch_server._core.passes cimport release_pass, release_passes, retain_passes
 from aiorch_server._core.timers cimport clear_timer, free_timers
+from aiorch_server._core.transport cimport release_identity
 
 cdef enum:
     FIRST_LANDING_BYTES = 65536
@@ -205,6 +207,11 @@ cdef void set_rules(Group *group, const LifeRules *rules, Ledger *ledger, uint32
     group.ledger = ledger
 
 
+cdef void set_passes(Group *group, PassTable *passes) noexcept nogil:
+    retain_passes(passes)
+    group.passes = passes
+
+
 cdef void release_group(Group *group) noexcept nogil:
     cdef Stream *stream
     group.references -= 1
@@ -222,6 +229,8 @@ cdef void release_group(Group *group) noexcept nogil:
     free_timers(&group.lives)
     if group.ledger != NULL:
         release_ledger(group.ledger)
+    if group.passes != NULL:
+        release_passes(group.passes)
     free(group.fast_path)
     free(group)
 
@@ -271,6 +280,9 @@ cdef void free_connection(Connection *connection) noexcept nogil:
     cdef Group *group = connection.group
     nghttp2_session_del(connection.session)
     give_place(group.ledger)
+    release_identity(connection.identity)
+    if connection.last_pass != NULL:
+        release_pass(connection.last_pass)
     free(connection)
     release_group(group)
 

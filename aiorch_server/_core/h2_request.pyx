@@ -125,6 +125,9 @@ cdef int take_header(Stream *stream, const uint8_t *name, size_t name_size,
         stream.mark.key = hash_key(value, value_size)
     elif name_size == 13 and _is(name, name_size, b"aiorch-timing", 13):
         stream.wants_timing = True
+    elif name_size == 13 and _is(name, name_size, b"authorization", 13):
+        stream.n_credentials += 1
+        stream.credential_at, stream.credential_size = stream.metadata_size + 8 + name_size, value_size
     return keep_metadata(stream, name, name_size, value, value_size)
 
 

@@ -13,9 +13,11 @@ from aiorch_server._core.h2_ledger cimport Ledger
 from aiorch_server._core.h2_rules cimport Life, LifeRules
 from aiorch_server._core.loans cimport LentList, Loan
 from aiorch_server._core.nghttp2 cimport nghttp2_option, nghttp2_session, nghttp2_session_callbacks
+from aiorch_server._core.passes cimport Pass, PassTable
 from aiorch_server._core.request cimport TraceParent
 from aiorch_server._core.shares cimport RouteMark
 from aiorch_server._core.timers cimport Timer, TimerHeap
+from aiorch_server._core.transport cimport PeerIdentity
 
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -84,6 +86,7 @@ cdef struct Group:
     TimerHeap lives                     # of connections, see h2_life.pxd
     uint32_t packed_encodings           # bits of 1 << StreamEncoding: who takes one of them is answered by slow calls
     Ledger *ledger                      # a reference, or NULL
+    PassTable *passes                   # a reference; NULL: fast calls need none
     int64_t held_bytes                  # of all connections, as of their last balance
     int64_t booked_bytes                # of these, what is booked in the ledger
     nghttp2_session_callbacks *callbacks
@@ -137,6 +140,8 @@ cdef struct Connection:
     size_t outbound_bytes               # framed answers not yet collected
     int64_t counted_bytes               # of these three, what is in the group's `held_bytes`
     Life life
+    PeerIdentity *identity              # a reference: what its handshake has proved, set by the driver; or NULL
+    Pass *last_pass                     # a reference, or NULL; see Claim
     # the DATA frame that is coming in, for h2_landing
     int32_t data_stream_id              # 0: none, or one with padding
     size_t data_left
@@ -178,6 +183,9 @@ cdef struct Stream:
     bint wants_timing                   # of its answer, which Python writes
     TraceParent parent
     RouteMark mark                      # its route key; and, once a driver has chosen, the version
+    int n_credentials                   # `authorization` headers; and where in `metadata` the last one's value is
+    size_t credential_at
+    size_t credential_size
     # the request
     bint is_remote_closed               # END_STREAM was received
     bint has_message                    # fast: the one message is complete

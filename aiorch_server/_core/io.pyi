@@ -4,6 +4,7 @@ from collections.abc import Callable
 from aiorch_server._core.call import Call
 from aiorch_server._core.h2_ledger import ServerLedger
 from aiorch_server._core.h2_life import ConnectionRules
+from aiorch_server._core.passes import Passes
 from aiorch_server._core.routes import Router
 from aiorch_server._core.tls import TlsContext
 
@@ -30,6 +31,7 @@ class IoThread:
         rules: ConnectionRules | None = None,
         ledger: ServerLedger | None = None,
         packed_encodings: int = 0,
+        passes: Passes | None = None,
     ) -> None: ...
     def listen(self, descriptor: int, tls: TlsContext | None = None) -> None: ...
     def start(self, name: str = ...) -> None: ...

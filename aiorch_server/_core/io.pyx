@@ -13,7 +13,7 @@ from libc.string cimport memcpy
 
 from aiorch_server._core.buffers cimport drop_buffer, new_buffer
 from aiorch_server._core.crossing cimport *
-from aiorch_server._core.h2 cimport set_rules
+from aiorch_server._core.h2 cimport set_passes, set_rules
 from aiorch_server._core.h2_ledger cimport ServerLedger
 from aiorch_server._core.h2_life cimport ConnectionRules
 from aiorch_server._core.h2_stream cimport (
@@ -25,6 +25,7 @@ from aiorch_server._core.h2_stream cimport (
     SessionLimits,
 )
 from aiorch_server._core.io_loop cimport add_listener, close_listeners, free_io, new_io, run_loop, settle_late
+from aiorch_server._core.passes cimport Passes
 from aiorch_server._core.transport cimport PeerIdentity, PortSecurity
 
 cdef enum:
@@ -40,7 +41,7 @@ cdef class IoThread:
 
     def __cinit__(self, loop, on_call, Router router=None, *, str fast_path="", double greeting_timeout_s=20.0,
                   double write_timeout_s=60.0, ConnectionRules rules=None, ServerLedger ledger=None,
-                  uint32_t packed_encodings=0, **limits):
+                  uint32_t packed_encodings=0, Passes passes=None, **limits):
         cdef SessionLimits bounds = SessionLimits(**limits)
         cdef bytes path = fast_path.encode() if router is not None else b""
         self.loop, self.on_call = loop, on_call
@@ -53,6 +54,8 @@ cdef class IoThread:
         if rules is None:
             rules = ConnectionRules()
         set_rules(self.state.group, &rules.rules, ledger.ledger if ledger is not None else NULL, packed_encodings)
+        if passes is not None:
+            set_passes(self.state.group, passes.table)
         loop.add_reader(self.state.crossing.events_fd, self._on_events)
 
     def __dealloc__(self):

@@ -18,7 +18,13 @@ from aiorch_server._core.io_plane cimport tell_events
 from aiorch_server._core.io_state cimport *
 from aiorch_server._core.request cimport now_ns
 from aiorch_server._core.timers cimport clear_timer, set_timer
-from aiorch_server._core.transport cimport NOTHING_YET, WIRE_SLACK_BYTES, PortSecurity, Transport
+from aiorch_server._core.transport cimport (
+    NOTHING_YET,
+    WIRE_SLACK_BYTES,
+    PortSecurity,
+    Transport,
+    retain_identity,
+)
 
 cdef extern from "<sys/socket.h>" nogil:
     Py_ssize_t recv(int fd, void *buffer, size_t size, int flags)
@@ -145,6 +151,8 @@ cdef Py_ssize_t receive_sealed(IoConnection *connection) noexcept nogil:
         transport, connection.watched.fd, io.wire_buffer,
         min(connection.read_bytes, <size_t> (RECEIVE_BYTES - WIRE_SLACK_BYTES)), io.receive_buffer)
     connection.has_ended = transport.has_ended
+    if connection.session.identity == NULL:
+        connection.session.identity = retain_identity(transport.identity)
     mark_dirty(connection)              # it may have something to say itself
     return size
 

@@ -6,7 +6,7 @@ from libc.stdlib cimport calloc, free, malloc
 
 from aiorch_server._core.buffers cimport Place
 from aiorch_server._core.crossing cimport *
-from aiorch_server._core.desk cimport abandon_request, dispatch_ready, settle_request
+from aiorch_server._core.desk cimport abandon_request, dispatch_ready, read_claim, settle_request
 from aiorch_server._core.h2 cimport *
 from aiorch_server._core.h2_answer cimport expire_stream, revoke_stream
 from aiorch_server._core.h2_life cimport next_tending, tend_due
@@ -14,6 +14,7 @@ from aiorch_server._core.h2_stream cimport Connection, Stream
 from aiorch_server._core.io_connection cimport end_turn, open_io_connection, receive
 from aiorch_server._core.io_plane cimport carry_out, post
 from aiorch_server._core.io_state cimport *
+from aiorch_server._core.passes cimport Claim, is_known
 from aiorch_server._core.request cimport Request, abandon_sink, drain_sink, new_sink, now_ns, release_sink
 from aiorch_server._core.routes cimport begin_round, end_round, place_tensor, release_router, retain_router
 from aiorch_server._core.wire_request cimport find_tensor
@@ -39,6 +40,11 @@ cdef enum:
 # ---------------------------------------------------------------------------------------------------- life of the state
 cdef bint place_rest(Stream *stream, const uint8_t *head, size_t size, size_t message_size, Place *place) noexcept nogil:
     cdef IoState *io = (<IoConnection *> stream.connection.owner).io
+    cdef Claim claim
+    if stream.group.passes != NULL:
+        read_claim(stream, &claim)
+        if not is_known(&claim, io.group.now_ns):
+            return False                # rows of batches are for those who may ask
     return io.router != NULL and place_tensor(
         io.router, head, size, message_size, &stream.mark, place)
 

@@ -272,9 +272,6 @@ cdef class Passes:
         if self.table != NULL:
             release_passes(self.table)
 
-    def __len__(self):
-        return self.table.n_entries
-
     @property
     def generation(self):
         """How often it was cleared: read it before deciding what ``add`` is told."""
@@ -285,8 +282,13 @@ cdef class Passes:
         return generation
 
     @property
-    def bytes(self):
-        """What the passes take."""
+    def entries(self):
+        """How many passes there are; no ``len``, so that an empty table is not taken for none at all."""
+        return self.table.n_entries
+
+    @property
+    def used_bytes(self):
+        """What the passes take, with credentials and names."""
         return self.table.n_bytes
 
     @property
@@ -330,23 +332,35 @@ cdef class Passes:
             retain_quota(entry.quota)
         entry.next = entry.older = entry.newer = NULL
         entry.hash = hash_claim(table, entry.kind, &entry.credential, &entry.model)
-        with nogil:
-            pthread_mutex_lock(&table.lock)
-            is_added = table.generation == generation
-            if is_added:
-                former = find_entry(table, entry.hash, entry.kind, &entry.credential, &entry.model)
-                if former != NULL:
-                    take_out(table, former)
-                retired = make_room(table, measure(entry), now)
-                if former != NULL:
-                    former.newer = retired
-                    retired = former
-                put_in(table, entry)
-            pthread_mutex_unlock(&table.lock)
-            free_chain(retired)
-            if not is_added:
-                release_pass(entry)
+        pthread_mutex_lock(&table.lock)
+        is_added = table.generation == generation
+        if is_added:
+            former = find_entry(table, entry.hash, entry.kind, &entry.credential, &entry.model)
+            if former != NULL:
+                take_out(table, former)
+            retired = make_room(table, measure(entry), now)
+            if former != NULL:
+                former.newer = retired
+                retired = former
+            put_in(table, entry)
+        pthread_mutex_unlock(&table.lock)
+        free_chain(retired)
+        if not is_added:
+            release_pass(entry)
         return is_added
+
+    def holds(self, bytes credential not None, str model not None, int64_t now_ns, *, bint is_certificate=False):
+        """Whether a call with ``credential`` to ``model`` would be let through at that time."""
+        cdef bytes name = model.encode()
+        cdef Slice asked = slice_of(name)
+        cdef Pass *last = NULL
+        cdef Claim claim
+        claim.table, claim.last, claim.credential = self.table, &last, slice_of(credential)
+        claim.kind = CREDENTIAL_CERTIFICATE if is_certificate else CREDENTIAL_HEADER
+        if find_pass(&claim, &asked, now_ns) == NULL:
+            return False
+        forget(&claim)
+        return True
 
     def clear(self):
         """Nobody passes any more: all are asked again. Holds for calls whose message is not complete yet."""

@@ -11,6 +11,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 from aiorch_server._core.buffers cimport Place
+from aiorch_server._core.passes cimport Claim
 from aiorch_server._core.request cimport CompletionSink, Request, TraceParent, pthread_mutex_t
 from aiorch_server._core.scheduler_state cimport SchedulerState
 from aiorch_server._core.shares cimport RouteMark, ShareTable
@@ -68,11 +69,11 @@ cdef void end_round(RouteReader *reader) noexcept nogil
 # `rest`: the message's end where that lies elsewhere, as place_tensor said; NULL, or without a buffer: it does not.
 # `deadline_ns` is absolute on CLOCK_MONOTONIC, 0 for none; `parent` NULL is none. What shall be traced or is in the sample
 # of its shares is declined. `mark` has the request's key; a version that was chosen for it is in there afterwards, also
-# where it was declined, and holds if it is there before. On DISPATCHED `*request` is the new request, whose `owner` is as
-# given.
+# where it was declined, and holds if it is there before. `claim` NULL: nobody is asked who calls; else what has no pass is
+# declined, and a pass's quota counts. On DISPATCHED `*request` is the new request, whose `owner` is as given.
 cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size, const Place *rest,
                              int64_t received_ns, int64_t deadline_ns, const TraceParent *parent, RouteMark *mark,
-                             CompletionSink *sink, void *owner, Request **request) noexcept nogil
+                             const Claim *claim, CompletionSink *sink, void *owner, Request **request) noexcept nogil
 
 
 # Where the tensor of a message belongs of which the head has come: into rows of a batch of the version that it names, or

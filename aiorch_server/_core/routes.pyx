@@ -5,6 +5,8 @@ from libc.string cimport memcmp, memcpy
 
 from aiorch_server._core.admission cimport ENQUEUED, REFUSED_FULL, EnqueueResult, enqueue, reserve_in_slab
 from aiorch_server._core.counters cimport FAILURE_REJECTED, count_failure
+from aiorch_server._core.passes cimport Pass, find_pass
+from aiorch_server._core.quota cimport admit_request, give_back
 from aiorch_server._core.request cimport (
     aiorch_add_reference,
     free_request,
@@ -251,12 +253,14 @@ cdef void take_back(Request *candidate) noexcept nogil:
 
 cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size, const Place *rest,
                              int64_t received_ns, int64_t deadline_ns, const TraceParent *parent, RouteMark *mark,
-                             CompletionSink *sink, void *owner, Request **request) noexcept nogil:
+                             const Claim *claim, CompletionSink *sink, void *owner, Request **request) noexcept nogil:
     cdef InferScan scan
     cdef ScanResult scanned
     cdef SchedulerState *scheduler
     cdef Request *candidate
     cdef EnqueueResult result
+    cdef const Pass *found = NULL
+    cdef int64_t now
     cdef Slice tensor
     tensor.data, tensor.size = NULL, 0
     if reader.table == NULL:
@@ -268,6 +272,11 @@ cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size,
         scanned = scan_request(message, size, &scan)
     if scanned != SCAN_OK or not scan.is_plain:
         return DECLINED
+    now = now_ns()
+    if claim != NULL:                   # first: strangers neither move the shares nor use up the samples
+        found = find_pass(claim, &scan.model_name, now)
+        if found == NULL:
+            return DECLINED
     scheduler = find_scheduler(reader.table, &scan, mark)
     if scheduler == NULL or choose(&scheduler.watch, parent):
         return DECLINED
@@ -282,10 +291,18 @@ cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size,
             or tensor.size and not hold_memory(candidate, tensor.data, tensor.size, rest.buffer, NULL)):
         take_back(candidate)
         return DECLINED
-    result = enqueue(scheduler, candidate, scan.priority, scan.timeout_us, now_ns())
+    if found != NULL and found.quota != NULL and not admit_request(found.quota, candidate, now):
+        put_settled(sink, candidate, candidate)     # the tenant's doing: none of the model's failures
+        request[0] = candidate
+        return DISPATCHED
+    result = enqueue(scheduler, candidate, scan.priority, scan.timeout_us, now)
     if result == ENQUEUED:
         touch(reader, scheduler)
-    elif result == REFUSED_FULL:
+        request[0] = candidate
+        return DISPATCHED
+    if candidate.quota != NULL:
+        give_back(found.quota, candidate.rows)
+    if result == REFUSED_FULL:
         # Answered here: under overload a refusal must cost less than a request.
         refuse_request(candidate, UNAVAILABLE, b"Exceeds maximum queue size")
         count_failure(&scheduler.counters, candidate, FAILURE_REJECTED, candidate.enqueued_ns)

@@ -10,7 +10,8 @@
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t
-from libc.stdlib cimport free
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
 
 from aiorch_server._core.request cimport aiorch_add_reference
 
@@ -60,6 +61,20 @@ cdef inline PortSecurity *retain_security(PortSecurity *security) noexcept nogil
 cdef inline void release_security(PortSecurity *security) noexcept nogil:
     if aiorch_add_reference(&security.references, -1) == 0:
         security.free(security)
+
+
+# With a copy of the certificate and one reference; NULL: no memory.
+cdef inline PeerIdentity *new_identity(const uint8_t *certificate, size_t size) noexcept nogil:
+    cdef PeerIdentity *identity = <PeerIdentity *> calloc(1, sizeof(PeerIdentity))
+    if identity == NULL:
+        return NULL
+    identity.references, identity.certificate_size = 1, size
+    identity.certificate = <uint8_t *> malloc(size)
+    if identity.certificate == NULL:
+        free(identity)
+        return NULL
+    memcpy(identity.certificate, certificate, size)
+    return identity
 
 
 cdef inline PeerIdentity *retain_identity(PeerIdentity *identity) noexcept nogil:

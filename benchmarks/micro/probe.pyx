@@ -76,7 +76,7 @@ cdef class Probe:
             begin_round(self.router.state, &self.reader)
             for number in range(count):
                 if copies[number] == NULL or dispatch(
-                        &self.reader, copies[number], size, NULL, started, 0, NULL, &mark, self.sink, NULL,
+                        &self.reader, copies[number], size, NULL, started, 0, NULL, &mark, NULL, self.sink, NULL,
                         &request) != DISPATCHED:
                     break
                 dispatched += 1

@@ -51,7 +51,7 @@ def test_stubs_name_what_the_modules_have() -> None:
             if not inspect.isclass(value):
                 continue
             body = re.split(rf"^class {name}\b", text, flags=re.M)[1]
-            body = re.split(r"^\S", body, maxsplit=1, flags=re.M)[0] if "\nclass " in body else body
+            body = re.split(r"\n(?=\S)", body, maxsplit=1)[0]
             for method in vars(value):
                 if not method.startswith("_"):
                     assert re.search(rf"\b{method}\b", body), f"{stub.name}: {name}.{method} is missing"

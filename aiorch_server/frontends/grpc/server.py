@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     import grpc
 
-    from aiorch_server._core import Call, IoThread, NativeServer, Router, ServerLedger, TlsContext
+    from aiorch_server._core import Call, IoThread, NativeServer, Passes, Router, ServerLedger, TlsContext
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ class GrpcDoor:
     ``reuse_port`` other processes may share the TCP ports (gRPC's ``grpc.so_reuseport``, which is on by default there).
     ``interceptors`` and ``compression`` (an algorithm, or with its least size) are those of ``grpc.aio.server``: the
     first end the fast path unless they declare otherwise (see ``intercept``), the second ends it for clients that take
-    packed answers. Raises RuntimeError where the compiled door was not built.
+    packed answers. With ``passes`` calls of the fast path need one of them, all others go to the handlers, which decide
+    and add what they allow. Raises RuntimeError where the compiled door was not built.
     """
 
     context_class: ClassVar[type[ServicerContext]] = ServicerContext
@@ -96,6 +97,7 @@ class GrpcDoor:
         server_limits: ServerLimits | None = None,
         compression: ResponseCompression | int | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] | None = None,
+        passes: Passes | None = None,
     ) -> None:
         if not is_native_available():
             raise RuntimeError("the native gRPC door needs libnghttp2 at build time; use --transport grpcio instead")
@@ -104,6 +106,7 @@ class GrpcDoor:
         self._io_threads = io_threads
         self._reuse_port = reuse_port
         self._router = router
+        self._passes = passes
         self._interceptors = check_interceptors(interceptors)
         self._fast_path = fast_path if all(is_skipped(each, fast_path) for each in self._interceptors) else ""
         if not isinstance(compression, ResponseCompression):
@@ -229,6 +232,7 @@ class GrpcDoor:
             rules=make_rules(self._life),
             ledger=self._ledger,
             packed_encodings=self._compression.packed_encodings,
+            passes=self._passes,
             **asdict(self._limits),
         )
         self._drivers.append(driver)

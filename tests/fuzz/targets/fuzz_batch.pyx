@@ -113,7 +113,8 @@ cdef object run_messages(const uint8_t *data, size_t size, CompletionSink *sink)
         memset(&mark, 0, sizeof(RouteMark))
         message = new_buffer(own, 0)
         memcpy(message, data + 2, own)
-        if dispatch(&reader, message, length, &rest, 1, 0, NULL, &mark, sink, <void *> served, &request) == DISPATCHED:
+        if dispatch(&reader, message, length, &rest, 1, 0, NULL, &mark, NULL, sink, <void *> served,
+                    &request) == DISPATCHED:
             sent[<size_t> request] = PyBytes_FromStringAndSize(<const char *> data + 2, <Py_ssize_t> length)
         else:
             drop_buffer(message)
