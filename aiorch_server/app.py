@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from aiorch_server._core import Mailbox, Router
 from aiorch_server.cache import ResponseCache, open_cache
-from aiorch_server.config.server import GrpcConfig, ServerConfig, Transport
+from aiorch_server.config.server import GrpcConfig, ServerConfig, TlsConfig, Transport
 from aiorch_server.controlplane import EXTENSIONS, ControlPlane
 from aiorch_server.dataplane import DataPlane
 from aiorch_server.errors import InvalidSettings
@@ -34,17 +34,22 @@ from aiorch_server.observability.slow_log import SlowLog
 from aiorch_server.observability.trace_settings import TraceLevel, TraceSetting, TraceSettings
 from aiorch_server.observability.tracer import Tracer
 from aiorch_server.repository import FilesystemRepository
+from aiorch_server.security.find import open_gate
 from aiorch_server.types import ModelIndexEntry
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from aiorch_server._core import ServerLedger
     from aiorch_server.frontends.grpc import ConnectionLife, ServerCredentials
     from aiorch_server.lifecycle.servable import Servable
     from aiorch_server.observability.log_settings import LogSettings
     from aiorch_server.observability.spans import OtlpWriter
+    from aiorch_server.security.gate import Gate
 
 logger = logging.getLogger(__name__)
 
+HTTP = "http/1.1"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -78,7 +83,9 @@ class Application:
         self._metrics: Any = None
         self._health: Any = None
         self._health_task: asyncio.Task[None] | None = None
-        self._certificate_task: asyncio.Task[None] | None = None
+        self._certificate_tasks: list[asyncio.Task[None]] = []
+        self._gate: Gate | None = None
+        self._gate_task: asyncio.Task[None] | None = None
         self._model_metrics = ModelMetrics()
         self._slow_log = SlowLog(lambda: self.manager.servables(), config.log.slow_us, config.log.slow_lines_per_s)
         self._tracer = Tracer(slow_log=self._slow_log)
@@ -96,6 +103,8 @@ class Application:
         try:
             self._build()
             self._slow_log.start()
+            if self._gate is not None:
+                self._gate_task = asyncio.create_task(self._gate.follow())
             await self._open_metrics()
             await self._open_rest()
             server = await self._build_grpc()
@@ -165,9 +174,20 @@ class Application:
         self._writer = OtlpWriter(config.endpoint, config.service)
         self._tracer = Tracer(self._trace_settings, self._writer, self._slow_log)
 
+    def _open_gate(self) -> None:
+        """InvalidSettings where nobody could say who one is; tells the log of doors that are open to everybody."""
+        config = self.config
+        doors = (config.grpc, config.http, config.metrics)
+        has_certificates = any(each.enabled and each.tls.require_client_auth for each in doors)
+        self._gate = open_gate(config.security, has_certificates=has_certificates)
+        for name in ("grpc", "http", "metrics"):
+            if lack := config.find_exposure(name):
+                logger.warning("%s is open although it should not be (security.insecure): %s", name, lack)
+
     def _build(self) -> None:
         config = self.config
         self._open_traces()
+        self._open_gate()
         self.router = Router()
         calls = ModelCalls()
         cache = self._cache = open_cache(config.cache)
@@ -231,6 +251,8 @@ class Application:
             ],
             host=config.host,
             port=config.port,
+            gate=self._gate,
+            tls=self._open_tls(config.tls, "metrics"),
         )
         self.metrics_port = await self._metrics.start()
 
@@ -252,6 +274,8 @@ class Application:
             port=config.port,
             limits=limits,
             access=AccessRules(config.restricted_apis),
+            gate=self._gate,
+            tls=self._open_tls(config.tls, "REST"),
         )
         self.http_port = await self._rest.start()
 
@@ -265,13 +289,38 @@ class Application:
         from aiorch_server.frontends.grpc.servicer import InferenceServicer, add_inference_service
         from aiorch_server.frontends.tfserving.registration import add_serving_services
 
-        server = self._grpc = self._make_grpc_server(config)
-        self.grpc_port = self._bind(server, config)
+        self._grpc = self._make_grpc_server(config)
+        self.grpc_port = self._bind(self._grpc, config)
+        server = self._grpc
+        if self._gate is not None:
+            from aiorch_server.frontends.grpc.guard import GuardedServer
+
+            server = GuardedServer(server, self._gate)
         add_inference_service(InferenceServicer(self.dataplane, self.controlplane), server)
         add_serving_services(server, self.dataplane, self.controlplane, max_tensor_bytes=config.max_message_bytes)
         add_reflection_service(server)
         self._health = await add_health_service(server)
-        return server
+        if server is not self._grpc:
+            server.add_end()
+        return self._grpc
+
+    def _open_tls(self, tls: TlsConfig, door: str) -> SSLContext | None:
+        """What an HTTP door shows its clients, None for plain text; follows the files."""
+        if tls.certificate is None or tls.key is None:
+            return None
+        from aiorch_server.frontends.grpc import CredentialFiles
+        from aiorch_server.frontends.grpc.credentials import renew_ssl_context
+
+        files = CredentialFiles(tls.certificate, tls.key, tls.root, tls.require_client_auth)
+        stamp, context = files.stamp(), files.read().make_ssl_context(HTTP)
+
+        def renew(credentials: ServerCredentials) -> None:
+            renew_ssl_context(context, credentials.make_ssl_context(HTTP))
+
+        if tls.reload_secs:
+            following = files.follow(stamp, renew, tls.reload_secs, door)
+            self._certificate_tasks.append(asyncio.create_task(following))
+        return context
 
     def _bind(self, server: Any, config: GrpcConfig) -> int:
         """Binds the gRPC port and gives its number; OSError when it cannot be had. Follows the files of its TLS."""
@@ -294,7 +343,7 @@ class Application:
         except RuntimeError as error:  # grpcio has no errno to tell
             raise OSError(f"cannot listen on {address}: {error}") from error
         if tls.reload_secs:
-            self._certificate_task = asyncio.create_task(files.follow(stamp, renew, tls.reload_secs))
+            self._certificate_tasks.append(asyncio.create_task(files.follow(stamp, renew, tls.reload_secs)))
         return port
 
     def _make_grpc_server(self, config: GrpcConfig) -> Any:
@@ -323,6 +372,8 @@ class Application:
         open_door = door.NativeGrpcServer if interceptors else door.GrpcDoor
         return open_door(
             router=self.router,
+            # The compiled door cannot ask who calls.
+            fast_path=door.FAST_PATH if self._gate is None else "",
             max_message_bytes=config.max_message_bytes,
             io_threads=config.io_threads,
             reuse_port=config.reuse_port,
@@ -364,7 +415,7 @@ class Application:
 
     async def _stop(self, grace_s: float) -> None:
         """Readiness first, then the doors, then the models: whoever has not heard of the end yet is still served."""
-        for task in (self._health_task, self._certificate_task):
+        for task in (self._health_task, self._gate_task, *self._certificate_tasks):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -393,6 +444,8 @@ class Application:
             if isinstance(problem, BaseException):
                 logger.error("a part did not stop in order", exc_info=problem)
         self._mailbox.close()
+        if self._gate is not None:
+            await self._gate.close()
         if self._writer is not None:
             await asyncio.to_thread(self._writer.close)
 

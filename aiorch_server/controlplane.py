@@ -8,11 +8,25 @@ from aiorch_server import __version__
 from aiorch_server.config.labels import read_labels
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.config.server import LifecycleConfig
-from aiorch_server.errors import NotFoundError, RequestError, ServerStopping, UnsupportedRequest
+from aiorch_server.errors import (
+    BackendError,
+    NotFoundError,
+    RequestError,
+    ServerStopping,
+    UnknownModel,
+    UnsupportedRequest,
+)
 from aiorch_server.exchange import SharedRegions
-from aiorch_server.lifecycle.manager import LifecycleManager, parse_version
+from aiorch_server.lifecycle.manager import (
+    UNKNOWN_LOAD_TEXT,
+    UNKNOWN_UNLOAD_TEXT,
+    LifecycleManager,
+    parse_version,
+)
+from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.observability.log_settings import LogSettings, LogValue
 from aiorch_server.observability.trace_settings import TraceSettings
+from aiorch_server.security import Role, current_access, keep_seen, permit, sees
 from aiorch_server.tracing import current_incoming
 from aiorch_server.types import (
     ModelIndexEntry,
@@ -42,7 +56,9 @@ class ControlPlane:
     """The management side of the server; all methods are for the event loop's thread and none blocks it.
 
     The texts of its errors are Triton's, because clients' tests look at them. ``regions`` are the data plane's;
-    without ``log_settings`` the process's logging is somebody else's and is left alone.
+    without ``log_settings`` the process's logging is somebody else's and is left alone. A model that the caller may not
+    see is answered like one that does not exist, and left out of lists; PermissionDenied where the caller may see it,
+    and not do with it what the call does.
     """
 
     def __init__(
@@ -86,11 +102,15 @@ class ControlPlane:
 
     def readiness_problems(self) -> dict[str, str]:
         """Why the server is not ready, by model; empty while it starts, and where readiness is not strict."""
-        return self._manager.problems() if self._is_strict else {}
+        problems = self._manager.problems() if self._is_strict else {}
+        return {name: text for name, text in problems.items() if sees(name)}
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """Whether that version (any, if empty) takes requests; RequestError for a bad version string."""
         self.check_running("Server not ready")
+        if not permit(name):
+            parse_version(version)
+            return False
         return self._manager.is_ready(name, version)
 
     def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
@@ -99,7 +119,7 @@ class ControlPlane:
         Raises UnknownModel, UnknownVersion, ModelNotReady, ServerStopping or RequestError.
         """
         self.check_running("Server not ready")
-        servable = self._manager.find(name, version)
+        servable = self._find(name, version)
         return ModelMetadata(
             name=name,
             versions=tuple(map(str, self._manager.versions(name))),
@@ -111,14 +131,14 @@ class ControlPlane:
     def model_config(self, name: str, version: str = "") -> ModelConfig:
         """The completed configuration of a loaded version; raises as model_metadata."""
         self.check_running("Server not ready")
-        return self._manager.find(name, version).config
+        return self._find(name, version).config
 
     def find_signature(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
         """A version, and what it takes and gives; raises as LifecycleManager.find.
 
         Unlike the other questions it is answered while the server drains: requests are served until the end.
         """
-        servable = self._manager.find(name, version)
+        servable = self._find(name, version)
         return servable.version, servable.signature
 
     def foresee(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
@@ -129,6 +149,8 @@ class ControlPlane:
         incoming = current_incoming.get()
         if version or incoming is None:
             return self.find_signature(name, version)
+        if not permit(name):
+            raise self._manager.explain_unknown(name, version)
         servable, is_sampled = self._manager.choose(name, key=incoming.route_key, chosen=incoming.choice)
         incoming.choice = servable.version, is_sampled
         return servable.version, servable.signature
@@ -139,7 +161,7 @@ class ControlPlane:
         It need not be ready itself. RequestError for a label that is not written there, or if no version is ready.
         """
         try:
-            config = self._manager.find(name).config
+            config = self._find(name).config
         except NotFoundError:
             labels: Mapping[str, int] = {}
         else:
@@ -156,23 +178,26 @@ class ControlPlane:
         number = parse_version(version)
         servables = self._manager.servables()
         if name:
-            if not self._manager.is_known(name):
+            if not permit(name) or not self._manager.is_known(name):
                 raise RequestError(f"requested model '{name}' is not available")
             servables = [each for each in servables if each.name == name and number in (0, each.version)]
             if not servables:
                 raise RequestError(f"requested model version is not available for model '{name}'")
-        return [each.statistics() for each in servables]
+        return [each.statistics() for each in keep_seen(servables)]
 
     def repository_index(self, ready_only: bool = False) -> list[ModelIndexEntry]:
         """All models that are managed or stored, with state and reason."""
         self.check_running("Server not ready")
-        return self._manager.index(ready_only)
+        return keep_seen(self._manager.index(ready_only))
 
     async def load_model(
         self, name: str, config_json: str | bytes | None = None, files: Mapping[str, bytes] | None = None
     ) -> None:
         """Loads or reloads a model; returns when it serves. Raises as LifecycleManager.load."""
         self.check_running("Server not ready")
+        if not permit(name):
+            self._manager.check_explicit()
+            raise BackendError(UNKNOWN_LOAD_TEXT.format(name))
         await self._manager.load(name, config_json, files)
 
     async def unload_model(self, name: str, unload_dependents: bool = False) -> None:
@@ -181,6 +206,9 @@ class ControlPlane:
         ``unload_dependents``: also the models of an ensemble's steps that were loaded only for it.
         """
         self.check_running("Server not ready")
+        if not permit(name):
+            self._manager.check_explicit()
+            raise UnknownModel(UNKNOWN_UNLOAD_TEXT.format(name))
         await self._manager.unload(name, unload_dependents)
 
     def trace_setting(self, model: str, changes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -188,7 +216,11 @@ class ControlPlane:
 
         Raises as TraceSettings.update, and RequestError for a model that does not serve.
         """
-        if model and not (self._manager.is_known(model) and self._manager.is_ready(model)):
+        if not model:
+            current_access.get().require_everywhere(Role.ADMIN if changes else Role.VIEWER)
+        elif not (permit(model, changes=bool(changes)) and self._manager.is_known(model)) or not self._manager.is_ready(
+            model
+        ):
             raise RequestError(f"Request for unknown model : {model}")
         setting = self._traces.update(changes, model) if changes else self._traces.get(model)
         return setting.to_strings()
@@ -198,6 +230,11 @@ class ControlPlane:
         if self._logs is None:
             raise UnsupportedRequest("the server does not support dynamic logging: its process has set up its own")
         return self._logs.update(changes) if changes else self._logs.values()
+
+    def _find(self, name: str, version: str = "") -> Servable:
+        if not permit(name):
+            raise self._manager.explain_unknown(name, version)
+        return self._manager.find(name, version)
 
     def check_running(self, text: str) -> None:
         """ServerStopping with ``text`` once the server drains."""

@@ -30,6 +30,7 @@ from aiorch_server.execution.taker import Taker
 from aiorch_server.observability.tracer import Tracer
 from aiorch_server.routing import Samples
 from aiorch_server.scheduling import find_queue_timeout_us
+from aiorch_server.security import permit, sees
 from aiorch_server.tracing import Run, current_incoming, current_run, find_trace
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse, Parameter, Tensor
 from aiorch_server.validation import QueueTerms, check_request, find_correlation_id
@@ -65,15 +66,17 @@ class DataPlane:
 
     def is_decoupled(self, model_name: str, model_version: str) -> bool:
         """Whether requests to that version may have any number of answers; False where there is no such version."""
+        if not sees(model_name):
+            return False
         return any(each.signature.is_decoupled for each in self._manager.list_choices(model_name, model_version))
 
     async def infer(self, request: InferenceRequest, *, deadline_ns: int = 0) -> InferenceResponse:
         """Runs one request; ``deadline_ns`` is absolute on the monotonic clock, 0 for none.
 
         Raises UnknownModel, UnknownVersion, ModelNotReady, RequestError, UnsupportedRequest, CapacityError,
-        DeadlineExpired, NotFoundError for an unknown shared memory region, or what the model raised. Cancelling it
-        takes the request out of the queue. The response's tensors keep its memory alive; outputs that went to shared
-        memory have no data.
+        DeadlineExpired, NotFoundError for an unknown shared memory region, PermissionDenied, or what the model raised.
+        A model that the caller may not see is unknown. Cancelling it takes the request out of the queue. The response's
+        tensors keep its memory alive; outputs that went to shared memory have no data.
         """
         servable, is_sampled = self._choose(request)
         with servable.acquire():
@@ -134,6 +137,8 @@ class DataPlane:
 
     def _choose(self, request: InferenceRequest) -> tuple[Servable, bool]:
         """The version that a request is for, and whether it is in the sample."""
+        if not permit(request.model_name):
+            raise self._manager.explain_unknown(request.model_name, request.model_version)
         if request.model_version:
             return self._manager.find(request.model_name, request.model_version), False
         incoming = current_incoming.get()

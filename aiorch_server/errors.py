@@ -29,6 +29,7 @@
     |  |- QuotaExceeded           the tenant's quota is used up
     |  |- RegistryUnavailable     the registry's database or store does not answer
     |  |  `- OutcomeUnknown          ... and nobody knows whether the change was made
+    |  |- IdentityUnavailable     what tells who a caller is does not answer
     |  |- ModelNotReady           the version exists, but does not serve (yet)
     |  `- ServerStopping          the server takes no new requests
     |- BackendError            the model's owner must act
@@ -226,6 +227,10 @@ class OutcomeUnknown(RegistryUnavailable):
     """The database went away while a change was written; repeating is safe with the same idempotency key alone."""
 
     retryable = False
+
+
+class IdentityUnavailable(CapacityError):
+    """Whether credentials hold cannot be found out now: the issuer of tokens, or whoever else tells it, is away."""
 
 
 class ModelNotReady(CapacityError):

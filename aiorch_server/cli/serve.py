@@ -130,6 +130,10 @@ def serve(
     allow_code: Annotated[
         bool | None, typer.Option("--allow-code", help="Open pickles, and code that comes with load requests.")
     ] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option("--insecure", help="Let other machines reach doors without TLS, or without credentials."),
+    ] = None,
     shared_memory: Annotated[
         str | None,
         typer.Option(
@@ -232,6 +236,7 @@ def serve(
         "rate_limit_resource": rate_limit_resource,
         "backends": backend,
         "allow_code": allow_code,
+        "insecure": insecure,
         "shared_memory": shared_memory,
         "cache": cache,
         "cache_size_bytes": cache_size_bytes,

@@ -64,6 +64,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "allow_client_shm": ("shared_memory", "keys"),
     "shared_memory": ("shared_memory", "keys"),
     "cache": ("cache", "kind"),
+    "insecure": ("security", "insecure"),
     "registry": ("registry", "url"),
     "artefacts": ("registry", "artefacts"),
 }

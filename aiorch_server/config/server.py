@@ -6,6 +6,7 @@ Built by ``config.load``; in tests directly, ``ServerConfig(grpc={"port": 0})``.
 from __future__ import annotations
 
 import enum
+import ipaddress
 import re
 import ssl
 from collections.abc import Collection, Iterator
@@ -193,13 +194,14 @@ class GrpcConfig(Section):
 
 
 class HttpConfig(Section):
-    """The REST door; port 0 takes any free one."""
+    """The REST door; port 0 takes any free one. With ``tls`` it speaks HTTPS alone."""
 
     enabled: Flag = True
     host: Host = LOOPBACK
     port: Port = 8000
     max_body_bytes: Bytes = DEFAULT_MESSAGE_BYTES
     restricted_apis: tuple[Restricted, ...] = ()
+    tls: TlsConfig = TlsConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -208,11 +210,12 @@ class HttpConfig(Section):
 
 
 class MetricsConfig(Section):
-    """The door that Prometheus reads; port 0 takes any free one."""
+    """The door that Prometheus reads; port 0 takes any free one. With ``tls`` it speaks HTTPS alone."""
 
     enabled: Flag = True
     host: Host = LOOPBACK
     port: Port = 8002
+    tls: TlsConfig = TlsConfig()
 
 
 class RepositoryConfig(Section):
@@ -413,3 +416,34 @@ class ServerConfig(Section):
             taken.setdefault(address, name)
         if not self.grpc.enabled and not self.http.enabled:
             yield Problem(("grpc", "enabled"), "found false, and http.enabled too; at least one door must be open")
+        if not self.security.insecure and "security" not in unknown:
+            for name, _ in doors:
+                if name not in unknown and (lack := self.find_exposure(name)):
+                    yield Problem((name, "host"), lack)
+
+    def find_exposure(self, door: str) -> str:
+        """Why a door (``grpc``, ``http`` or ``metrics``) is not fit for the address it listens on; empty if it is."""
+        config: GrpcConfig | HttpConfig | MetricsConfig = getattr(self, door)
+        if not config.enabled or _is_local(config.host):
+            return ""
+        lacks = []
+        if not config.tls.is_enabled:
+            lacks.append(f"TLS ({door}.tls.certificate and key)")
+        if not self.security.enabled and not config.tls.require_client_auth:
+            lacks.append(f"callers who say who they are (security.enabled, or {door}.tls.require_client_auth)")
+        if not lacks:
+            return ""
+        return (
+            f"found {config.host!r}, which other machines reach; that needs {' and '.join(lacks)}, or --insecure "
+            "(security.insecure: true) where something else protects this port"
+        )
+
+
+def _is_local(host: str) -> bool:
+    """Whether only this machine's own programs can connect there."""
+    if host.startswith(("unix:", "unix-abstract:")) or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -9,13 +9,17 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from aiorch_server.frontends.rest.body import Receive, Send, choose_coding, encode_body, find_header
+from aiorch_server.frontends.rest.guard import RestGuard
 from aiorch_server.frontends.rest.listener import HttpListener
 from aiorch_server.observability.machine import MachineProbe
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from prometheus_client.registry import Collector
 
     from aiorch_server.observability.collector import DoorLedger, MeasuredModel
+    from aiorch_server.security.gate import Gate
 
 logger = logging.getLogger(__name__)
 Exposition = Callable[[str | None], tuple[bytes, str]]
@@ -27,7 +31,8 @@ _MAX_CONNECTIONS = 64
 class MetricsServer:
     """Serves the metrics of ``list_models()`` and ``list_ledgers()`` on ``host``:``port`` in the running event loop.
 
-    ``own`` are collectors that are shown as well. Port 0 picks a free one.
+    ``own`` are collectors that are shown as well. Port 0 picks a free one. With ``gate`` callers must say who they are;
+    with ``tls`` the door speaks HTTPS alone.
     """
 
     def __init__(
@@ -38,12 +43,15 @@ class MetricsServer:
         own: Iterable[Collector] = (),
         host: str = "127.0.0.1",
         port: int = 8002,
+        gate: Gate | None = None,
+        tls: SSLContext | None = None,
     ) -> None:
         # Utilization is that since the start: the first reading is now.
         self._parts = (list_models, list_ledgers, MachineProbe(), tuple(own))
         self._exposition: Exposition | None = None
         self._opening = asyncio.Lock()
-        self._listener = HttpListener(self._serve, host, port, max_connections=_MAX_CONNECTIONS)
+        app = self._serve if gate is None else RestGuard(self._serve, gate)
+        self._listener = HttpListener(app, host, port, max_connections=_MAX_CONNECTIONS, tls=tls)
 
     async def start(self) -> int:
         """Listens and returns the bound port; OSError if the address cannot be had."""

@@ -37,6 +37,8 @@ from aiorch_server.types import ModelIndexEntry, ModelState
 logger = logging.getLogger(__name__)
 
 NOT_ALLOWED_TEXT = "explicit model load / unload is not allowed if polling is enabled"
+UNKNOWN_LOAD_TEXT = "failed to load '{}', failed to poll from model repository"
+UNKNOWN_UNLOAD_TEXT = "failed to unload '{}', it is neither loaded nor in the model repository"
 _MAX_VERSION_DIGITS = 18
 
 
@@ -162,6 +164,14 @@ class LifecycleManager:
             return []
         return route.list_choices(number) if route is not None else []
 
+    def explain_unknown(self, name: str, version: str = "") -> AiorchError:
+        """What ``find`` raises where there is no model of that name, whether there is one or not."""
+        try:
+            parse_version(version)
+        except RequestError as error:
+            return error
+        return ServerStopping(STOPPING_TEXT) if self._has_closed else _explain_unknown(name)
+
     def is_ready(self, name: str, version: str = "") -> bool:
         """Whether requests for that version should be sent; RequestError for a bad version string."""
         try:
@@ -232,7 +242,7 @@ class LifecycleManager:
         reasons when a version does not load (what served before goes on serving), OverrideRefused when the given
         configuration or files make no model, RequestError for a bad name.
         """
-        self._check_explicit()
+        self.check_explicit()
         await self._run(self._load(name, config_override, files or {}, is_asked=True))
         if name in self._models:
             self._models[name].is_asked = True
@@ -242,10 +252,10 @@ class LifecycleManager:
 
         ``unload_dependents``: also the models that were only loaded because this one needs them.
         """
-        self._check_explicit()
+        self.check_explicit()
         if name not in self._models:
             if await run_blocking(f"look at {name}", lambda: self._repository.look(name)) is None:
-                raise UnknownModel(f"failed to unload '{name}', it is neither loaded nor in the model repository")
+                raise UnknownModel(UNKNOWN_UNLOAD_TEXT.format(name))
             return
         unneeded = self._dependencies.list_unneeded(name) if unload_dependents else []
         await self._run(self._unload(self._models[name]))
@@ -403,7 +413,7 @@ class LifecycleManager:
                 f"open {name}", lambda: self._repository.open(name, config_json, files), discard=RepositoryModel.close
             )
         except UnknownModel:
-            raise BackendError(f"failed to load '{name}', failed to poll from model repository") from None
+            raise BackendError(UNKNOWN_LOAD_TEXT.format(name)) from None
         except (ModelLoadError, RequestError) as error:
             if config_json is not None:
                 text = f"failed to load '{name}', failed to poll from model repository: {error}"
@@ -490,7 +500,8 @@ class LifecycleManager:
             except Exception:
                 logger.exception("the look at the model repository failed; the next one comes in due time")
 
-    def _check_explicit(self) -> None:
+    def check_explicit(self) -> None:
+        """Raises what ``load`` and ``unload`` raise for any model: the mode is another, or the end is near."""
         if self.control_mode is not ControlMode.EXPLICIT:
             raise LoadNotAllowed(NOT_ALLOWED_TEXT)
         if self._is_stopping:
@@ -501,7 +512,7 @@ class LifecycleManager:
         text = f"Request for unknown model: '{name}'"
         model = self._models.get(name)
         if model is None or not model.versions:
-            return UnknownModel(f"{text} is not found")
+            return _explain_unknown(name)
         if not version:
             if self._routes.get(name) is not None:
                 wanted = ", ".join(str(each.version) for each in self._traffic[name].shares if each.share)
@@ -510,6 +521,10 @@ class LifecycleManager:
         if version not in model.versions:
             return UnknownVersion(f"{text} version {version} is not found")
         return ModelNotReady(f"{text} version {version} is not at ready state")
+
+
+def _explain_unknown(name: str) -> UnknownModel:
+    return UnknownModel(f"Request for unknown model: '{name}' is not found")
 
 
 def _explain_missing_versions(name: str, missing: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """Who calls, and what they may do: identities, roles on model names, quotas."""
 
-from aiorch_server.security.access import UNRESTRICTED, Access, current_access, permit, sees
+from aiorch_server.security.access import UNRESTRICTED, Access, current_access, keep_seen, permit, sees
 from aiorch_server.security.authenticator import Authenticator, Credentials, Identity
 from aiorch_server.security.identity import ANYBODY, AuthMethod, Principal, RoleBinding, current_principal
 from aiorch_server.security.permissions import TABLE, Permission, Scope
@@ -22,6 +22,7 @@ __all__ = [
     "Scope",
     "current_access",
     "current_principal",
+    "keep_seen",
     "permit",
     "sees",
 ]

@@ -5,8 +5,9 @@ Doors set ``current_access``; the server's own tasks, and calls between models, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextvars import ContextVar
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 from aiorch_server.errors import PermissionDenied
 from aiorch_server.security.authenticator import Credentials
@@ -14,6 +15,13 @@ from aiorch_server.security.identity import ANYBODY, Principal
 from aiorch_server.security.permissions import Permission, Scope
 from aiorch_server.security.roles import Role
 
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Item = TypeVar("_Item", bound=_Named)
 _NO_CREDENTIALS: Final = Credentials()
 
 
@@ -21,10 +29,11 @@ class Access:
     """A caller in one call: who, and what the call needs; ``permission`` None: everything is allowed.
 
     ``principal`` may be replaced while a long call runs (Gate.renew). ``has_asked`` tells whether a model was asked
-    for: the answer of a call that names one, and whose code never asked, is held back.
+    for: the answer of a call that names one, and whose code never asked, is held back. ``model`` is the last that was
+    permitted.
     """
 
-    __slots__ = ("credentials", "generation", "has_asked", "permission", "principal")
+    __slots__ = ("credentials", "generation", "has_asked", "model", "permission", "principal")
 
     def __init__(
         self,
@@ -38,6 +47,7 @@ class Access:
         self.credentials = credentials
         self.generation = generation
         self.has_asked = False
+        self.model = ""
 
     def sees(self, model: str) -> bool:
         """Whether the caller may know that there is such a model."""
@@ -56,6 +66,7 @@ class Access:
             return True
         role = permission.change_role if changes else permission.role
         if permission.scope is Scope.MODEL and role is not None and self.principal.may(role, model):
+            self.model = model
             return True
         if not self.principal.may(Role.VIEWER, model):
             return False
@@ -65,10 +76,18 @@ class Access:
 
     def require_everywhere(self, role: Role) -> None:
         """PermissionDenied unless the caller holds ``role`` on all models."""
+        self.has_asked = True
         if self.permission is not None and not self.principal.may(role):
             raise PermissionDenied(
                 f"'{self.principal.name}' needs the role {_name(role)} on all models for {self.permission.call}"
             )
+
+    def find_model(self, request: object) -> str:
+        """The model that a request names, for calls whose permission says in which field."""
+        found = request
+        for step in self.permission.field.split(".") if self.permission is not None else ():
+            found = getattr(found, step)
+        return found if isinstance(found, str) else ""
 
     @property
     def is_complete(self) -> bool:
@@ -85,6 +104,13 @@ current_access: ContextVar[Access] = ContextVar("current_access", default=UNREST
 def sees(model: str) -> bool:
     """Whether the caller of this task may know that there is such a model."""
     return current_access.get().sees(model)
+
+
+def keep_seen(items: Iterable[_Item]) -> list[_Item]:
+    """Of what has a model's name, what the caller of this task may know of."""
+    access = current_access.get()
+    access.has_asked = True
+    return [each for each in items if access.sees(each.name)]
 
 
 def permit(model: str, *, changes: bool = False) -> bool:

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 from aiorch_server.errors import Code
 from aiorch_server.frontends.grpc.compression import WBITS, ResponseCompression, choose_encoding, pack_message
-from aiorch_server.frontends.grpc.credentials import AuthContext, describe_peer, find_identity_key
+from aiorch_server.frontends.grpc.credentials import (
+    AuthContext,
+    describe_peer,
+    find_identity_key,
+    find_peer_certificate,
+)
 from aiorch_server.frontends.grpc.metadata import (
     HeaderPairs,
     MalformedMetadata,
@@ -298,6 +303,10 @@ class ServicerContext:
         if self._auth_context is None:
             self._auth_context = describe_peer(self._call)
         return self._auth_context
+
+    def peer_certificate(self) -> bytes:
+        """The client's certificate in DER, empty without one; the handshake has proved and checked it."""
+        return find_peer_certificate(self._call) or b""
 
     def time_remaining(self) -> float | None:
         """Seconds until the deadline, None without one."""

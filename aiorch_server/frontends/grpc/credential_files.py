@@ -43,7 +43,11 @@ class CredentialFiles:
         return tuple(_stamp(path) for path in (self.certificate, self.key, self.root) if path is not None)
 
     async def follow(
-        self, seen: tuple[_Stamp | None, ...], renew: Callable[[ServerCredentials], None], interval_s: float
+        self,
+        seen: tuple[_Stamp | None, ...],
+        renew: Callable[[ServerCredentials], None],
+        interval_s: float,
+        door: str = "gRPC",
     ) -> None:
         """Hands ``renew`` what the files hold whenever their stamp is not the one ``seen`` last; until cancelled.
 
@@ -60,7 +64,8 @@ class CredentialFiles:
                 renew(await asyncio.to_thread(self.read))
             except Exception as error:  # of whatever kind: the next files may be right again
                 logger.error(
-                    "the files of gRPC's TLS (%s) have changed and cannot be used, the old ones stay in force: %s",
+                    "the files of %s's TLS (%s) have changed and cannot be used, the old ones stay in force: %s",
+                    door,
                     ", ".join(str(path) for path in (self.certificate, self.key, self.root) if path is not None),
                     error,
                 )

@@ -50,11 +50,11 @@ class ServerCredentials:
             self.private_key, self.certificate_chain, self.root_certificates, self.require_client_auth
         )
 
-    def make_ssl_context(self) -> ssl.SSLContext:
-        """For the loop: offers HTTP/2 alone; raises ValueError when key or certificates are not usable."""
+    def make_ssl_context(self, protocol: str = "h2") -> ssl.SSLContext:
+        """For the loop: offers this protocol alone; raises ValueError when key or certificates are not usable."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["h2"])
+        context.set_alpn_protocols([protocol])
         try:
             with _write_private_file(self.certificate_chain + b"\n" + self.private_key) as path:
                 context.load_cert_chain(path, password="")  # or OpenSSL asks for one, at whatever terminal there is
@@ -128,6 +128,15 @@ def _read_names(der: bytes, ssl_object: ssl.SSLObject | None) -> tuple[bytes | N
         (_KINDS[kind], str(value).encode()) for kind, value in certificate.get("subjectAltName", ()) if kind in _KINDS
     ]
     return (common_names[0] if common_names else None), alternatives
+
+
+def find_peer_certificate(call: Call) -> bytes | None:
+    """The certificate of a call's client in DER, None where it has shown none or there is no TLS."""
+    ssl_object: ssl.SSLObject | None = call.get_extra_info("ssl_object")
+    if ssl_object is not None:
+        return ssl_object.getpeercert(binary_form=True)
+    peer: tuple[bytes | None, bool] | None = call.get_extra_info("tls_peer")
+    return None if peer is None else peer[0]
 
 
 def find_identity_key(auth_context: AuthContext) -> str | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+#: Where the scope's state has the certificate in DER that a client has proved; None without one, missing without TLS.
+PEER_CERTIFICATE: Final = "peer_certificate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,9 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The client is there; its first head is awaited from now on."""
         super().connection_made(transport)
+        ssl_object = transport.get_extra_info("ssl_object")
+        if ssl_object is not None:
+            self.app_state = {**self.app_state, PEER_CERTIFICATE: ssl_object.getpeercert(binary_form=True)}
         if self.limit_concurrency is not None and len(self.connections) > 2 * self.limit_concurrency:
             transport.abort()
         else:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
@@ -26,8 +27,10 @@ _FLUSH_S = 1.0
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers: signals belong to the process, which has other doors too."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, tls: ssl.SSLContext | None, patience: Patience) -> None:
         super().__init__(config)
+        self._tls = tls
+        self._patience = patience
         self.is_listening = asyncio.Event()
         self.is_stopping = asyncio.Event()
 
@@ -36,8 +39,33 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
+        if self._tls is None:
+            await super().startup(sockets=sockets)
+        else:
+            await self._listen_with_tls(sockets or [], self._tls)
         self.is_listening.set()
+
+    async def _listen_with_tls(self, sockets: list[socket.socket], tls: ssl.SSLContext) -> None:
+        """As uvicorn, which would leave asyncio's minute to clients that do not shake hands, or do not say goodbye."""
+        create = partial(
+            cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class),
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                create,
+                sock=each,
+                ssl=tls,
+                backlog=_BACKLOG,
+                ssl_handshake_timeout=self._patience.head_timeout_s,
+                ssl_shutdown_timeout=_FLUSH_S,
+            )
+            for each in sockets
+        ]
+        self.started = True
 
     async def main_loop(self) -> None:
         # uvicorn's own loop wakes ten times a second to look for should_exit; once a second is enough for its clock.
@@ -69,7 +97,10 @@ def _refuse_two_lengths(app: Application) -> Application:
 
 
 class HttpListener:
-    """Serves ``app`` on ``host``:``port`` (0 picks a free port) with at most ``max_connections`` at a time."""
+    """Serves ``app`` on ``host``:``port`` (0 picks a free port) with at most ``max_connections`` at a time.
+
+    With ``tls`` it speaks HTTPS alone; ``app`` finds the certificate that a client has proved in the scope's state.
+    """
 
     def __init__(
         self,
@@ -79,6 +110,7 @@ class HttpListener:
         *,
         max_connections: int = 4096,
         patience: Patience | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         patience = patience or Patience()
         self._host = host
@@ -98,7 +130,9 @@ class HttpListener:
                 server_header=False,
                 limit_concurrency=max_connections,
                 backlog=_BACKLOG,
-            )
+            ),
+            tls,
+            patience,
         )
         self._serving: asyncio.Task[None] | None = None
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aiorch_server.config.restriction import Group
 from aiorch_server.frontends.rest.body import Receive, Send
 from aiorch_server.frontends.rest.generate import GenerateRoute, GenerateStreamRoute
+from aiorch_server.frontends.rest.guard import RestGuard
 from aiorch_server.frontends.rest.infer import InferRoute, describe_failure, respond
 from aiorch_server.frontends.rest.listener import HttpListener
 from aiorch_server.frontends.rest.planes import InferencePlane, ManagementPlane, RestLimits
@@ -17,9 +18,12 @@ from aiorch_server.frontends.restriction import AccessRules
 from aiorch_server.frontends.unpacking import UnpackBudget
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from starlette.applications import Starlette
 
     from aiorch_server.frontends.tfserving.rest import ServingRoute
+    from aiorch_server.security.gate import Gate
 
 #: TensorFlow Serving's protocol, whose paths do not mind the case.
 _SERVING_PATH = re.compile(r"/v1/models(?:[/:]|$)", re.IGNORECASE)
@@ -30,7 +34,8 @@ class RestServer:
     """Serves REST on ``host``:``port`` in the running event loop; installs no signal handlers.
 
     Both planes stay the caller's. ``port`` 0 picks a free port, which ``start`` returns. ``access`` says which calls
-    need a header; it is looked at where a call is dispatched, so that no way of writing a path goes round it.
+    need a header; it is looked at where a call is dispatched, so that no way of writing a path goes round it. With
+    ``gate`` callers must say who they are; with ``tls`` the door speaks HTTPS alone.
     """
 
     def __init__(
@@ -43,6 +48,8 @@ class RestServer:
         limits: RestLimits | None = None,
         access: AccessRules | None = None,
         max_connections: int = 4096,
+        gate: Gate | None = None,
+        tls: SSLContext | None = None,
     ) -> None:
         access = self._access = access or AccessRules()
         limits = limits or RestLimits()
@@ -58,7 +65,12 @@ class RestServer:
         self._control: Starlette | None = None
         self._opening = asyncio.Lock()
         self._listener = HttpListener(
-            self._serve, host, port, max_connections=max_connections, patience=limits.patience
+            self._serve if gate is None else RestGuard(self._serve, gate),
+            host,
+            port,
+            max_connections=max_connections,
+            patience=limits.patience,
+            tls=tls,
         )
 
     @cached_property
