@@ -29,9 +29,7 @@ class SampleCollector:
         counts = self._read_counts()
         if not counts:
             return
-        taken = CounterMetricFamily(
-            "aiorch_samples", "Requests that observers of a model got", labels=["model"]
-        )
+        taken = CounterMetricFamily("aiorch_samples", "Requests that observers of a model got", labels=["model"])
         text = "Requests in the model's sample that observers did not get: they were busy, or memory was short"
         dropped = CounterMetricFamily("aiorch_samples_dropped", text, labels=["model"])
         for model, each in sorted(counts.items()):
