@@ -53,6 +53,14 @@ class Source:
         with self._lock:
             self._references += 1
 
+    def select(self, version: int) -> Source:
+        """The source for one version, with the caller as a user; may block on files. Raises as its model does."""
+        model = self.model.select(version)
+        if model is not self.model:
+            return Source(model)
+        self.retain()
+        return self
+
     def release(self) -> None:
         """One user less; the last one closes the model, which may block on files."""
         with self._lock:
@@ -95,6 +103,14 @@ class Loader:
         self._resources = resources or ResourcePool()
         self._identifies = identifies
         self._slots = asyncio.Semaphore(concurrency)
+        self._fetches = asyncio.Semaphore(concurrency)
+
+    async def select(self, source: Source, version: int) -> Source:
+        """``Source.select`` in a thread; what it gives is released should the caller be gone by then."""
+        async with self._fetches:
+            return await run_blocking(
+                f"fetch {source.model.name}:{version}", lambda: source.select(version), discard=Source.release
+            )
 
     async def load(self, source: Source, version: int, fingerprint: str) -> Servable:
         """A warm servable whose instances pull already; the caller owns it.
@@ -134,10 +150,10 @@ class Loader:
         backend = self._backends.get(artefact.backend)
         if backend.runs_code and not artefact.is_stored and not self._allow_code:
             raise ModelLoadError(
-                f"'{model.name}' version {version}: the load request brings or chooses '{artefact.path.name}' for "
+                f"'{model.name}' version {version}: {model.origin} brings or chooses '{artefact.path.name}' for "
                 f"backend '{backend.name}', whose artefacts can run code, which is not allowed here (allow_code is "
                 "off). Put the model into the repository, or start the server with --allow-code to trust whoever can "
-                "send load requests"
+                f"{model.senders}"
             )
         parameters = model.config.to_strings()
         _check_parameters(model.name, parameters, backend)

@@ -356,19 +356,17 @@ class LifecycleManager:
             failures: dict[str, str] = {}
 
             async def load(version: int, fingerprint: str) -> Servable:
-                check_caching(opened.config, self._cache)
-                limit = self._loader.default_queue_size
-                if opened.config.ensemble_scheduling is None:
-                    servable = await self._loader.load(source, version, fingerprint)
-                else:
-                    servable = self._dependencies.build(opened, version, fingerprint, limit, failures)
-                    if self._cache is not None and self._cache.is_shared:
-                        servable.identity = ""  # its configuration says it all, and its steps have theirs
-                attach_cache(servable, self._cache, limit)
-                return servable
+                selected = await self._loader.select(source, version)
+                try:
+                    return await self._load_version(model, selected, version, fingerprint, failures)
+                finally:
+                    await run_blocking(f"release {name}", selected.release)
 
             try:
-                model.requires = list_requirements(opened.config)
+                # versions may have configurations of their own; those that serve already are not opened again
+                kept = (each for each in model.servables() if aspired.get(each.version) == each.fingerprint)
+                configs = [opened.config, *(each.config for each in kept)]
+                model.requires = frozenset().union(*map(list_requirements, configs))
                 failures.update(await self._load_required(model))
                 await model.reconcile(aspired, load, is_asked=is_asked, force=config_json is not None)
             finally:
@@ -377,6 +375,25 @@ class LifecycleManager:
                 text = _explain_missing_versions(name, missing)
                 model.fail(text)
                 raise ModelLoadError(text)
+
+    async def _load_version(
+        self, model: ManagedModel, source: Source, version: int, fingerprint: str, failures: dict[str, str]
+    ) -> Servable:
+        """One version by its own configuration; ``failures`` tells why models that it needs did not load."""
+        config = source.model.config
+        check_caching(config, self._cache)
+        limit = self._loader.default_queue_size
+        if missing := list_requirements(config) - model.requires:
+            model.requires |= missing
+            failures.update(await self._load_required(model))
+        if config.ensemble_scheduling is None:
+            servable = await self._loader.load(source, version, fingerprint)
+        else:
+            servable = self._dependencies.build(source.model, version, fingerprint, limit, failures)
+            if self._cache is not None and self._cache.is_shared:
+                servable.identity = ""  # its configuration says it all, and its steps have theirs
+        attach_cache(servable, self._cache, limit)
+        return servable
 
     async def _load_required(self, model: ManagedModel) -> dict[str, str]:
         """Loads what an ensemble needs and does not serve yet; gives the reasons of what did not load."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from aiorch_server.errors import AiorchError, InvalidSettings
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 
 class BlobMissing(AiorchError):
@@ -57,8 +61,8 @@ class UploadPieces(abc.ABC):
 class ArtefactStore(abc.ABC):
     """Blobs by SHA-256 in hex, and the pieces of uploads by key.
 
-    Every method raises RegistryUnavailable when the store cannot be reached, with no secret of its settings in the text,
-    and CapacityError when it is full.
+    Every method raises RegistryUnavailable when the store cannot be reached, and CapacityError when it is full; no
+    secret of its settings is in the text.
     """
 
     #: For texts: the address without credentials.
@@ -68,7 +72,7 @@ class ArtefactStore(abc.ABC):
     def put(self, sha256: str, path: Path) -> None:
         """Stores the local file ``path``, whose content hashes to ``sha256``; durable once this returns.
 
-        The file may be moved away: the caller gives it up. A blob that is there already is made as new for ``collect``.
+        The file may be moved away: the caller gives it up. A blob that is there already is replaced, and counts as new.
         """
 
     @abc.abstractmethod
@@ -89,7 +93,7 @@ class ArtefactStore(abc.ABC):
 
     @abc.abstractmethod
     def workspace(self) -> contextlib.AbstractContextManager[Path]:
-        """An empty local folder that is gone afterwards, from which ``put`` is cheapest; a crash leaves nothing for long."""
+        """An empty local folder that is gone afterwards, from which ``put`` is cheapest; a crash is swept up after."""
 
     @abc.abstractmethod
     def free_bytes(self) -> int:
@@ -97,7 +101,7 @@ class ArtefactStore(abc.ABC):
 
     @abc.abstractmethod
     def pieces(self, key: str) -> UploadPieces:
-        """The pieces of the upload with this key (letters, digits, ``-`` and ``_`` alone); made with the first append."""
+        """The pieces of the upload with this key (letters, digits, ``-``, ``_``); made with the first append."""
 
     @abc.abstractmethod
     def upload_keys(self) -> Mapping[str, datetime]:
@@ -107,10 +111,39 @@ class ArtefactStore(abc.ABC):
         """Gives back connections; may be called again."""
 
 
-def open_store(url: str, *, scratch: Path | None = None, options: Mapping[str, Any] | None = None) -> ArtefactStore:
-    """The store at ``url``: a local folder (plain path or ``file://``), or an address for fsspec such as ``s3://bucket/path``.
+def check_digest(sha256: str) -> str:
+    """Gives ``sha256`` back if it is 64 hexadecimal digits in lower case; ValueError: it would become a path."""
+    if not _DIGEST.fullmatch(sha256):
+        raise ValueError(f"{sha256[:80]!r} is not a SHA-256 in hexadecimal digits")
+    return sha256
 
-    ``scratch`` is a local folder for unpacking, needed by object stores. ``options`` are fsspec's storage options
-    (``endpoint_url``, ``key``, ``secret``, ...). Makes and sweeps the folder. InvalidSettings for what cannot work.
+
+def check_key(key: str) -> str:
+    """Gives ``key`` back if it may become a file's name; ValueError."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"{key[:80]!r} is not the key of an upload")
+    return key
+
+
+def open_store(url: str, *, scratch: Path | None = None, options: Mapping[str, Any] | None = None) -> ArtefactStore:
+    """The store at ``url``: a folder (a path or ``file://``), or an address for fsspec such as ``s3://bucket/path``.
+
+    ``scratch`` is a local folder for unpacking, which object stores need. ``options`` are fsspec's storage options
+    (``endpoint_url``, ``key``, ``secret``, ...). Makes and sweeps the folders. InvalidSettings for what cannot work,
+    RegistryUnavailable where a folder cannot be made; a network is not touched.
     """
-    raise InvalidSettings(f"no store for {url}")
+    scheme, separator, rest = url.partition("://")
+    if not url:
+        raise InvalidSettings("the artefact store is not set: a folder, or an address such as s3://bucket/path")
+    if not separator or scheme == "file":
+        from aiorch_server.registry.folder_store import FolderStore
+
+        if options:
+            raise InvalidSettings(f"artefact store '{url}' is a folder, which takes no storage options")
+        return FolderStore(Path(rest if separator else url).expanduser().absolute())
+    if scratch is None:
+        raise InvalidSettings(f"artefact store '{scheme}://' needs a local folder for unpacking as well")
+    # fsspec and its kind are only loaded where they are used
+    from aiorch_server.registry.object_store import ObjectStore
+
+    return ObjectStore(url, scratch, options or {})

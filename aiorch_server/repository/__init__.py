@@ -2,6 +2,8 @@
 
 from aiorch_server.repository.base import Artefact, BackendNames, ModelRepository, ModelSnapshot, RepositoryModel
 from aiorch_server.repository.filesystem import FilesystemRepository
+from aiorch_server.repository.registered import RegisteredModel, RegisteredRepository, RegisteredVersion
+from aiorch_server.repository.union import UnionRepository
 
 __all__ = [
     "Artefact",
@@ -9,5 +11,9 @@ __all__ = [
     "FilesystemRepository",
     "ModelRepository",
     "ModelSnapshot",
+    "RegisteredModel",
+    "RegisteredRepository",
+    "RegisteredVersion",
     "RepositoryModel",
+    "UnionRepository",
 ]

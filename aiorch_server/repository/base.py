@@ -67,8 +67,11 @@ class RepositoryModel(abc.ABC):
     config: ModelConfig
     #: The signature as written, with the labels of label files.
     declared: DeclaredSignature
-    #: Whether the configuration, and perhaps the files, came with a load request.
+    #: Whether the configuration, and perhaps the files, came from outside: with a load request or an upload.
     is_requested: bool = False
+    #: What they came with then, and who can do that; for texts.
+    origin: str = "the load request"
+    senders: str = "send load requests"
 
     @property
     def name(self) -> str:
@@ -81,6 +84,15 @@ class RepositoryModel(abc.ABC):
 
         Raises ModelLoadError that names the folder, what is in it and what was looked for.
         """
+
+    def select(self, version: int) -> RepositoryModel:
+        """The model as it is for one version of its snapshot, which may have a configuration of its own.
+
+        Itself where all versions share one. Another one is the caller's to close; then it is located and loaded for
+        that version only. May take as long as fetching files takes. Raises ModelLoadError for what is wrong with this
+        version alone, CapacityError where its files cannot be had now.
+        """
+        return self
 
     def identify(self, version: int) -> str:
         """What tells this version from all others of its name, on any machine and at any time; for models that loaded.

@@ -68,7 +68,7 @@ class FilesystemRepository(ModelRepository):
         if snapshot.problem:
             raise ModelLoadError(snapshot.problem)
         folder, root = places[0]
-        return _FilesystemModel(snapshot, folder, root, config_json)
+        return FilesystemModel(snapshot, folder, root, config_json)
 
     def _find(self, name: str) -> list[tuple[Path, Path]]:
         _check_model_name(name)
@@ -83,7 +83,7 @@ class FilesystemRepository(ModelRepository):
             raise ModelLoadError(f"the model repository cannot be read: {error}") from None
 
 
-class _FilesystemModel(RepositoryModel):
+class FilesystemModel(RepositoryModel):
     """A model in a folder; with an overlay, that folder is temporary and goes with it."""
 
     def __init__(
@@ -172,7 +172,7 @@ def _open_overlay(name: str, config_json: str | bytes | None, files: Mapping[str
     try:
         folder = overlay.directory
         snapshot = _look_at(name, [(folder, folder.parent)])
-        return _FilesystemModel(snapshot, folder, folder.parent, config_json, overlay)
+        return FilesystemModel(snapshot, folder, folder.parent, config_json, overlay)
     except BaseException:
         overlay.close()
         raise
