@@ -5,6 +5,7 @@ Each change counts up ``access_revision``, by which servers see that what they r
 
 from __future__ import annotations
 
+import re
 import uuid
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -23,6 +24,7 @@ from aiorch_server.registry.rows import count_up, put_row, read_counter
 from aiorch_server.registry.schema import api_keys, grants, quotas
 
 COUNTER: Final = "access"
+_KEY = re.compile(r"[A-Za-z0-9-]{1,36}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ def add_api_key(
 ) -> ApiKey:
     """Keeps a new key, of whose secret part only the digest comes here."""
     key = ApiKey(
-        id=check_short(id, "a key's id", 36),
+        id=_check_key(id),
         secret=check_sha256(secret, "a key's digest"),
         principal=check_short(principal, "principal"),
         tenant=check_short(tenant, "tenant", may_be_empty=True),
@@ -141,6 +143,8 @@ def add_api_key(
 
 def find_api_key(session: Session, id: str) -> ApiKey | None:
     """The key of that id, revoked, expired or not."""
+    if not _KEY.fullmatch(id):
+        return None
     row = session.execute(select(api_keys).where(api_keys.c.id == id)).first()
     return None if row is None else ApiKey(**row._mapping)
 
@@ -205,6 +209,12 @@ def list_quotas(session: Session, *, size: int = 0, token: str = "") -> Page[Quo
 def read_quotas(session: Session) -> tuple[Quota, ...]:
     """All quotas: what a server enforces."""
     return tuple(_build_quota(row) for row in session.execute(select(quotas).order_by(quotas.c.tenant)))
+
+
+def _check_key(id: str) -> str:
+    if not _KEY.fullmatch(id):
+        raise RequestError(f"found {show(id)} as a key's id; it should be at most 36 of the characters A-Z a-z 0-9 -")
+    return id
 
 
 def _build_quota(row: Row[Any]) -> Quota:

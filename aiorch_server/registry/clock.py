@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 from aiorch_server.registry.columns import Moment
 
 # Not now(): that is when the transaction began, and writers wait for each other after that.
-_POSTGRESQL = text("SELECT clock_timestamp()").columns(now=Moment)
-_MYSQL = text("SELECT UTC_TIMESTAMP(6)").columns(now=Moment)
+_POSTGRESQL = text("SELECT clock_timestamp() AS moment").columns(moment=Moment)
+_MYSQL = text("SELECT UTC_TIMESTAMP(6) AS moment").columns(moment=Moment)
 
 
 def read_clock(session: Session) -> datetime:

@@ -23,7 +23,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from aiorch_server.errors import InternalError, RegistryUnavailable
+from aiorch_server.errors import AiorchError, InternalError, RegistryUnavailable
 from aiorch_server.registry.connections import Line, open_engine, using_line
 from aiorch_server.registry.failures import explain, explain_silence, explain_unknown, is_lost, is_transient
 from aiorch_server.registry.schema import counters
@@ -183,6 +183,9 @@ class _Call(Generic[T]):
                 with using_line(self._line):
                     return self._attempt()
             except SQLAlchemyError as error:
+                cause = getattr(error, "orig", None)
+                if isinstance(cause, AiorchError):  # of a column's type, such as a document that is too large
+                    raise cause from None
                 is_committing = self._stage is _Stage.COMMITTING and not self._is_read
                 is_over = attempt == _MAX_ATTEMPTS or time.monotonic() > self._until
                 may_pass = is_transient(error) or (is_lost(error) and not is_committing)

@@ -21,7 +21,14 @@ from aiorch_server.errors import (
     UnknownVersion,
 )
 from aiorch_server.registry.clock import read_clock
-from aiorch_server.registry.names import check_alias, check_labels, check_model_name, check_text, not_registered
+from aiorch_server.registry.names import (
+    check_alias,
+    check_labels,
+    check_model_name,
+    check_text,
+    is_model_name,
+    not_registered,
+)
 from aiorch_server.registry.paging import read_page
 from aiorch_server.registry.records import Model, Page
 from aiorch_server.registry.rows import put_row
@@ -51,12 +58,14 @@ def register(
 
 def has(session: Session, name: str) -> bool:
     """Whether there is such a model."""
+    if not is_model_name(name):  # not asked for: MariaDB takes "digits " for "digits", PostgreSQL no NUL
+        return False
     return session.execute(select(models.c.name).where(models.c.name == name)).first() is not None
 
 
 def get(session: Session, name: str) -> Model:
     """The model; NotFoundError."""
-    row = session.execute(select(models).where(models.c.name == name)).first()
+    row = session.execute(select(models).where(models.c.name == name)).first() if is_model_name(name) else None
     if row is None:
         raise not_registered(name)
     return _build(session, [row])[0]
@@ -86,8 +95,9 @@ def list_models(
     is_visible: Callable[[str], bool] | None = None,
 ) -> Page[Model]:
     """Models by name: those that begin with ``name_prefix`` and are visible."""
-    check_text(name_prefix, "name_prefix", 255)
     query = select(models)
+    if name_prefix and not is_model_name(name_prefix):
+        return Page(())
     if name_prefix:
         # Not LIKE, in which characters have meanings, and which SQLite takes for the same in both cases.
         query = query.where(func.substr(models.c.name, 1, len(name_prefix)) == name_prefix)

@@ -20,10 +20,15 @@ _LONGEST_SHOWN = 80
 
 def check_model_name(name: str) -> str:
     """Gives a model's name back if it may be one."""
-    if not _MODEL.fullmatch(name):
+    if not is_model_name(name):
         text = "should be 1 to 255 of the characters A-Z a-z 0-9 _ . -, the first of which is no dot"
         raise RequestError(f"found {show(name)} as a model's name; it {text}")
     return name
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a model may have that name; there is no other in the tables."""
+    return _MODEL.fullmatch(name) is not None
 
 
 def check_alias(alias: str) -> str:
