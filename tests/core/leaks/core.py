@@ -26,6 +26,7 @@ from aiorch_server._core import (
     Mailbox,
     Router,
     Scheduler,
+    Shares,
     decode_response,
     detach,
     encode_parameters,
@@ -161,6 +162,16 @@ def contents() -> None:
 
 def routes() -> None:
     router = Router()
+    shares: Shares | None = None
+    for turn in range(5):
+        shares = Shares([(1, 9), (2, turn)], is_sticky=turn % 2 > 0, sampled=turn, after=shares)
+        shares.choose(b"key")
+        with contextlib.suppress(ValueError):
+            Shares([(1, 0)], after=shares)
+        versions = {1: Scheduler(make_spec()), 2: Scheduler(make_spec())}
+        router.publish({"m": (1, versions, shares), "n": (1, versions, shares), "o": (0, versions, None)})
+        with contextlib.suppress(ValueError):
+            router.publish({"m": (1, versions, shares), "n": (1, {1: versions[1]}, Shares([(1, 1), (3, 1)]))})
     for count in (0, 1, 20):
         router.publish({f"m{i}": (1, {1: Scheduler(make_spec()), 2: Scheduler(make_spec())}) for i in range(count)})
     with contextlib.suppress(ValueError):
