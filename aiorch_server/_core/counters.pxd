@@ -57,3 +57,5 @@ cdef void drop_counters(Counters *counters) noexcept nogil
 cdef void count_failure(Counters *counters, const Request *request, FailureReason reason, int64_t now) noexcept nogil
 # A consistent SchedulerCounters snapshot; with the interpreter lock.
 cdef object describe_counters(Counters *counters, int64_t pending, int64_t in_flight)
+# {upper bound in ns: count} of the phase total, in the histogram's own buckets; with the interpreter lock.
+cdef object describe_durations(Counters *counters)

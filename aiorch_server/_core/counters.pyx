@@ -66,6 +66,15 @@ cdef object describe_counters(Counters *counters, int64_t pending, int64_t in_fl
         free(sizes)
 
 
+cdef object describe_durations(Counters *counters):
+    cdef Histogram copy = Histogram.__new__(Histogram)
+    with nogil:
+        pthread_mutex_lock(&counters.lock)
+        memcpy(&copy.state, &counters.phases[<int> PHASE_TOTAL], sizeof(HistogramState))
+        pthread_mutex_unlock(&counters.lock)
+    return copy.bounds()
+
+
 cdef object duration_of(const HistogramState *histogram):
     return Duration(histogram.count, histogram.sum_ns)
 

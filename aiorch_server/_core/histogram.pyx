@@ -74,3 +74,9 @@ cdef class Histogram:
     def buckets(self):
         """``[(lower_ns, count), ...]`` of the buckets that are not empty."""
         return [(lower_bound(i), self.state.counts[i]) for i in range(N_BUCKETS) if self.state.counts[i]]
+
+    def bounds(self):
+        """``{upper_ns: count}`` of the buckets that are not empty: that many values lie below each bound, and not below
+        the bucket's lower one.
+        """
+        return {lower_bound(i + 1): self.state.counts[i] for i in range(N_BUCKETS) if self.state.counts[i]}

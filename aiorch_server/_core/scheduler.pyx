@@ -3,7 +3,7 @@
 from libc.stdint cimport uint64_t
 
 from aiorch_server._core.batch_former cimport MAX_PREFERRED, FormedBatch, form_batch
-from aiorch_server._core.counters cimport describe_counters
+from aiorch_server._core.counters cimport describe_counters, describe_durations
 from aiorch_server._core.levels cimport MAX_SPAN_US, count_out, delay_expired, make_levels
 from aiorch_server._core.queue cimport remove_all, remove_expired
 from aiorch_server._core.request cimport REQUEST_RUNNING, now_ns, pthread_mutex_lock, pthread_mutex_unlock
@@ -226,3 +226,9 @@ cdef class Scheduler:
     def counters(self):
         """A consistent ``SchedulerCounters`` snapshot."""
         return describe_counters(&self.state.counters, self.pending, self.in_flight)
+
+    def durations(self):
+        """How long answered requests took in all: ``{upper_ns: count}``, each below its bound and not below the next
+        smaller bucket's; finer than the histograms of ``counters``.
+        """
+        return describe_durations(&self.state.counters)

@@ -163,9 +163,11 @@ def plan_wish(rollout: Rollout) -> Wish:
     return _wish_only(old)
 
 
-def begin(rollout: Rollout) -> Move:
-    """The first move of a rollout that was just made: with nothing served before, the candidate is loaded at once."""
-    began = replace(rollout, state=S.PENDING if rollout.from_version else S.LOADING)
+def begin(rollout: Rollout, *, is_urgent: bool = False) -> Move:
+    """The first move of a rollout that was just made: the candidate is loaded at once with nothing served before, or
+    where it is urgent.
+    """
+    began = replace(rollout, state=S.PENDING if rollout.from_version and not is_urgent else S.LOADING)
     return Move(began, plan_wish(began), f"{_describe(rollout)} began")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from aiorch_server._core import Scheduler
@@ -37,6 +38,13 @@ class SchedulerGroup:
     def counters(self) -> SchedulerCounters:
         """The members' counters added up."""
         return add_counters([member.counters() for member in self.members])
+
+    def durations(self) -> dict[int, int]:
+        """The members' durations added up; see Scheduler.durations."""
+        total: Counter[int] = Counter()
+        for member in self.members:
+            total.update(member.durations())
+        return dict(total)
 
 
 def add_counters(parts: Sequence[SchedulerCounters]) -> SchedulerCounters:

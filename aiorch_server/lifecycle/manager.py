@@ -243,6 +243,7 @@ class LifecycleManager:
         configuration or files make no model, RequestError for a bad name.
         """
         self.check_explicit()
+        self._check_own(name)
         await self._run(self._load(name, config_override, files or {}, is_asked=True))
         if name in self._models:
             self._models[name].is_asked = True
@@ -253,6 +254,7 @@ class LifecycleManager:
         ``unload_dependents``: also the models that were only loaded because this one needs them.
         """
         self.check_explicit()
+        self._check_own(name)
         if name not in self._models:
             if await run_blocking(f"look at {name}", lambda: self._repository.look(name)) is None:
                 raise UnknownModel(UNKNOWN_UNLOAD_TEXT.format(name))
@@ -262,6 +264,23 @@ class LifecycleManager:
         for each in unneeded:
             if each in self._models:
                 await self.unload(each, unload_dependents=True)
+
+    async def apply(self, name: str, *, is_asked: bool = True) -> None:
+        """Makes what the repository holds of a deployed model serve, in any control mode; raises as ``load``.
+
+        From now on until ``withdraw`` it is only changed so, and whether it serves is not the server's readiness. What
+        failed before is tried again if it ``is_asked`` for.
+        """
+        model = self._model(name)
+        model.is_deployed = model.is_asked = True
+        await self._run(self._load(name, None, {}, is_asked=is_asked))
+
+    async def withdraw(self, name: str) -> None:
+        """Takes a deployed model away, drained; nothing happens where there is none."""
+        model = self._models.get(name)
+        if model is not None and model.is_deployed:
+            await self._run(self._unload(model, forget=True))
+            model.is_deployed = False
 
     def set_traffic(self, name: str, traffic: Traffic | None) -> None:
         """Says where requests to a model go that name no version; None: to the highest one that is ready.
@@ -523,6 +542,10 @@ class LifecycleManager:
             raise LoadNotAllowed(NOT_ALLOWED_TEXT)
         if self._is_stopping:
             raise ServerStopping(STOPPING_TEXT)
+
+    def _check_own(self, name: str) -> None:
+        if name in self._models and self._models[name].is_deployed:
+            raise LoadNotAllowed(f"model '{name}' is deployed from the registry: it is changed by its deployment")
 
     def _explain_missing(self, name: str, version: int) -> AiorchError:
         """Why there is no route, in Triton's words (WIRE 3.4)."""

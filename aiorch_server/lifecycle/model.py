@@ -63,6 +63,8 @@ class ManagedModel:
         self.is_wanted = False
         #: Whether somebody asked for this model itself, and not only for an ensemble that needs it.
         self.is_asked = False
+        #: Whether the registry says what serves of it: then it is no part of the server's readiness.
+        self.is_deployed = False
         #: The models that an ensemble needs, as (name, version or "").
         self.requires: frozenset[tuple[str, str]] = frozenset()
         #: Whether it did not load because one of those did not serve.
@@ -117,7 +119,7 @@ class ManagedModel:
 
     def problem(self) -> str:
         """Why the model does not serve as it is meant to, "" if it does. "unloaded" is no problem."""
-        if not self.is_wanted:
+        if not self.is_wanted or self.is_deployed:
             return ""
         for record in self.versions.values():
             if record.state is not ModelState.READY and record.reason != UNLOADED:

@@ -38,6 +38,10 @@ class RequestQueue(Protocol):
         """Counts since load."""
         ...
 
+    def durations(self) -> Mapping[int, int]:
+        """How many answered requests took how long since load; see Scheduler.durations."""
+        ...
+
 
 class Instances(Protocol):
     """What a servable needs of whatever runs its requests; ``ended`` is resolved when all is over."""

@@ -130,6 +130,10 @@ class EnsembleScheduler:
         """Counts since load, in the form of the core's schedulers."""
         return self._counters.read(self._in_flight)
 
+    def durations(self) -> Mapping[int, int]:
+        """As Scheduler.durations."""
+        return self._counters.durations()
+
     def close(self) -> None:
         """Nothing new comes any more; what is under way is finished."""
         self._is_closed = True

@@ -70,6 +70,10 @@ class EnsembleCounters:
             phases={phase: _coarsen(histogram) for phase, histogram in self._phases.items()},
         )
 
+    def durations(self) -> dict[int, int]:
+        """As Scheduler.durations."""
+        return self._phases["total"].bounds()
+
     def _duration(self, phase: str) -> Duration:
         return Duration(self._phases[phase].count, self._phases[phase].sum_ns)
 
