@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import typer
 
 #: Each is a module of this package with a function of the same name.
-COMMANDS: Final = ("serve", "status", "infer", "bench", "version")
+COMMANDS: Final = ("serve", "status", "infer", "bench", "registry", "version")
 
 
 def build_app(commands: Iterable[str] = COMMANDS) -> typer.Typer:

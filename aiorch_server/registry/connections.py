@@ -17,6 +17,7 @@ from aiorch_server.registry.urls import DatabaseUrl
 
 #: How long a transaction may stand still between two statements before the server ends it: its process may be halted.
 _IDLE_S: Final = 10
+_GRACE_S: Final = 0.5
 _SOCKET = "aiorch_socket"
 
 
@@ -71,7 +72,9 @@ def _choose_arguments(url: DatabaseUrl, connect_s: float, timeout_s: float) -> d
         f"SET SESSION innodb_lock_wait_timeout={seconds}, time_zone='+00:00', sql_mode='TRADITIONAL' "
         f"/*M!, idle_transaction_timeout={_IDLE_S} */"
     )
-    limits = {"connect_timeout": max(1, round(connect_s)), "read_timeout": timeout_s, "write_timeout": timeout_s}
+    # The server's own limit comes first: it leaves the connection as it is, and says what was in the way.
+    silence_s = timeout_s + _GRACE_S
+    limits = {"connect_timeout": max(1, round(connect_s)), "read_timeout": silence_s, "write_timeout": silence_s}
     return {"charset": "utf8mb4", "init_command": session, **limits}
 
 

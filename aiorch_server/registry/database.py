@@ -134,7 +134,7 @@ class Database:
         if not self._waiting.acquire(blocking=False):
             raise RegistryUnavailable(f"too many calls wait for the registry's database {self.url}; try again")
         engine = self._reading_engine if is_read else self._engine
-        call = _Call(self.url, engine, work, is_read=is_read, limit_s=self._limit_s)
+        call = _Call(self.url, engine, work, is_read=is_read, timeout_s=self._timeout_s)
         try:
             future = self._executor.submit(call.run)
         except RuntimeError:
@@ -160,9 +160,10 @@ class _Stage(enum.Enum):
 class _Call(Generic[T]):
     """One transaction with its further attempts; runs on a thread, is given up by another."""
 
-    def __init__(self, url: DatabaseUrl, engine: Engine, work: Work[T], *, is_read: bool, limit_s: float) -> None:
+    def __init__(self, url: DatabaseUrl, engine: Engine, work: Work[T], *, is_read: bool, timeout_s: float) -> None:
         self._url, self._engine, self._work, self._is_read = url, engine, work, is_read
-        self._until = time.monotonic() + limit_s
+        # Whoever waited in vain for a lock is told so, before the caller gives up.
+        self._until = time.monotonic() + timeout_s
         self._line = Line()
         self._lock = threading.Lock()
         self._stage = _Stage.WORKING

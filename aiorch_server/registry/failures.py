@@ -50,7 +50,7 @@ def explain(error: BaseException, url: DatabaseUrl, *, is_committing: bool) -> A
         return RegistryUnavailable(f"the registry's database {url} has no tables: run `aiorch registry upgrade`")
     is_away = is_lost(error) or isinstance(error, OperationalError | InterfaceError) or state[:2] in _AWAY_CLASSES
     if is_away or "file is not a database" in reason:
-        return RegistryUnavailable(f"the registry's database {url} cannot be used: {reason}")
+        return RegistryUnavailable(f"the registry's database {url} cannot be used, and nothing was changed: {reason}")
     return InternalError(f"the registry's database {url} refused a statement ({type(cause).__name__}): {reason}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,8 @@ _DRIVERS: Final = {
     "mysql": ("mysql+pymysql", "mysql"),
     "mariadb": ("mysql+pymysql", "mysql"),
 }
+_HOST = re.compile(r"[A-Za-z0-9_.:%-]*", re.ASCII)
+_NAME = re.compile(r"[^@:/?#]+")
 _WRONG = (
     "the registry's URL cannot be read; it should be such as sqlite:///aiorch.db or "
     "postgresql://USER:PASSWORD@HOST:PORT/NAME, with characters of the password that have a meaning in URLs as %XX"
@@ -40,6 +43,9 @@ class DatabaseUrl:
             raise InvalidSettings(f"the registry's URL should begin with one of {expected}, then ://")
         if not found.database or found.database == ":memory:" or "mode=memory" in found.database:
             raise InvalidSettings("the registry's URL must name a database, for SQLite a file: sqlite:///aiorch.db")
+        if kind != "sqlite" and not (_HOST.fullmatch(found.host or "") and _NAME.fullmatch(found.database)):
+            # A password with / or @ in it that was not written as %XX ends up in these, which are shown.
+            raise InvalidSettings(_WRONG)
         self.kind, self.extra = ("mysql" if kind == "mariadb" else kind), known[1]
         self.full: URL = found.set(drivername=known[0])
 

@@ -7,6 +7,7 @@ its own in it. A test that stops a server has one to itself: ``PostgresServer()`
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import itertools
 import os
@@ -89,11 +90,14 @@ class DatabaseServer:
             self._process = None
 
     def send(self, number: signal.Signals) -> None:
-        """A signal such as SIGSTOP to all of its processes."""
+        """A signal such as SIGSTOP, which it has obeyed on return, to all of its processes."""
         assert self._process is not None
         main = psutil.Process(self._process.pid)
         for each in (main, *main.children(recursive=True)):
-            each.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):  # it ends meanwhile
+                each.send_signal(number)
+                while number == signal.SIGSTOP and not _has_stopped(each.pid):
+                    time.sleep(0.001)
 
     def close(self) -> None:
         if self._process is not None:
@@ -113,6 +117,11 @@ class DatabaseServer:
 
     def _command(self) -> list[str]:
         raise NotImplementedError
+
+
+def _has_stopped(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rpartition(") ")[2][0] in "TZX" for task in tasks)
 
 
 class PostgresServer(DatabaseServer):
