@@ -15,6 +15,7 @@ import os
 import shutil
 import stat
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -150,8 +151,9 @@ class Checkout:
     def _note_use(self, entry: _Entry) -> None:
         self._uses += 1
         entry.used = self._uses
+        now = time.time_ns()
         with contextlib.suppress(OSError):
-            os.utime(entry.directory.parent)  # tells the order after a restart
+            os.utime(entry.directory.parent, ns=(now, now))  # tells the order after a restart
 
     def _make_room(self, needed: int) -> None:
         """Removes what was not used for longest until the cache is within its bound, or all that is left is in use."""

@@ -58,18 +58,20 @@ class ObjectStore(ArtefactStore):
     @contextlib.contextmanager
     def open(self, sha256: str) -> Iterator[BinaryIO]:
         """See ArtefactStore.open."""
+        path = self._path(sha256)
         with self.telling("reading a file"):
             try:
-                with self._files.open(self._path(sha256), "rb", block_size=_READ_AHEAD_BYTES) as file:
+                with self._files.open(path, "rb", block_size=_READ_AHEAD_BYTES) as file:
                     yield file
             except FileNotFoundError:
                 raise BlobMissing(f"{self.name} has no blob {sha256}") from None
 
     def find(self, sha256: str) -> Blob | None:
         """See ArtefactStore.find."""
+        path = self._path(sha256)
         with self.telling("looking for a file"):
             try:
-                return _describe(self._files.info(self._path(sha256)))
+                return _describe(self._files.info(path))
             except FileNotFoundError:
                 return None
 
