@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec  # type: ignore[import-untyped, unused-ignore]
 
 from aiorch_server.errors import AiorchError, Conflict, InvalidSettings, PreconditionFailed, RegistryUnavailable
 from aiorch_server.registry.scratch import Scratch, telling

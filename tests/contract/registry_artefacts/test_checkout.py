@@ -58,9 +58,7 @@ def spoil(path: Path, *, keep: bool = False) -> None:
 
 def test_a_blob_that_is_missing(cache: Checkout, manifest: Manifest, tmp_path: Path) -> None:
     blob_of(tmp_path, FILES["model.onnx"]).unlink()
-    with pytest.raises(
-        ModelLoadError, match=r"file 'model.onnx' of version 3 of model 'digits' is missing in"
-    ):
+    with pytest.raises(ModelLoadError, match=r"file 'model.onnx' of version 3 of model 'digits' is missing in"):
         cache.acquire("digits", 3, manifest)
     assert count_trees(tmp_path) == 0
 
@@ -70,9 +68,7 @@ def test_a_blob_that_was_changed(cache: Checkout, manifest: Manifest, tmp_path: 
     path = blob_of(tmp_path, FILES["model.onnx"])
     path.chmod(0o600)
     path.write_bytes(change)
-    with pytest.raises(
-        ModelLoadError, match=r"'model.onnx' of version 3 of model 'digits' is not what was uploaded"
-    ):
+    with pytest.raises(ModelLoadError, match=r"'model.onnx' of version 3 of model 'digits' is not what was uploaded"):
         cache.acquire("digits", 3, manifest)
     assert count_trees(tmp_path) == 0
     path.write_bytes(FILES["model.onnx"])
