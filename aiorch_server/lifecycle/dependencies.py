@@ -14,6 +14,7 @@ from aiorch_server.errors import ModelLoadError
 from aiorch_server.lifecycle.model import ManagedModel
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.repository import RepositoryModel
+from aiorch_server.routing import Traffic
 from aiorch_server.scheduling.ensemble_graph import EnsembleGraph, ModelKey
 from aiorch_server.types import ModelSignature
 
@@ -21,8 +22,9 @@ from aiorch_server.types import ModelSignature
 class Dependencies:
     """Which ensemble needs which models, over the manager's own table of models; for the event loop's thread."""
 
-    def __init__(self, models: Mapping[str, ManagedModel]) -> None:
+    def __init__(self, models: Mapping[str, ManagedModel], traffic: Mapping[str, Traffic]) -> None:
         self._models = models
+        self._traffic = traffic
         #: Whose load waits for whose: a ring would wait for ever.
         self._waits: dict[str, set[str]] = {}
 
@@ -124,8 +126,7 @@ class Dependencies:
     def _hash_steps(self, graph: EnsembleGraph) -> Iterator[bytes]:
         """One hash for each model that answers depend on, those of ensembles among the steps included."""
         for key in graph.models:
-            found = self._find(key)
-            if found is not None:
+            for found in self._list_found(key):
                 yield hash_version(found.name, found.version, found.identity, found.config.to_dict())
                 if found.ensemble is not None:
                     yield from self._hash_steps(found.ensemble.graph)
@@ -157,9 +158,21 @@ class Dependencies:
         return all(self._find(key) is not None for key in model.requires)
 
     def _find(self, key: ModelKey) -> Servable | None:
+        """What an ensemble must fit: of the versions that share a step's requests the first, as everywhere."""
+        return next(iter(self._list_found(key)), None)
+
+    def _list_found(self, key: ModelKey) -> list[Servable]:
+        """All versions that a step may run on."""
         name, version = key
         ready = self._models[name].ready() if name in self._models else {}
-        return ready.get(int(version) if version else max(ready, default=0))
+        traffic = self._traffic.get(name)
+        if version:
+            wanted = [int(version)]
+        elif traffic is None:
+            wanted = [max(ready, default=0)]
+        else:
+            wanted = [each.version for each in traffic.shares if each.share]
+        return [ready[number] for number in wanted if number in ready]
 
     def _find_decoupled(self, graph: EnsembleGraph) -> frozenset[ModelKey]:
         found = ((key, self._find(key)) for key in graph.models)

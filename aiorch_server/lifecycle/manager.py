@@ -87,9 +87,9 @@ class LifecycleManager:
         self._observe = observe or (lambda entry: None)
         self._prepare = prepare or (lambda servable: None)
         self._models: dict[str, ManagedModel] = {}
-        self._dependencies = Dependencies(self._models)
         self._routes: dict[str, Route] = {}
         self._traffic: dict[str, Traffic] = {}
+        self._dependencies = Dependencies(self._models, self._traffic)
         self._snapshots: Mapping[str, ModelSnapshot] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None

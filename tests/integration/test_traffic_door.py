@@ -1,4 +1,4 @@
-"""Shares of versions at the native door: what each of many requests got, with and without the sample, keys and changes."""
+"""Shares of versions at the native door: what each of many requests got."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shares of versions where Python carries the requests: every door, streams, sequences, ensembles, looks and samples."""
+"""Shares of versions where Python carries the requests: every door, sequences, ensembles, samples."""
 
 from __future__ import annotations
 
@@ -63,6 +63,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_versions(root, "cached", "response_cache { enable: true }")
     write_versions(root, "odd", "", MODEL, OTHER)
     write_ensemble(root, "chain", [("plain", {"X": "IN"}, {"V": "OUT"})], datatype="TYPE_INT32", dims="[1]")
+    cached = "response_cache { enable: true }"
+    write_ensemble(
+        root, "kept", [("plain", {"X": "IN"}, {"V": "OUT"})], datatype="TYPE_INT32", dims="[1]", more=cached
+    )
     write_tally(root, "tally")
     shutil.copytree(root / "tally" / "1", root / "tally" / "2")
     with (root / "tally" / "config.pbtxt").open("a") as config:
@@ -121,7 +125,7 @@ def make_request(model: str, value: int = 1, name: str = "X", **parameters: Any)
 
 
 async def infer(site: Site, model: str, count: int, **options: Any) -> list[int]:
-    request = make_request(model, name="IN" if model == "chain" else "X")
+    request = make_request(model, name="IN" if model in ("chain", "kept") else "X")
     answers = [await site.stub.ModelInfer(request, timeout=DEADLINE_S, **options) for _ in range(count)]
     return [int.from_bytes(answer.raw_output_contents[0], "little") for answer in answers]
 
@@ -240,6 +244,12 @@ async def test_steps_of_ensembles_have_the_shares(site: Site) -> None:
     for key in ("anna", "berta", "carl", "dora"):
         metadata = (("aiorch-route-key", key),)
         assert await infer(site, "chain", 1, metadata=metadata) == await infer(site, "plain", 1, metadata=metadata)
+
+
+async def test_an_ensemble_keeps_no_answers_of_a_version_without_a_share(site: Site) -> None:
+    for shares, expected in (((Share(1, 10_000),), 1), ((Share(2, 10_000), Share(1, 0)), 2), (None, 2)):
+        site.manager.set_traffic("plain", None if shares is None else Traffic(shares))
+        assert await infer(site, "kept", 2) == [expected] * 2
 
 
 async def test_shares_without_a_ready_version_refuse(site: Site) -> None:
