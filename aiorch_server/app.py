@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -33,7 +34,7 @@ from aiorch_server.observability.sample_metrics import SampleCollector
 from aiorch_server.observability.slow_log import SlowLog
 from aiorch_server.observability.trace_settings import TraceLevel, TraceSetting, TraceSettings
 from aiorch_server.observability.tracer import Tracer
-from aiorch_server.repository import FilesystemRepository
+from aiorch_server.repository import FilesystemRepository, ModelRepository, UnionRepository
 from aiorch_server.security.find import open_gate
 from aiorch_server.types import ModelIndexEntry
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ssl import SSLContext
 
     from aiorch_server._core import ServerLedger
+    from aiorch_server.deployments.local import LocalDeployments
     from aiorch_server.frontends.grpc import ConnectionLife, ServerCredentials
     from aiorch_server.lifecycle.servable import Servable
     from aiorch_server.observability.log_settings import LogSettings
@@ -76,6 +78,8 @@ class Application:
         self.http_port: int | None = None
         self.metrics_port: int | None = None
         self._observers: list[Observer] = [observe] if observe is not None else []
+        #: What follows the registry, if there is one.
+        self.deployments: LocalDeployments | None = None
         self._mailbox: Mailbox | None = None
         self._cache: ResponseCache | None = None
         self._grpc: Any = None
@@ -108,6 +112,10 @@ class Application:
             await self._open_metrics()
             await self._open_rest()
             server = await self._build_grpc()
+            if self.deployments is not None:
+                await self.deployments.start(
+                    self.manager, self.dataplane.samples, server=self._name(), on_change=self._changed.set
+                )
             await self.manager.start()
             if server is not None:
                 await server.start()
@@ -184,6 +192,27 @@ class Application:
             if lack := config.find_exposure(name):
                 logger.warning("%s is open although it should not be (security.insecure): %s", name, lack)
 
+    def _open_repository(self) -> ModelRepository:
+        """The models in folders, and with a registry those that it deploys; InvalidSettings without what it needs."""
+        stored = FilesystemRepository(self.config.repository.paths)
+        if not self.config.registry.is_enabled:
+            return stored
+        try:
+            from aiorch_server.deployments.local import LocalDeployments
+        except ImportError as error:
+            raise InvalidSettings(
+                f"registry.url: a registry needs the extra 'admin' (pip install 'aiorchestrator[admin]'): {error}"
+            ) from error
+        self.deployments = LocalDeployments(self.config.registry)
+        return UnionRepository(stored, self.deployments.repository)
+
+    def _has_deployed(self) -> bool:
+        return self.deployments is None or self.deployments.is_settled
+
+    def _name(self) -> str:
+        """What the registry calls this server: the same after a restart."""
+        return f"{socket.gethostname()}:{self.grpc_port or self.http_port or 0}"
+
     def _build(self) -> None:
         config = self.config
         self._open_traces()
@@ -192,7 +221,7 @@ class Application:
         calls = ModelCalls()
         cache = self._cache = open_cache(config.cache)
         self.manager = LifecycleManager(
-            FilesystemRepository(config.repository.paths),
+            self._open_repository(),
             Loader(
                 BackendRegistry(config.execution.backends),
                 default_max_batch_size=config.execution.default_max_batch_size,
@@ -232,6 +261,7 @@ class Application:
             log_settings=self._log_settings,
             server_id=config.id,
             trace_settings=self._trace_settings,
+            has_deployed=self._has_deployed,
         )
         self._tracer.follow(self.manager.servables)
 
@@ -399,6 +429,8 @@ class Application:
 
     def _observe(self, entry: ModelIndexEntry) -> None:
         self._changed.set()
+        if self.deployments is not None:
+            self.deployments.nudge()
         for observe in self._observers:
             observe(entry)
 
@@ -430,6 +462,8 @@ class Application:
             jobs.append(self._grpc.stop(grace_s))
         if self._rest is not None:
             jobs.append(self._rest.stop(grace_s))
+        if self.deployments is not None:
+            jobs.append(self.deployments.stop())
         problems = await asyncio.gather(*jobs, return_exceptions=True)
         await self._slow_log.stop()
         await self.dataplane.samples.close()
@@ -444,6 +478,8 @@ class Application:
             if isinstance(problem, BaseException):
                 logger.error("a part did not stop in order", exc_info=problem)
         self._mailbox.close()
+        if self.deployments is not None:
+            await self.deployments.close()
         if self._gate is not None:
             await self._gate.close()
         if self._writer is not None:

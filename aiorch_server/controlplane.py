@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from aiorch_server import __version__
 from aiorch_server.config.labels import read_labels
@@ -71,12 +71,15 @@ class ControlPlane:
         trace_settings: TraceSettings | None = None,
         log_settings: LogSettings | None = None,
         server_id: str = SERVER_NAME,
+        has_deployed: Callable[[], bool] = lambda: True,
     ) -> None:
+        """``has_deployed``: whether what the registry deploys here is as it should be, or has failed."""
         self._manager = manager
         self.regions = regions or SharedRegions()
         self._traces = trace_settings or TraceSettings()
         self._logs = log_settings
         self._server_id = server_id
+        self._has_deployed = has_deployed
         self._is_strict = config.is_readiness_strict
         self._extensions = tuple(extensions)
 
@@ -98,7 +101,7 @@ class ControlPlane:
     def is_ready(self) -> bool:
         """Whether the start is over and, if readiness is strict, every model serves that should. Raises as is_live."""
         self.check_running("Server exiting")
-        return self._manager.is_started and not (self._is_strict and self._manager.problems())
+        return self._manager.is_started and self._has_deployed() and not (self._is_strict and self._manager.problems())
 
     def readiness_problems(self) -> dict[str, str]:
         """Why the server is not ready, by model; empty while it starts, and where readiness is not strict."""

@@ -206,6 +206,19 @@ class LifecycleManager:
                 entries.append(ModelIndexEntry(name, "", ModelState.UNKNOWN, snapshot.problem))
         return sorted(entries, key=lambda entry: (entry.name, int(entry.version or 0)))
 
+    def is_own(self, name: str) -> bool:
+        """Whether a model of that name is managed that is not deployed from the registry."""
+        model = self._models.get(name)
+        return model is not None and not model.is_deployed and (model.is_wanted or bool(model.versions))
+
+    def index_model(self, name: str) -> list[ModelIndexEntry]:
+        """The rows of one model, none if it is not managed."""
+        return self._models[name].index() if name in self._models else []
+
+    def ready(self, name: str) -> Mapping[int, Servable]:
+        """The ready versions of a model."""
+        return self._models[name].ready() if name in self._models else {}
+
     def problems(self) -> dict[str, str]:
         """Models that should be ready and are not, with the reason."""
         return {name: problem for name, model in self._models.items() if (problem := model.problem())}

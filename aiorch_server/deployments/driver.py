@@ -1,0 +1,181 @@
+"""Drives the rollouts of all models, on the one server that holds the lease; what it does is in the database alone.
+
+Each step is one transaction that looks at the lease first: a driver that stood still and comes back changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+from aiorch_server.deployments.rollout import Observation, advance
+from aiorch_server.deployments.samples import merge, name_step
+from aiorch_server.deployments.writing import write_move
+from aiorch_server.errors import AiorchError, Conflict, RegistryUnavailable
+from aiorch_server.registry.deployments import find_deployment
+from aiorch_server.registry.leases import Lease, acquire_lease, check_lease, release_lease
+from aiorch_server.registry.records import Deployment, Rollout, RolloutState, ServerStatus
+from aiorch_server.registry.rollouts import get_rollout, put_rollout, read_open_rollouts
+from aiorch_server.registry.servers import read_server_statuses, read_servers
+from aiorch_server.registry.session import Session
+from aiorch_server.types import ModelState
+
+if TYPE_CHECKING:
+    from aiorch_server.registry.database import Database
+
+logger = logging.getLogger(__name__)
+
+LEASE: Final = "rollouts"
+#: How long a driver that was killed keeps others from going on.
+LEASE_S: Final = 6.0
+TICK_S: Final = 0.25
+#: Who has not been heard of for so long is not waited for.
+SILENT_S: Final = 10.0
+#: Nor named any more after so long.
+_FORGOTTEN_S: Final = 600.0
+
+
+class Driver:
+    """``server`` is this server's name; ``on_change`` is called after each change. For one event loop's thread."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        server: str,
+        on_change: Callable[[], None] = lambda: None,
+        lease_s: float = LEASE_S,
+        silent_s: float = SILENT_S,
+    ) -> None:
+        self._database = database
+        self._server = server
+        self._on_change = on_change
+        self._lease_s = lease_s
+        self._silent_s = silent_s
+        # A process of the same name that runs later must not go on with this one's lease.
+        self._holder = f"{server} {secrets.token_hex(4)}"
+        self._lease: Lease | None = None
+        self._is_rolling = False
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_driving(self) -> bool:
+        """Whether this server holds the lease, as far as it knows."""
+        return self._lease is not None
+
+    def start(self) -> None:
+        """Begins to ask for the lease, and to drive."""
+        self._task = asyncio.create_task(self._run())
+
+    def notice(self, is_rolling: bool) -> None:
+        """Whether a rollout is under way, as seen just now."""
+        if is_rolling and not self._is_rolling:
+            self._news.set()
+        self._is_rolling = is_rolling
+
+    async def stop(self) -> None:
+        """Drives no more, and leaves the lease to others, if the database is there."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            try:
+                await self._database.run(lambda session: release_lease(session, lease))
+            except AiorchError as error:
+                logger.info("the lease on rollouts was not given back: %s", error)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        asked_at = -self._lease_s
+        while True:
+            try:
+                if loop.time() >= asked_at + self._lease_s / 3:
+                    asked_at = loop.time()
+                    await self._ask()
+                if self._lease is not None and self._is_rolling:
+                    await self._drive(self._lease)
+            except RegistryUnavailable:
+                self._lease = None  # the reconciler tells of it
+            except Conflict as error:
+                logger.warning("%s", error)
+                self._lease = None
+            except Exception:
+                logger.exception("driving the rollouts failed; it is tried again")
+            try:
+                async with asyncio.timeout(TICK_S if self._lease is not None and self._is_rolling else 1.0):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+            self._news.clear()
+
+    async def _ask(self) -> None:
+        lease = await self._database.run(
+            lambda session: acquire_lease(session, LEASE, self._holder, duration_s=self._lease_s)
+        )
+        if (lease is None) != (self._lease is None):
+            logger.info("%s drives the rollouts", "this server" if lease is not None else "another server")
+        self._lease = lease
+
+    async def _drive(self, lease: Lease) -> None:
+        def list_ids(session: Session) -> list[str]:
+            return [rollout.id for rollout in read_open_rollouts(session)]
+
+        for id in await self._database.read(list_ids):
+            if await self._database.run(lambda session, id=id: self._step(session, lease, id)):  # type: ignore[misc]
+                self._on_change()
+
+    def _step(self, session: Session, lease: Lease, id: str) -> bool:
+        """One move of one rollout, if there is one; gives whether it changed what should run."""
+        now = check_lease(session, lease)
+        rollout = get_rollout(session, id)
+        if rollout.state.is_end:
+            return True
+        deployment = find_deployment(session, rollout.model)
+        if deployment is None:
+            reason = "its deployment is gone"
+            put_rollout(session, replace(rollout, state=RolloutState.ABORTED, reason=reason, ended_at=now))
+            return True
+        heard = read_servers(session)
+        statuses = {each.server: each for each in read_server_statuses(session, rollout.model)}
+        seen = observe(rollout, deployment, statuses, heard, now, silent_s=self._silent_s)
+        move = advance(rollout, seen, now)
+        write_move(session, rollout, move, deployment, actor=self._server)
+        return bool(move.text)
+
+
+def observe(
+    rollout: Rollout,
+    deployment: Deployment,
+    statuses: Mapping[str, ServerStatus],
+    heard: Mapping[str, datetime],
+    now: datetime,
+    *,
+    silent_s: float = SILENT_S,
+) -> Observation:
+    """What the servers made of the present deployment: ``heard`` tells when each was heard of last. Pure."""
+    live = [server for server, seen_at in heard.items() if now - seen_at <= timedelta(seconds=silent_s)]
+    silent = [server for server in heard if server not in live and (now - heard[server]).total_seconds() < _FORGOTTEN_S]
+    waiting, failures = [], {}
+    for server in live:
+        status = statuses.get(server)
+        if status is None or status.observed_generation < deployment.generation:
+            waiting.append(server)
+            continue
+        for version in status.versions:
+            is_gone = version.state in (ModelState.UNAVAILABLE.value, ModelState.UNLOADING.value)
+            if version.version == rollout.to_version and version.version in deployment.loaded and is_gone:
+                failures[server] = version.reason or version.state
+    return Observation(
+        n_servers=len(live),
+        waiting=tuple(waiting),
+        silent=tuple(silent),
+        failures=failures,
+        samples=merge(name_step(rollout), (each.samples for each in statuses.values())),
+    )

@@ -1,0 +1,97 @@
+"""The part of a server that follows the registry, put together: the database, the store, what serves, who drives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from aiorch_server.config.registry import RegistryConfig
+from aiorch_server.deployments.driver import Driver
+from aiorch_server.deployments.reconciler import Reconciler
+from aiorch_server.registry.checkout import Checkout
+from aiorch_server.registry.database import Database
+from aiorch_server.registry.records import Manifest
+from aiorch_server.registry.store import ArtefactStore, open_store
+from aiorch_server.repository import RegisteredRepository, RegisteredVersion
+
+if TYPE_CHECKING:
+    from aiorch_server.lifecycle.manager import LifecycleManager
+    from aiorch_server.routing import Samples
+
+LAST_KNOWN: Final = "last-known.json"
+
+
+class LocalDeployments:
+    """``repository`` is for the lifecycle; ``start`` when that can load models, ``stop`` before it stops.
+
+    ``store`` exists from ``start`` on. For one event loop's thread. Raises InvalidSettings for a URL that cannot be.
+    """
+
+    store: ArtefactStore
+
+    def __init__(self, config: RegistryConfig) -> None:
+        self.database = Database(config.url.get_secret_value())
+        self.repository = RegisteredRepository()
+        self._config = config
+        self._checkout: Checkout | None = None
+        self._reconciler: Reconciler | None = None
+        self._driver: Driver | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether everything that is deployed is as it should be, or has failed."""
+        return self._reconciler is not None and self._reconciler.is_settled
+
+    async def start(
+        self, manager: LifecycleManager, samples: Samples, *, server: str, on_change: Callable[[], None]
+    ) -> None:
+        """Returns when what is deployed serves or has failed; ``on_change`` as for Reconciler.
+
+        Raises InvalidSettings for a store or a cache folder that cannot be used.
+        """
+        folder = self._config.cache_folder
+
+        def open_files() -> tuple[ArtefactStore, Checkout]:
+            store = open_store(self._config.artefacts, scratch=folder / "unpacking")
+            return store, Checkout(store, folder, most_bytes=self._config.cache_bytes)
+
+        self.store, checkout = await asyncio.to_thread(open_files)
+        self._checkout = checkout
+
+        def find_version(model: str, version: int, manifest: Manifest) -> RegisteredVersion:
+            return RegisteredVersion(manifest.digest, lambda: checkout.acquire(model, version, manifest))
+
+        driver = Driver(self.database, server=server, on_change=self.nudge)
+        self._reconciler = Reconciler(
+            self.database,
+            manager,
+            self.repository,
+            samples,
+            find_version,
+            server=server,
+            last_known=folder / LAST_KNOWN,
+            on_change=on_change,
+            on_contact=driver.notice,
+        )
+        await self._reconciler.start()
+        self._driver = driver
+        driver.start()
+
+    def nudge(self) -> None:
+        """What should run has changed, or what became of it: look at the registry at once, and tell it."""
+        if self._reconciler is not None:
+            self._reconciler.nudge()
+
+    async def stop(self) -> None:
+        """Follows and drives no more; what serves goes on serving, and the database is still there for others."""
+        if self._driver is not None:
+            await self._driver.stop()
+        if self._reconciler is not None:
+            await self._reconciler.stop()
+
+    async def close(self) -> None:
+        """Lets go of the database and the files; when nothing serves any more."""
+        if self._checkout is not None:
+            await asyncio.to_thread(self._checkout.close)
+        await self.database.aclose()

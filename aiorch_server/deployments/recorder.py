@@ -1,0 +1,56 @@
+"""Keeps a few real requests of a model in memory, to warm the next version with."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import Final
+
+from aiorch_server.errors import AiorchError
+from aiorch_server.routing import Replay, Sample
+from aiorch_server.types import InferenceRequest
+
+logger = logging.getLogger(__name__)
+
+MOST_REQUESTS: Final = 8
+#: Larger requests are not kept.
+MOST_BYTES: Final = 1 << 20
+#: All of them together may take so long on a new version.
+PATIENCE_S: Final = 10.0
+
+
+class Recorder:
+    """An observer of samples of one model; the last ``MOST_REQUESTS`` that were answered are kept."""
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[InferenceRequest, Replay]] = deque(maxlen=MOST_REQUESTS)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    async def observe(self, sample: Sample, replay: Replay) -> None:
+        """See routing.Observer."""
+        size = sum(len(tensor.data) for tensor in sample.request.inputs if tensor.data is not None)
+        if sample.answer is not None and size <= MOST_BYTES:
+            self._kept.append((sample.request, replay))
+
+    async def warm(self, version: int) -> int:
+        """Runs what is kept on a version that is ready and gets no requests yet; gives how many it answered.
+
+        What fails there says nothing about the version: the gates look at real traffic.
+        """
+        answered = 0
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                for request, replay in list(self._kept):
+                    try:
+                        await replay(request, version)
+                        answered += 1
+                    except AiorchError as error:
+                        logger.info(
+                            "'%s': a recorded request fails on version %d: %s", request.model_name, version, error
+                        )
+        except TimeoutError:
+            logger.warning("recorded requests took more than %g s on version %d", PATIENCE_S, version)
+        return answered
