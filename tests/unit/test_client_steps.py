@@ -4,10 +4,11 @@ import grpc
 import numpy as np
 import pytest
 from aiorch_client import ClientError, NotFoundError, RequestError, RetryPolicy, ServerError, UnavailableError
-from aiorch_client.calls import Pause, RequestLayer, Send
+from aiorch_client.calls import RequestLayer
 from aiorch_client.channel import TlsConfig, call_metadata, check_target
 from aiorch_client.errors import PUSHBACK_KEY, from_rpc_error
 from aiorch_client.messages import decode_infer, encode_infer, to_plain
+from aiorch_client.steps import Pause, Send
 from aiorch_client.types import InferRequest, ModelMetadata, TensorMetadata
 from aiorch_proto.v2 import inference_pb2 as pb
 from aiorch_proto.v2 import model_config_pb2

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, overload
 
 import grpc
 import grpc.aio
 from aiorch_proto.v2.service import InferenceStub
 
-from aiorch_client.calls import Pause, RequestLayer, Send, Steps
-from aiorch_client.channel import TlsConfig, call_metadata, channel_options, check_target, unreachable
+from aiorch_client.aio_connection import AsyncConnection
+from aiorch_client.calls import RequestLayer
+from aiorch_client.channel import TlsConfig
 from aiorch_client.client import STREAM_STATUS
-from aiorch_client.errors import ClientError, RequestError, from_rpc_error, from_status
+from aiorch_client.errors import ClientError, from_rpc_error, from_status
 from aiorch_client.retry import RetryPolicy
 from aiorch_client.types import (
     InferRequest,
@@ -29,11 +28,10 @@ from aiorch_client.types import (
     ServerMetadata,
 )
 
-T = TypeVar("T")
 _Status = tuple[grpc.StatusCode, str, Any]
 
 
-class AsyncClient:
+class AsyncClient(AsyncConnection):
     """``Client`` for asyncio: the same calls and arguments, awaited. Belongs to the event loop of its first call.
 
     Cancelling a call cancels it at the server.
@@ -49,46 +47,10 @@ class AsyncClient:
         timeout_s: float = 60.0,
         retry: RetryPolicy | None = None,
     ) -> None:
-        self.target = check_target(target)
-        self._metadata = call_metadata(token, metadata)
+        super().__init__(target, tls=tls, token=token, metadata=metadata)
         self._layer = RequestLayer(
             timeout_s=timeout_s, retry=retry or RetryPolicy(), clock_s=time.monotonic, draw=random.random
         )
-        self._options = channel_options(tls)
-        self._credentials = None if tls is None else tls.credentials()
-        # A grpc.aio channel belongs to the running loop, so it is opened by the first call.
-        self._channel: grpc.aio.Channel | None = None
-        self._stub: InferenceStub | None = None
-        self._is_closed = False
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Ends the connection and every call that is under way; may be called twice."""
-        self._is_closed = True
-        if self._channel is not None:
-            await self._channel.close()
-
-    async def connect(self, timeout_s: float = 5.0) -> None:
-        """Connects now; UnreachableError as soon as that fails, or after ``timeout_s``. Calls do not need it."""
-        self._open()
-        try:
-            async with asyncio.timeout(timeout_s):
-                channel: Any = self._channel
-                state = channel.get_state(try_to_connect=True)
-                while state is not grpc.ChannelConnectivity.READY:
-                    if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
-                        raise unreachable(self.target, "connecting failed")
-                    await channel.wait_for_state_change(state)
-                    state = channel.get_state(try_to_connect=True)
-        except TimeoutError:
-            raise unreachable(self.target, f"no connection within {timeout_s:g} s") from None
 
     async def infer(
         self,
@@ -131,10 +93,10 @@ class AsyncClient:
         raise_errors: bool = True,
     ) -> AsyncIterator[InferResult | ClientError]:
         """As ``Client.stream``; ``requests`` may be asynchronous as well and is consumed in a task of its own."""
-        stub = self._open()
+        self._ensure_open()
         deadline_s = self._layer.start_deadline(timeout_s)
         failures: list[Exception] = []
-        call = stub.ModelStreamInfer(
+        call = self._stub.ModelStreamInfer(
             self._prepare_all(requests, deadline_s, failures),
             timeout=deadline_s - time.monotonic(),
             metadata=(*self._metadata, STREAM_STATUS) if raise_errors else self._metadata,
@@ -203,33 +165,11 @@ class AsyncClient:
         """As ``Client.unload``."""
         await self._run(self._layer.unload(model, unload_dependents, timeout_s))
 
-    async def _run(self, steps: Steps[T]) -> T:
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    reply = await self._perform(step)
-                except grpc.RpcError as error:
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(reply)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        finally:
-            steps.close()
+    def _use(self, channel: Any) -> None:
+        self._stub = InferenceStub(channel)
 
-    async def _perform(self, step: Send | Pause) -> Any:
-        if isinstance(step, Pause):
-            return await asyncio.sleep(step.seconds)
-        call = getattr(self._open(), step.method)(step.request, timeout=step.timeout_s, metadata=self._metadata)
-        try:
-            return await call
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._is_closed and task is not None and not task.cancelling():
-                # Nobody cancelled this task: close() ended its call, which the caller must not take for a cancellation.
-                self._open()
-            raise
+    def _find(self, method: str) -> Any:
+        return getattr(self._stub, method)
 
     async def _prepare_all(
         self,
@@ -246,17 +186,6 @@ class AsyncClient:
                     yield await self._run(self._layer.prepare(request, deadline_s))
         except Exception as error:  # kept for the reader: in gRPC's task nobody would see it
             failures.append(error)
-
-    def _open(self) -> InferenceStub:
-        if self._is_closed:
-            raise RequestError("this client is closed; make a new one", code=grpc.StatusCode.CANCELLED)
-        if self._stub is None:
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.target, self._options)
-            else:
-                self._channel = grpc.aio.secure_channel(self.target, self._credentials, self._options)
-            self._stub = InferenceStub(self._channel)
-        return self._stub
 
 
 def _read_status(call: Any) -> _Status:

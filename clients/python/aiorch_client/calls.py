@@ -1,21 +1,18 @@
-"""The request layer without I/O: every call as a generator of steps that ``Client`` and ``AsyncClient`` carry out.
+"""The request layer without I/O: every call as steps that ``Client`` and ``AsyncClient`` carry out.
 
-A generator yields ``Send`` (answered with the response message, or with the ``grpc.RpcError`` thrown in) and ``Pause``
-(answered with None); its return value is the call's. Deadlines, retries, checks and the metadata cache live here once.
+Checks and the metadata cache live here once; see ``steps`` for deadlines and retries.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import grpc
 from aiorch_proto.v2 import inference_pb2 as pb
 
-from aiorch_client.errors import ClientError, NotFoundError, RequestError, UnavailableError, from_rpc_error
+from aiorch_client.errors import ClientError, NotFoundError, RequestError, UnavailableError
 from aiorch_client.messages import (
     check_version,
     decode_infer,
@@ -27,6 +24,7 @@ from aiorch_client.messages import (
     to_plain,
 )
 from aiorch_client.retry import RetryPolicy
+from aiorch_client.steps import CallLayer, Steps
 from aiorch_client.types import (
     InferRequest,
     InferResult,
@@ -36,49 +34,19 @@ from aiorch_client.types import (
     ServerMetadata,
 )
 
-T = TypeVar("T")
 #: An inference with one of these belongs to a place in an order, so it is never sent a second time.
 _ORDERED_PARAMETERS = frozenset({"sequence_id", "sequence_start", "sequence_end"})
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Call ``method`` of the V2 service with ``request``, which may take ``timeout_s``."""
-
-    method: str
-    request: Any
-    timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """Wait for ``seconds``."""
-
-    seconds: float
-
-
-Steps = Generator[Send | Pause, Any, T]
-
-
-class RequestLayer:
-    """Makes the steps of every call; keeps the models' metadata. Usable from several threads at once.
-
-    ``clock_s`` gives monotonic seconds, ``draw`` random numbers in [0, 1).
-    """
+class RequestLayer(CallLayer):
+    """Makes the steps of every call; keeps the models' metadata. Usable from several threads at once."""
 
     def __init__(
         self, *, timeout_s: float, retry: RetryPolicy, clock_s: Callable[[], float], draw: Callable[[], float]
     ) -> None:
-        self.timeout_s = check_timeout(timeout_s)
-        self._retry = retry
-        self._clock_s = clock_s
-        self._draw = draw
+        super().__init__(timeout_s=timeout_s, retry=retry, clock_s=clock_s, draw=draw)
         self._metadata: dict[tuple[str, str], ModelMetadata] = {}
         self._optional: dict[tuple[str, str], frozenset[str]] = {}
-
-    def start_deadline(self, timeout_s: float | None) -> float:
-        """The clock's time at which a call that starts now must be over."""
-        return self._clock_s() + (self.timeout_s if timeout_s is None else check_timeout(timeout_s))
 
     def infer(self, request: InferRequest, timeout_s: float | None) -> Steps[InferResult]:
         """Checks, sends and decodes; once more where the model turns out to have changed since it was looked up."""
@@ -231,24 +199,6 @@ class RequestLayer:
             for key in [key for key in list(cache) if key[0] == model]:
                 cache.pop(key, None)
 
-    def _call(self, method: str, request: Any, deadline_s: float, *, is_repeatable: bool = True) -> Steps[Any]:
-        for attempt in itertools.count(1):
-            remaining_s = deadline_s - self._clock_s()
-            if remaining_s <= 0:
-                raise UnavailableError(
-                    f"the time for {method} was over before it could be sent; give it a longer timeout_s",
-                    code=grpc.StatusCode.DEADLINE_EXCEEDED,
-                )
-            try:
-                return (yield Send(method, request, remaining_s))
-            except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
-                pause_s = self._retry.pause_s(attempt, error, self._draw()) if is_repeatable else None
-                if pause_s is None or self._clock_s() + pause_s >= deadline_s:
-                    raise error from rpc_error
-            yield Pause(pause_s)
-        raise AssertionError("itertools.count has no end")
-
     def _call_named(self, method: str, request: Any, deadline_s: float | None, timeout_s: float | None) -> Steps[Any]:
         """A call whose only argument is a model's name and version: an invalid argument means that there is none."""
         try:
@@ -270,11 +220,3 @@ class RequestLayer:
             return bool(getattr((yield from self._call(method, request, deadline_s, is_repeatable=False)), field))
         except UnavailableError:
             return False
-
-
-def check_timeout(timeout_s: float) -> float:
-    """``timeout_s`` itself; RequestError unless it is a positive number of seconds."""
-    # a year is as good as for ever, and what gRPC's own arithmetic can take
-    if not 0 < timeout_s <= 31_536_000:
-        raise RequestError(f"timeout_s is {timeout_s}, expected seconds above 0 and at most a year")
-    return timeout_s

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import queue
 import random
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, overload
 
 import grpc
 from aiorch_proto.v2.service import InferenceStub
 
-from aiorch_client.calls import Pause, RequestLayer, Send, Steps
-from aiorch_client.channel import TlsConfig, call_metadata, channel_options, check_target, unreachable
-from aiorch_client.errors import ClientError, RequestError, from_rpc_error
+from aiorch_client.calls import RequestLayer
+from aiorch_client.channel import TlsConfig
+from aiorch_client.connection import Connection
+from aiorch_client.errors import ClientError, from_rpc_error
 from aiorch_client.retry import RetryPolicy
 from aiorch_client.types import (
     InferRequest,
@@ -28,12 +26,11 @@ from aiorch_client.types import (
     ServerMetadata,
 )
 
-T = TypeVar("T")
 #: Asks a server for the status of a failed request of a stream instead of a text beside open replies.
 STREAM_STATUS = ("triton_grpc_error", "true")
 
 
-class Client:
+class Client(Connection):
     """A connection to one server of the V2 protocol; threads may share it.
 
     ``target`` is ``host:port`` (or ``unix:/path``). ``token`` travels as bearer authorization: over TLS, or where the
@@ -51,49 +48,11 @@ class Client:
         timeout_s: float = 60.0,
         retry: RetryPolicy | None = None,
     ) -> None:
-        self.target = check_target(target)
-        self._metadata = call_metadata(token, metadata)
+        super().__init__(target, tls=tls, token=token, metadata=metadata)
         self._layer = RequestLayer(
             timeout_s=timeout_s, retry=retry or RetryPolicy(), clock_s=time.monotonic, draw=random.random
         )
-        options = channel_options(tls)
-        if tls is None:
-            self._channel = grpc.insecure_channel(target, options)
-        else:
-            self._channel = grpc.secure_channel(target, tls.credentials(), options)
         self._stub = InferenceStub(self._channel)
-        self._closed = threading.Event()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the connection and every call that is under way; may be called twice."""
-        self._closed.set()
-        self._channel.close()
-
-    def connect(self, timeout_s: float = 5.0) -> None:
-        """Connects now; UnreachableError as soon as that fails, or after ``timeout_s``. Calls do not need it."""
-        self._check_open()
-        states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
-        deadline_s = time.monotonic() + timeout_s
-        self._channel.subscribe(states.put, try_to_connect=True)
-        try:
-            while True:
-                state = states.get(timeout=max(0.0, deadline_s - time.monotonic()))
-                if state is grpc.ChannelConnectivity.READY:
-                    return
-                if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
-                    raise unreachable(self.target, "connecting failed")
-        except queue.Empty:
-            raise unreachable(self.target, f"no connection within {timeout_s:g} s") from None
-        finally:
-            self._channel.unsubscribe(states.put)
 
     def infer(
         self,
@@ -208,30 +167,8 @@ class Client:
         """Takes a model out of service. Never retried."""
         self._run(self._layer.unload(model, unload_dependents, timeout_s))
 
-    def _run(self, steps: Steps[T]) -> T:
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    reply = self._perform(step)
-                except grpc.RpcError as error:
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(reply)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        finally:
-            steps.close()
-
-    def _perform(self, step: Send | Pause) -> Any:
-        if isinstance(step, Pause):
-            return self._closed.wait(step.seconds)
-        self._check_open()
-        try:
-            return getattr(self._stub, step.method)(step.request, timeout=step.timeout_s, metadata=self._metadata)
-        except ValueError:
-            self._check_open()  # gRPC's word for a channel that another thread closed in this moment
-            raise
+    def _find(self, method: str) -> Any:
+        return getattr(self._stub, method)
 
     def _prepare_all(
         self, requests: Iterable[InferRequest], deadline_s: float, failures: list[Exception]
@@ -241,7 +178,3 @@ class Client:
                 yield self._run(self._layer.prepare(request, deadline_s))
         except Exception as error:  # kept for the reader: here, in gRPC's thread, nobody would see it
             failures.append(error)
-
-    def _check_open(self) -> None:
-        if self._closed.is_set():
-            raise RequestError("this client is closed; make a new one", code=grpc.StatusCode.CANCELLED)

@@ -19,6 +19,8 @@ import grpc
 #: Trailing metadata by which a server says when (milliseconds) or whether (negative: no) to try again, from
 #: https://github.com/grpc/proposal/blob/master/A6-client-retries.md#pushback
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+#: Trailing metadata with a google.rpc.Status, whose details say more: https://google.aip.dev/193
+DETAILS_KEY = "grpc-status-details-bin"
 _MOST_DIGITS = 18
 
 
@@ -27,7 +29,8 @@ class ClientError(Exception):
 
     ``code`` is the gRPC status, ``details`` the text (the server's own where it answered), ``request_id`` the id of the
     request where the server named one. ``retryable`` is true where the same call may succeed a moment later;
-    ``retry_after_s`` is the pause the server asked for, None where it asked for none.
+    ``retry_after_s`` is the pause the server asked for, None where it asked for none. ``reason`` is the server's word
+    for this kind of failure, such as PRECONDITION_FAILED, empty where it gave none (only the admin API does).
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class ClientError(Exception):
         retryable: bool = False,
         retry_after_s: float | None = None,
         request_id: str = "",
+        reason: str = "",
     ) -> None:
         super().__init__(f"{code.name}: {details}")
         self.code = code
@@ -45,6 +49,7 @@ class ClientError(Exception):
         self.retryable = retryable
         self.retry_after_s = retry_after_s
         self.request_id = request_id
+        self.reason = reason
 
 
 class RequestError(ClientError):
@@ -58,8 +63,16 @@ class RequestError(ClientError):
         retryable: bool = False,
         retry_after_s: float | None = None,
         request_id: str = "",
+        reason: str = "",
     ) -> None:
-        super().__init__(details, code=code, retryable=retryable, retry_after_s=retry_after_s, request_id=request_id)
+        super().__init__(
+            details,
+            code=code,
+            retryable=retryable,
+            retry_after_s=retry_after_s,
+            request_id=request_id,
+            reason=reason,
+        )
 
 
 class NotFoundError(ClientError):
@@ -107,7 +120,7 @@ def from_status(code: grpc.StatusCode, details: str | None, trailing_metadata: o
     """The SDK's error for the status of a call.
 
     UNAVAILABLE is retryable unless the server says no; RESOURCE_EXHAUSTED (a message over a limit, as a rule) only
-    where the server names a pause.
+    where the server names a pause in the way of gRPC.
     """
     pushback_ms = _read_pushback_ms(trailing_metadata)
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -115,12 +128,35 @@ def from_status(code: grpc.StatusCode, details: str | None, trailing_metadata: o
     else:
         retryable = code is grpc.StatusCode.RESOURCE_EXHAUSTED and pushback_ms is not None and pushback_ms >= 0
     error_class = UnavailableError if retryable else _CLASSES[code]
+    reason, delay_s = _read_details(trailing_metadata)
     return error_class(
         details or "the server gave no reason",
         code=code,
         retryable=retryable,
-        retry_after_s=pushback_ms / 1000 if retryable and pushback_ms is not None else None,
+        retry_after_s=(delay_s if pushback_ms is None else pushback_ms / 1000) if retryable else None,
+        reason=reason,
     )
+
+
+def _read_details(metadata: object) -> tuple[str, float | None]:
+    """The reason in google.rpc.ErrorInfo and the pause in RetryInfo, where the trailing metadata have them."""
+    packed = next((value for key, value in metadata or () if key == DETAILS_KEY), None)  # type: ignore[attr-defined]
+    if not isinstance(packed, bytes):
+        return "", None
+    # imported here: most calls succeed, and most servers send none
+    from google.protobuf.message import DecodeError
+    from google.rpc import error_details_pb2, status_pb2
+
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    delay_s: float | None = None
+    try:
+        for detail in status_pb2.Status.FromString(packed).details:
+            detail.Unpack(info)
+            if detail.Unpack(retry):
+                delay_s = max(0.0, retry.retry_delay.ToNanoseconds() / 1e9)
+    except DecodeError:  # not ours to judge: the status itself stands
+        pass
+    return info.reason, delay_s
 
 
 def _read_pushback_ms(metadata: object) -> int | None:
