@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from aiorch_server._core import Mailbox, Router
+from aiorch_server._core import Mailbox, Passes, Router
 from aiorch_server.cache import ResponseCache, open_cache
 from aiorch_server.config.server import GrpcConfig, ServerConfig, TlsConfig, Transport
 from aiorch_server.controlplane import EXTENSIONS, ControlPlane
@@ -89,6 +89,7 @@ class Application:
         self._health_task: asyncio.Task[None] | None = None
         self._certificate_tasks: list[asyncio.Task[None]] = []
         self._gate: Gate | None = None
+        self._passes: Passes | None = None
         self._gate_task: asyncio.Task[None] | None = None
         self._model_metrics = ModelMetrics()
         self._slow_log = SlowLog(lambda: self.manager.servables(), config.log.slow_us, config.log.slow_lines_per_s)
@@ -187,7 +188,8 @@ class Application:
         config = self.config
         doors = (config.grpc, config.http, config.metrics)
         has_certificates = any(each.enabled and each.tls.require_client_auth for each in doors)
-        self._gate = open_gate(config.security, has_certificates=has_certificates)
+        self._passes = Passes() if config.security.enabled else None
+        self._gate = open_gate(config.security, has_certificates=has_certificates, passes=self._passes)
         for name in ("grpc", "http", "metrics"):
             if lack := config.find_exposure(name):
                 logger.warning("%s is open although it should not be (security.insecure): %s", name, lack)
@@ -402,8 +404,7 @@ class Application:
         open_door = door.NativeGrpcServer if interceptors else door.GrpcDoor
         return open_door(
             router=self.router,
-            # The compiled door cannot ask who calls.
-            fast_path=door.FAST_PATH if self._gate is None else "",
+            passes=self._passes,
             max_message_bytes=config.max_message_bytes,
             io_threads=config.io_threads,
             reuse_port=config.reuse_port,

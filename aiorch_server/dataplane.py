@@ -8,7 +8,7 @@ import dataclasses
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping
-from contextlib import aclosing, nullcontext
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -30,7 +30,7 @@ from aiorch_server.execution.taker import Taker
 from aiorch_server.observability.tracer import Tracer
 from aiorch_server.routing import Samples
 from aiorch_server.scheduling import find_queue_timeout_us
-from aiorch_server.security import permit, sees
+from aiorch_server.security import current_access, permit, sees
 from aiorch_server.tracing import Run, current_incoming, current_run, find_trace
 from aiorch_server.types import FINAL_RESPONSE, InferenceRequest, InferenceResponse, Parameter, Tensor
 from aiorch_server.validation import QueueTerms, check_request, find_correlation_id
@@ -79,7 +79,7 @@ class DataPlane:
         tensors keep its memory alive; outputs that went to shared memory have no data.
         """
         servable, is_sampled = self._choose(request)
-        with servable.acquire():
+        with servable.acquire(), _count(servable, request):
             if servable.signature.is_decoupled:
                 raise UnsupportedRequest(DECOUPLED_TEXT)
             with self._tracer.watch(servable):
@@ -96,7 +96,7 @@ class DataPlane:
         ``stream_stall_s`` it need not any more: what comes next is StreamStalled.
         """
         servable, is_sampled = self._choose(request)
-        with servable.acquire():
+        with servable.acquire(), _count(servable, request):
             if not servable.signature.is_decoupled:
                 with self._tracer.watch(servable):
                     answer = await self._infer(servable, request, deadline_ns, is_sampled=is_sampled)
@@ -290,6 +290,16 @@ class DataPlane:
             stamps=None if run is None else run.stamps,
             trace=(None if run is None else run.trace) or find_trace(),
         )
+
+
+def _count(servable: Servable, request: InferenceRequest) -> AbstractContextManager[object]:
+    """Counts a request to its tenant's quota while it is under way; QuotaExceeded."""
+    quota = current_access.get().quota
+    if quota is None:
+        return _UNWATCHED
+    has_rows = servable.signature.max_batch_size > 0 and request.inputs and request.inputs[0].shape
+    rows = request.inputs[0].shape[0] if has_rows else 1
+    return quota.admit(max(0, rows), time.monotonic_ns())
 
 
 class _NamedRefusals:

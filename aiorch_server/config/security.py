@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, FilePath, model_validator
 
 from aiorch_server.config.problems import Problem, raise_problems
-from aiorch_server.config.section import Flag, Number, Section
+from aiorch_server.config.section import Flag, Number, Section, Whole
 
 _NAME = re.compile(r"[!-~]([ -~]{0,254}[!-~])?", re.ASCII)
 _KEY_ID = re.compile(r"[A-Za-z0-9]{4,64}", re.ASCII)
@@ -54,6 +54,7 @@ Principal = Annotated[Name, AfterValidator(_check_principal)]
 Models = Annotated[str, _make_check(_PATTERN, "a model's name, with * for any characters")]
 Url = Annotated[str, Field(max_length=2000), AfterValidator(_check_url)]
 Claim = Annotated[str, Field(min_length=1, max_length=200)]
+Rate = Annotated[Number, Field(ge=0, le=1e9)]
 Prefix = Annotated[str, Field(max_length=100, pattern=r"^[!-~]*$")]
 
 
@@ -99,18 +100,14 @@ class BindingConfig(Section):
 
 
 class CertificatesConfig(Section):
-    """Names from client certificates: of ``names`` the first that the certificate has.
+    """Names from client certificates: of ``names`` (empty: uri, dns, common-name) the first that the certificate has.
 
     ``uri_prefix`` is what such an alternative name must begin with, ``spiffe://example.org/`` for one trust domain;
     the name is what stands in the certificate, behind ``prefix``.
     """
 
     enabled: Flag = True
-    names: Annotated[tuple[CertificateName, ...], Field(min_length=1)] = (
-        CertificateName.URI,
-        CertificateName.DNS,
-        CertificateName.COMMON_NAME,
-    )
+    names: tuple[CertificateName, ...] = ()
     uri_prefix: Annotated[str, Field(max_length=500)] = ""
     prefix: Prefix = ""
 
@@ -170,13 +167,22 @@ class ApiKeyConfig(Section):
     expires_at: datetime | None = None
 
 
+class QuotaConfig(Section):
+    """What a tenant may take, on each server and over all doors together; 0: no bound. ``*``: each other tenant."""
+
+    tenant: Annotated[str, Field(min_length=1, max_length=128)]
+    requests_per_s: Rate = 0.0
+    rows_per_s: Rate = 0.0
+    max_in_flight: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 0
+
+
 class SecurityConfig(Section):
     """Who may call. Off, everybody who reaches a port may do what it offers.
 
     On, each call needs credentials: a client certificate (a door with ``tls.require_client_auth``), a token of one of
-    the issuers in ``tokens``, or an API key. ``bindings`` say what each may do. ``authenticators`` are further ones,
-    ``module:attribute`` or the name of an installed one. ``insecure`` lets a door without TLS or without credentials
-    listen on an address that other machines reach.
+    the issuers in ``tokens``, or an API key. ``bindings`` say what each may do, ``quotas`` how much. ``authenticators``
+    are further ones, ``module:attribute`` or the name of an installed one. ``insecure`` lets a door without TLS or
+    without credentials listen on an address that other machines reach.
     """
 
     enabled: Flag = False
@@ -186,6 +192,7 @@ class SecurityConfig(Section):
     api_keys: Annotated[tuple[ApiKeyConfig, ...], Field(max_length=10_000)] = ()
     authenticators: tuple[Annotated[str, _make_check(_PLUGIN, "module:attribute, or a name")], ...] = ()
     bindings: Annotated[tuple[BindingConfig, ...], Field(max_length=10_000)] = ()
+    quotas: Annotated[tuple[QuotaConfig, ...], Field(max_length=10_000)] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -193,7 +200,7 @@ class SecurityConfig(Section):
         return self
 
     def _find_problems(self) -> Iterator[Problem]:
-        for name in ("tokens", "api_keys", "authenticators", "bindings"):
+        for name in ("tokens", "api_keys", "authenticators", "bindings", "quotas"):
             if not self.enabled and getattr(self, name):
                 yield Problem((name,), "has no use without security.enabled: true")
         seen: set[str] = set()

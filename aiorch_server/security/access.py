@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Final, Protocol, TypeVar
 
+from aiorch_server._core import Quota
 from aiorch_server.errors import PermissionDenied
 from aiorch_server.security.authenticator import Credentials
 from aiorch_server.security.identity import ANYBODY, Principal
@@ -30,10 +31,10 @@ class Access:
 
     ``principal`` may be replaced while a long call runs (Gate.renew). ``has_asked`` tells whether a model was asked
     for: the answer of a call that names one, and whose code never asked, is held back. ``model`` is the last that was
-    permitted.
+    permitted. ``quota`` counts the requests of the caller's tenant, None where it has no bounds.
     """
 
-    __slots__ = ("credentials", "generation", "has_asked", "model", "permission", "principal")
+    __slots__ = ("credentials", "generation", "has_asked", "model", "permission", "principal", "quota")
 
     def __init__(
         self,
@@ -41,11 +42,13 @@ class Access:
         permission: Permission | None = None,
         credentials: Credentials = _NO_CREDENTIALS,
         generation: int = 0,
+        quota: Quota | None = None,
     ) -> None:
         self.principal = principal
         self.permission = permission
         self.credentials = credentials
         self.generation = generation
+        self.quota = quota
         self.has_asked = False
         self.model = ""
 

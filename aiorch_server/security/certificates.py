@@ -12,6 +12,7 @@ from aiorch_server.config.security import CertificateName, CertificatesConfig
 from aiorch_server.errors import NotAuthenticated
 from aiorch_server.security.authenticator import Authenticator, AuthMethod, Credentials, Identity
 
+_DEFAULT: Final = (CertificateName.URI, CertificateName.DNS, CertificateName.COMMON_NAME)
 _KINDS: Final[Mapping[CertificateName, Any]] = {
     CertificateName.URI: x509.UniformResourceIdentifier,
     CertificateName.DNS: x509.DNSName,
@@ -29,6 +30,7 @@ class CertificateAuthenticator(Authenticator):
 
     def __init__(self, config: CertificatesConfig) -> None:
         self._config = config
+        self._kinds = config.names or _DEFAULT
 
     async def authenticate(self, credentials: Credentials) -> Identity | None:
         """Whose certificate it is; None without one, and where the call says by a header who it is."""
@@ -42,7 +44,7 @@ class CertificateAuthenticator(Authenticator):
         except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
             raise NotAuthenticated("the client certificate cannot be read") from None
         if name is None:
-            kinds = ", ".join(self._config.names)
+            kinds = ", ".join(self._kinds)
             raise NotAuthenticated(f"the client certificate has no name of the kinds that are looked at ({kinds})")
         prefix = self._config.prefix
         return Identity(
@@ -58,7 +60,7 @@ class CertificateAuthenticator(Authenticator):
             alternatives = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         except x509.ExtensionNotFound:
             alternatives = x509.SubjectAlternativeName([])
-        for kind in self._config.names:
+        for kind in self._kinds:
             if kind is CertificateName.COMMON_NAME:
                 found = _read_subject(certificate, NameOID.COMMON_NAME)
             else:

@@ -14,6 +14,7 @@ from aiorch_server.security.authenticator import Authenticator
 from aiorch_server.security.gate import Gate, Passes, RoleSource
 from aiorch_server.security.identity import RoleBinding
 from aiorch_server.security.policy import Policy
+from aiorch_server.security.quotas import QuotaBook, QuotaBounds
 from aiorch_server.security.roles import Role
 
 GROUP: Final = "aiorch.authenticators"
@@ -40,7 +41,10 @@ def open_gate(
             "let a door check clients' certificates (tls.root with tls.require_client_auth)"
         )
     bindings = [RoleBinding(each.principal, Role[each.role.name], each.models) for each in config.bindings]
-    return Gate(authenticators, Policy(bindings), passes=passes, source=source)
+    quotas = QuotaBook(
+        QuotaBounds(each.tenant, each.requests_per_s, each.rows_per_s, each.max_in_flight) for each in config.quotas
+    )
+    return Gate(authenticators, Policy(bindings), quotas, passes=passes, source=source)
 
 
 def _list_authenticators(

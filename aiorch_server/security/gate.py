@@ -10,12 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
+from aiorch_server._core import Quota
 from aiorch_server.errors import AiorchError, IdentityUnavailable, InternalError, NotAuthenticated, PermissionDenied
 from aiorch_server.security.access import Access
 from aiorch_server.security.authenticator import Authenticator, Credentials, Identity
 from aiorch_server.security.identity import Principal, RoleBinding
 from aiorch_server.security.permissions import TABLE, Scope
 from aiorch_server.security.policy import GROUP, Policy
+from aiorch_server.security.quotas import MAX_TENANT_BYTES, QuotaBook, QuotaBounds
 from aiorch_server.security.roles import Role
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,14 @@ class Passes(Protocol):
         ...
 
     def add(
-        self, credential: bytes, model: str, *, expires_ns: int, generation: int, is_certificate: bool = False
+        self,
+        credential: bytes,
+        model: str,
+        *,
+        expires_ns: int,
+        generation: int,
+        quota: Quota | None = None,
+        is_certificate: bool = False,
     ) -> bool:
         """Keeps a pass until ``expires_ns`` on the monotonic clock, unless it was cleared since ``generation``."""
         ...
@@ -54,14 +63,14 @@ class Passes(Protocol):
 
 
 class RoleSource(Protocol):
-    """Where roles are granted and keys revoked while the server runs: the registry."""
+    """Where roles are granted, quotas set and keys revoked while the server runs: the registry."""
 
     async def read_generation(self) -> int:
-        """Another number after each change of bindings or API keys; CapacityError while nobody can say."""
+        """Another number after each change of bindings, quotas or API keys; CapacityError while nobody can say."""
         ...
 
-    async def list_bindings(self) -> Sequence[RoleBinding]:
-        """All of them."""
+    async def read_rules(self) -> tuple[Sequence[RoleBinding], Sequence[QuotaBounds]]:
+        """All bindings and quotas."""
         ...
 
 
@@ -81,6 +90,7 @@ class Gate:
         self,
         authenticators: Sequence[Authenticator],
         policy: Policy,
+        quotas: QuotaBook | None = None,
         *,
         passes: Passes | None = None,
         source: RoleSource | None = None,
@@ -88,6 +98,7 @@ class Gate:
     ) -> None:
         self._authenticators = tuple(authenticators)
         self._policy = policy
+        self._quotas = quotas or QuotaBook()
         self._passes = passes
         self._source = source
         self._source_generation: int | None = None
@@ -111,7 +122,7 @@ class Gate:
         principal = await self._find_principal(credentials)
         if permission is None:
             raise PermissionDenied(f"{call} is not in the table of permissions, so nobody may call it")
-        access = Access(principal, permission, credentials, generation)
+        access = Access(principal, permission, credentials, generation, self._quotas.find(principal.tenant))
         role = permission.role or Role.ADMIN
         if permission.scope is Scope.SERVER:
             access.require_everywhere(role)
@@ -134,7 +145,7 @@ class Gate:
         if access.generation == self._generation and not 0 < expires_ns <= self._clock():
             return
         renewed = await self.enter(access.permission.call, access.credentials)
-        access.principal, access.generation = renewed.principal, renewed.generation
+        access.principal, access.generation, access.quota = renewed.principal, renewed.generation, renewed.quota
 
     def admit(self, access: Access, model: str) -> None:
         """Lets further ModelInfer of this caller to ``model`` through the compiled door; for a call that went well."""
@@ -150,6 +161,7 @@ class Gate:
             model,
             expires_ns=time.monotonic_ns() + min(left_ns, PASS_NS),
             generation=self._passes.generation,
+            quota=access.quota,
             is_certificate=not credentials.authorizations,
         )
 
@@ -197,7 +209,9 @@ class Gate:
         generation = await self._source.read_generation()
         if generation == self._source_generation:
             return False
-        self._policy.replace(await self._source.list_bindings())
+        bindings, quotas = await self._source.read_rules()
+        self._policy.replace(bindings)
+        self._quotas.replace(quotas)
         self._source_generation = generation
         return True
 
@@ -228,7 +242,7 @@ class Gate:
         for authenticator in self._authenticators:
             identity = await self._ask(authenticator, credentials)
             if identity is not None:
-                _check_name(identity.name)
+                _check_names(identity)
                 return identity
         raise NotAuthenticated(f"the credentials are not of a kind that is accepted here; expected {self._expects}")
 
@@ -254,7 +268,12 @@ def _digest(credentials: Credentials) -> bytes:
     return digest.digest()
 
 
-def _check_name(name: str) -> None:
+def _check_names(identity: Identity) -> None:
+    name = identity.name
+    if len((identity.tenant or name).encode("utf-8", "replace")) > MAX_TENANT_BYTES:
+        raise NotAuthenticated(
+            f"the credentials name a tenant, or a caller without one, of over {MAX_TENANT_BYTES} bytes"
+        )
     if not name or len(name) > _LONGEST_NAME or not name.isprintable() or name.startswith(GROUP):
         raise NotAuthenticated(
             f"the credentials name a caller with no name of 1 to {_LONGEST_NAME} printable characters, or with one "
