@@ -64,9 +64,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_versions(root, "odd", "", MODEL, OTHER)
     write_ensemble(root, "chain", [("plain", {"X": "IN"}, {"V": "OUT"})], datatype="TYPE_INT32", dims="[1]")
     cached = "response_cache { enable: true }"
-    write_ensemble(
-        root, "kept", [("plain", {"X": "IN"}, {"V": "OUT"})], datatype="TYPE_INT32", dims="[1]", more=cached
-    )
+    write_ensemble(root, "kept", [("plain", {"X": "IN"}, {"V": "OUT"})], datatype="TYPE_INT32", dims="[1]", more=cached)
     write_tally(root, "tally")
     shutil.copytree(root / "tally" / "1", root / "tally" / "2")
     with (root / "tally" / "config.pbtxt").open("a") as config:

@@ -56,4 +56,8 @@ def test_the_help_tells_the_defaults_there_are(option: str, told: str) -> None:
 def test_the_help_tells_the_default_of_every_option_that_has_one() -> None:
     options = {parameter.name for parameter in typer.main.get_command(build_app()).commands["serve"].params}  # type: ignore[attr-defined]
     paths = {name: path for name, path in setting_names().items() if name in options and default_of(path)}
-    assert paths.keys() - dict(list_told_defaults()).keys() == {"allow_code", "grpc_use_ssl_mutual", "insecure"}  # plain flags
+    assert paths.keys() - dict(list_told_defaults()).keys() == {
+        "allow_code",
+        "grpc_use_ssl_mutual",
+        "insecure",
+    }  # plain flags
