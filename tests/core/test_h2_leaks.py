@@ -11,7 +11,7 @@ import pytest
 LEAKS = Path(__file__).parent / "leaks"
 
 
-@pytest.mark.parametrize("case", ["session", "driver", "thread"])
+@pytest.mark.parametrize("case", ["session", "driver", "thread", "asking"])
 def test_memory_is_given_back(case: str) -> None:
     done = subprocess.run(
         [sys.executable, str(LEAKS / "sessions.py"), case], capture_output=True, text=True, timeout=110

@@ -221,9 +221,10 @@ def test_a_certificate_is_a_credential(make_door: MakeDoor, kind: str, certifica
         site.add()
         assert site.passed(channel=channel)
         assert values_of(infer(message(1), timeout=TIMEOUT_S)) == [2.0]
+        assert not site.passed(TOKEN, TOKEN, channel=channel), "several headers are nobody's, whatever the certificate"
         site.passes.clear()
         assert infer(message(1), timeout=TIMEOUT_S) == DECLINED
-        assert len(site.declined) == 4
+        assert len(site.declined) == 5
     finally:
         channel.close()
         site.stop()

@@ -6,14 +6,17 @@ Usage: sessions.py CASE. See core.py for how memory is measured.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import importlib
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
@@ -21,7 +24,7 @@ import h2.config
 import h2.connection
 from hand_driven import make_spec, message
 
-from aiorch_server._core import Batch, IoThread, NativeServer, Router, Scheduler
+from aiorch_server._core import Batch, IoThread, NativeServer, Passes, Quota, Router, Scheduler
 
 SessionProbe: Any = importlib.import_module("aiorch_server._core.h2_probe").SessionProbe
 FIELDS = [(":method", "POST"), (":scheme", "http"), (":authority", "x"), ("content-type", "application/grpc")]
@@ -38,6 +41,20 @@ def resident_kib() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1])
     raise RuntimeError("no RssAnon in /proc/self/status")
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_: ClassVar = [(f"_{index}", ctypes.c_size_t) for index in range(7)] + [
+        (name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")
+    ]
+
+
+def allocated_kib() -> int:
+    """What malloc has given out: no page more or less, wherever in the heap it lies."""
+    gc.collect()
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _MallInfo
+    return int(mallinfo2().uordblks) // 1024
 
 
 def make_client() -> h2.connection.H2Connection:
@@ -89,7 +106,19 @@ def thread() -> None:
     drive(is_threaded=True)
 
 
-def drive(*, is_threaded: bool) -> None:
+def asking() -> None:
+    """An I/O thread that asks for passes; calls have one, or had one, or never had."""
+    drive(is_threaded=True, is_asking=True)
+
+
+def allow(passes: Passes, token: str, quota: Quota) -> None:
+    expires_ns = time.monotonic_ns() + 10**12
+    assert passes.add(token.encode(), "echo", expires_ns=expires_ns, generation=passes.generation, quota=quota)
+
+
+def drive(*, is_threaded: bool, is_asking: bool = False) -> None:
+    passes, quota = Passes() if is_asking else None, Quota("tenant", max_in_flight=4)
+    tokens = [f"{index}" + "x" * 1200 for index in range(3)]
     scheduler = Scheduler(make_spec())
     router = Router()
     router.publish({"echo": (3, {3: scheduler})})
@@ -115,7 +144,7 @@ def drive(*, is_threaded: bool) -> None:
 
         native: Any
         if is_threaded:
-            native = IoThread(loop, on_call, router, fast_path="/fast")
+            native = IoThread(loop, on_call, router, fast_path="/fast", passes=passes)
             listening = socket.create_server(("127.0.0.1", 0))
             native.listen(listening.fileno())
             native.start()
@@ -127,13 +156,21 @@ def drive(*, is_threaded: bool) -> None:
         for turn in range(6):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             client = make_client()
+            if passes is not None:
+                client.encoder.encode = partial(client.encoder.encode, huffman=False)  # type: ignore[method-assign]
+                allow(passes, tokens[turn % 2], quota)
             for stream_id in range(1, 21, 2):
                 path = "/slow" if stream_id % 4 == 1 else "/fast"
-                client.send_headers(stream_id, [*FIELDS[:3], (":path", path), FIELDS[3], ("grpc-timeout", "5S")])
+                head = [*FIELDS[:3], (":path", path), FIELDS[3], ("grpc-timeout", "5S")]
+                if is_asking:
+                    head.append(("authorization", tokens[stream_id % 5 % 3]))
+                client.send_headers(stream_id, head)
                 client.send_data(stream_id, frame(message(stream_id) if stream_id % 3 else b"odd"), end_stream=True)
             writer.write(client.data_to_send())
             for _ in range(turn):
                 await reader.read(100)
+            if passes is not None and turn == 4:
+                passes.clear()
             writer.transport.abort()
         (listening if is_threaded else listener).close()
         native.drain()
@@ -147,22 +184,25 @@ def drive(*, is_threaded: bool) -> None:
     asyncio.run(serve())
     scheduler.close()
     instance.join()
+    assert quota.counters().in_flight == 0
+    assert (quota.counters().admitted > 0) == is_asking
 
 
 #: Rounds, and how many KiB may stay: a driver has buffers of 512 KiB, whose places in the heap vary. Losing one record
 #: per stream would come to 9 MiB.
 CASES: dict[str, tuple[Callable[[], None], int, int]] = {"session": (session, 200, 512), "driver": (driver, 200, 3072)}
-CASES["thread"] = (thread, 200, 3072)
+CASES |= {"thread": (thread, 200, 3072), "asking": (asking, 100, 64)}
 
 
 def main() -> None:
     case, rounds, tolerance_kib = CASES[sys.argv[1]]
     for _ in range(rounds // 2):
         case()
-    before = resident_kib()
+    measure = allocated_kib if case is asking else resident_kib
+    before = measure()
     for _ in range(rounds):
         case()
-    grown = resident_kib() - before
+    grown = measure() - before
     if grown > tolerance_kib:
         sys.exit(f"{sys.argv[1]}: {grown} KiB more after {rounds} rounds")
 
