@@ -83,11 +83,18 @@ class DatabaseServer:
                 time.sleep(0.02)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Ends it, and waits for that."""
-        if self._process is not None:
+        """Ends it, and waits until all of its processes are gone; killed ones would hold on to their memory."""
+        if self._process is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self._process.pid).children(recursive=True)
+            for each in children if number == signal.SIGKILL else ():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
             self._process.send_signal(number)
-            self._process.wait(START_LIMIT_S)
-            self._process = None
+            psutil.wait_procs(children, START_LIMIT_S)
+        self._process.wait(START_LIMIT_S)
+        self._process = None
 
     def send(self, number: signal.Signals) -> None:
         """A signal such as SIGSTOP, which it has obeyed on return, to all of its processes."""
@@ -100,9 +107,7 @@ class DatabaseServer:
                     time.sleep(0.001)
 
     def close(self) -> None:
-        if self._process is not None:
-            self.send(signal.SIGCONT)
-            self.stop(signal.SIGKILL)
+        self.stop(signal.SIGKILL)  # ends what stands still, too
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _as_user(self) -> dict[str, Any]:
