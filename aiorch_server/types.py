@@ -290,14 +290,15 @@ class ModelStatistics:
     """Counts since load of one model version, as the statistics extension of the V2 protocol defines them.
 
     ``inference_count`` counts rows, ``success.count`` requests, ``execution_count`` batches; ``last_inference_ms`` is
-    milliseconds since the epoch, 0 for never. ``failures`` splits ``fail.count`` by reason. BACKEND: the model had the
-    request and failed it, whatever its code, or died with it: these are the version's own. REJECTED: no instance took it,
-    for the queue was full, its time was over or no instance was left: the version is too slow or gone. CANCELED: its
-    caller left. OTHER: a step of an ensemble refused it. What does not fit the signature never comes to a version and
-    is in none of these. ``pending`` is the number of requests queued now. ``responses`` are those of a decoupled model, by
-    their place in the stream ("0" is the first); ``first_response`` says how long the first ones took, ``stalled`` how
-    many streams were ended because nobody took their answers. ``cache_hit`` counts requests answered without a run
-    (look-up, or the wait for an equal one), ``cache_miss`` those run and kept.
+    milliseconds since the epoch, 0 for never. ``pending`` is the number of requests queued now. ``responses`` are those
+    of a decoupled model, by their place in the stream ("0" is the first); ``first_response`` says how long the first
+    ones took, ``stalled`` how many streams were ended because nobody took their answers. ``cache_hit`` counts requests
+    answered without a run (look-up, or the wait for an equal one), ``cache_miss`` those run and kept.
+
+    ``failures`` splits ``fail.count`` by reason. BACKEND: the model had the request and failed it, with whatever code,
+    or died with it: these are the version's own faults. REJECTED: nobody took it, for the queue was full, its time was
+    over or no instance was left: the version is too slow, or gone. CANCELED: its caller left. OTHER: a step of an
+    ensemble refused it. What does not fit the signature never comes to a version and is in none of these.
     """
 
     name: str
