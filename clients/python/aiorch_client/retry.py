@@ -45,9 +45,13 @@ class RetryPolicy:
             return None
         if error.retry_after_s is not None:
             return error.retry_after_s + self.initial_backoff_s * fraction / 2
+        return self.backoff_s(attempt, fraction)
+
+    def backoff_s(self, attempt: int, fraction: float) -> float:
+        """The pause before attempt ``attempt`` + 1 where the server asks for none."""
         # the exponent is bounded so that a large attempt count cannot overflow
-        backoff_s = min(self.max_backoff_s, self.initial_backoff_s * self.multiplier ** min(attempt - 1, 64))
-        return backoff_s * (0.5 + fraction / 2)
+        longest_s = min(self.max_backoff_s, self.initial_backoff_s * self.multiplier ** min(attempt - 1, 64))
+        return longest_s * (0.5 + fraction / 2)
 
 
 NO_RETRIES = RetryPolicy(max_attempts=1)

@@ -56,14 +56,19 @@ class CallLayer:
         """The clock's time at which a call that starts now must be over."""
         return self._clock_s() + (self.timeout_s if timeout_s is None else check_timeout(timeout_s))
 
+    def remaining_s(self, deadline_s: float, method: str) -> float:
+        """The seconds that are left; UnavailableError where there are none."""
+        remaining_s = deadline_s - self._clock_s()
+        if remaining_s <= 0:
+            raise UnavailableError(
+                f"the time for {method} was over before it could be sent; give it a longer timeout_s",
+                code=grpc.StatusCode.DEADLINE_EXCEEDED,
+            )
+        return remaining_s
+
     def _call(self, method: str, request: Any, deadline_s: float, *, is_repeatable: bool = True) -> Steps[Any]:
         for attempt in itertools.count(1):
-            remaining_s = deadline_s - self._clock_s()
-            if remaining_s <= 0:
-                raise UnavailableError(
-                    f"the time for {method} was over before it could be sent; give it a longer timeout_s",
-                    code=grpc.StatusCode.DEADLINE_EXCEEDED,
-                )
+            remaining_s = self.remaining_s(deadline_s, method)
             try:
                 return (yield Send(method, request, remaining_s))
             except grpc.RpcError as rpc_error:
