@@ -99,7 +99,9 @@ async def test_what_changes_while_a_call_runs_gives_no_pass(models: Path) -> Non
         admit = gate.admit
 
         def forget_first(*arguments: Any) -> None:
+            remembered = dict(gate._remembered)
             gate.forget()
+            gate._remembered.update(remembered)  # another call of the same caller was faster
             admit(*arguments)
 
         gate.admit = forget_first
