@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from aiorch_server._core import ServerLedger
     from aiorch_server.deployments.local import LocalDeployments
+    from aiorch_server.frontends.admin.services import AdminServices
     from aiorch_server.frontends.grpc import ConnectionLife, ServerCredentials
     from aiorch_server.lifecycle.servable import Servable
     from aiorch_server.observability.log_settings import LogSettings
@@ -80,6 +81,7 @@ class Application:
         self._observers: list[Observer] = [observe] if observe is not None else []
         #: What follows the registry, if there is one.
         self.deployments: LocalDeployments | None = None
+        self._admin: AdminServices | None = None
         self._mailbox: Mailbox | None = None
         self._cache: ResponseCache | None = None
         self._grpc: Any = None
@@ -117,6 +119,8 @@ class Application:
                 await self.deployments.start(
                     self.manager, self.dataplane.samples, server=self._name(), on_change=self._changed.set
                 )
+                if self._admin is not None:
+                    self._admin.start(self.deployments.store)
             await self.manager.start()
             if server is not None:
                 await server.start()
@@ -189,7 +193,14 @@ class Application:
         doors = (config.grpc, config.http, config.metrics)
         has_certificates = any(each.enabled and each.tls.require_client_auth for each in doors)
         self._passes = Passes() if config.security.enabled else None
-        self._gate = open_gate(config.security, has_certificates=has_certificates, passes=self._passes)
+        known: RegistryAccess | None = None
+        if self.deployments is not None:
+            from aiorch_server.frontends.admin.registry_access import RegistryAccess
+
+            known = RegistryAccess(self.deployments.database)
+        self._gate = open_gate(
+            config.security, has_certificates=has_certificates, passes=self._passes, keys=known, source=known
+        )
         for name in ("grpc", "http", "metrics"):
             if lack := config.find_exposure(name):
                 logger.warning("%s is open although it should not be (security.insecure): %s", name, lack)
@@ -218,12 +229,13 @@ class Application:
     def _build(self) -> None:
         config = self.config
         self._open_traces()
+        repository = self._open_repository()
         self._open_gate()
         self.router = Router()
         calls = ModelCalls()
         cache = self._cache = open_cache(config.cache)
         self.manager = LifecycleManager(
-            self._open_repository(),
+            repository,
             Loader(
                 BackendRegistry(config.execution.backends),
                 default_max_batch_size=config.execution.default_max_batch_size,
@@ -330,11 +342,29 @@ class Application:
             server = GuardedServer(server, self._gate)
         add_inference_service(InferenceServicer(self.dataplane, self.controlplane), server)
         add_serving_services(server, self.dataplane, self.controlplane, max_tensor_bytes=config.max_message_bytes)
-        add_reflection_service(server)
+        add_reflection_service(server, self._add_admin_services())
         self._health = await add_health_service(server)
         if server is not self._grpc:
             server.add_end()
         return self._grpc
+
+    def _add_admin_services(self) -> Sequence[str]:
+        """Registers the admin services where there is a registry, and gives their names."""
+        if self.deployments is None:
+            return ()
+        from aiorch_server.frontends.admin.services import SERVICE_NAMES, AdminServices, read_bounds
+
+        self._admin = AdminServices(
+            self.deployments.database,
+            read_bounds(self.config.registry),
+            server=self._name(),
+            gate=self._gate,
+            allow_code=self.config.execution.allow_code,
+            on_commit=self.deployments.nudge,
+        )
+        self._admin.register(self._grpc)
+        names: Sequence[str] = SERVICE_NAMES
+        return names
 
     def _open_tls(self, tls: TlsConfig, door: str) -> SSLContext | None:
         """What an HTTP door shows its clients, None for plain text; follows the files."""
@@ -457,6 +487,8 @@ class Application:
         until = asyncio.get_running_loop().time() + grace_s
         self.manager.announce_stop()
         jobs: list[Any] = []
+        if self._admin is not None:
+            self._admin.announce_stop()
         if self._health is not None:
             jobs.append(self._health.set_serving(False))
         if self._grpc is not None:
@@ -466,6 +498,8 @@ class Application:
         if self.deployments is not None:
             jobs.append(self.deployments.stop())
         problems = await asyncio.gather(*jobs, return_exceptions=True)
+        if self._admin is not None:
+            problems += await asyncio.gather(self._admin.stop(), return_exceptions=True)
         await self._slow_log.stop()
         await self.dataplane.samples.close()
         left_s = max(0.0, until - asyncio.get_running_loop().time())

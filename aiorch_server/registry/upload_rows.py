@@ -119,3 +119,9 @@ def read_expired_uploads(session: Session) -> tuple[Upload, ...]:
     """Those whose time is over, done or not."""
     query = select(uploads).where(uploads.c.expires_at <= read_clock(session)).order_by(uploads.c.expires_at)
     return tuple(Upload(**row._mapping) for row in session.execute(query))
+
+
+def read_open_uploads(session: Session, actor: str) -> tuple[Upload, ...]:
+    """Those that somebody has begun and not finished, and that are not over."""
+    is_open = (uploads.c.created_by == actor, uploads.c.version == 0, uploads.c.expires_at > read_clock(session))
+    return tuple(Upload(**row._mapping) for row in session.execute(select(uploads).where(*is_open)))

@@ -96,3 +96,14 @@ def _list_details(error: Exception, text: str, model: str) -> list[Message]:
         retry.retry_delay.FromSeconds(_RETRY_S)
         details.append(retry)
     return details
+
+
+def find_model(request: Any) -> str:
+    """The name of the model that a request is about, empty where it is about none."""
+    for name in ("model", "name"):
+        found = getattr(request, name, "")
+        if isinstance(found, str) and found:
+            return found
+        if found := getattr(found, "name", ""):  # UpdateModelRequest has the model itself
+            return str(found)
+    return str(getattr(getattr(request, "objective", None), "model", ""))

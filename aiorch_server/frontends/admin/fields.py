@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -110,3 +110,28 @@ def check_paths(paths: Iterable[str], known: Iterable[str], field: str) -> tuple
         names = ", ".join(show(path) for path in unknown[:5])
         raise InvalidField(field, f"names {names}; expected some of {', '.join(allowed)}")
     return chosen
+
+
+def check_texts(message: Any, prefix: str = "") -> None:
+    """InvalidField where a text of the message, or of one inside it, has a NUL, which databases do not hold."""
+    for field, value in message.ListFields():
+        path = f"{prefix}{field.name}"
+        if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            continue
+        is_map = field.type == field.TYPE_MESSAGE and field.message_type.GetOptions().map_entry
+        if is_map:
+            parts: list[Any] = [*value.keys(), *(each for each in value.values() if isinstance(each, str))]
+        else:
+            parts = list(value) if field.is_repeated else [value]
+        for part in parts:
+            if not isinstance(part, str):
+                check_texts(part, f"{path}.")
+            elif "\0" in part:
+                raise InvalidField(path, "has a NUL character")
+
+
+def choose_paths(request: Any, given: Any, known: Sequence[str]) -> tuple[str, ...]:
+    """The fields of ``given`` that ``request.update_mask`` names; those that are set where it names none."""
+    if request.update_mask.paths:
+        return check_paths(request.update_mask.paths, known, "update_mask")
+    return tuple(field.name for field, _ in given.ListFields() if field.name in known)

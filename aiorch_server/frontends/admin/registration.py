@@ -6,46 +6,63 @@ with details; a method gives its answer as a message, or as bytes where the same
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, Final
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from aiorch_proto.admin.v1.service import METHODS, SERVICE_NAMES, Method
 
-from aiorch_server.frontends.admin.details import describe_failure
+from aiorch_server.frontends.admin.details import describe_failure, find_model
 from aiorch_server.frontends.grpc.convert import parse_message
 from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
 from aiorch_server.frontends.grpc.unary import own_cancellation_only
 
+if TYPE_CHECKING:
+    from aiorch_server.frontends.admin.transactions import Transactions
+
 #: Asked before each call whose request is one message; raises where the caller may not make it.
 Authorize = Callable[[Method, Any], None]
+#: Told of each such call that is refused, with the request where it could be read.
+Refuse = Callable[[Method, Any, Exception], Awaitable[None]]
 _END: Final = object()
 
 
-def add_admin_services(server: Any, servicers: Mapping[str, Any], authorize: Authorize) -> None:
+def add_admin_services(
+    server: Any, servicers: Mapping[str, Any], authorize: Authorize, transactions: Transactions | None = None
+) -> None:
     """Registers ``servicers``, one object with the methods of its service by the service's short name, with ``server``.
 
-    Methods that stream requests authorize themselves, with their first message. A service without a servicer is left
-    out, as are methods that its servicer has not: the door answers UNIMPLEMENTED.
+    A method that is no coroutine function is an operation of ``transactions``. Methods that stream requests authorize
+    themselves, with their first message. What no servicer has is left out: the door answers UNIMPLEMENTED.
     """
     for service in SERVICE_NAMES:
         servicer = servicers.get(service.rpartition(".")[2])
         methods = {
-            method.name: _build(getattr(servicer, method.name), method, authorize)
+            method.name: _build(getattr(servicer, method.name), method, authorize, transactions)
             for method in METHODS.values()
             if method.service == service and hasattr(servicer, method.name)
         }
         add_methods(server, service, methods)
 
 
-def _build(rpc: Callable[..., Any], method: Method, authorize: Authorize) -> RpcMethod:
+def _build(
+    rpc: Callable[..., Any], method: Method, authorize: Authorize, transactions: Transactions | None
+) -> RpcMethod:
     if method.client_streams:
         return RpcMethod(True, False, stream_unary=_take_stream(rpc, method))
     if method.server_streams:
         return RpcMethod(False, True, unary_stream=_give_stream(rpc, method, authorize))
-    return RpcMethod(False, False, unary_unary=_take_one(rpc, method, authorize))
+    if transactions is not None and not inspect.iscoroutinefunction(rpc):
+        rpc = transactions.bind(method, rpc)
+    refuse = _ignore if transactions is None else transactions.refuse
+    return RpcMethod(False, False, unary_unary=_take_one(rpc, method, authorize, refuse))
 
 
-def _take_one(rpc: Callable[..., Any], method: Method, authorize: Authorize) -> Callable[..., Any]:
+async def _ignore(method: Method, request: Any, error: Exception) -> None:
+    pass
+
+
+def _take_one(rpc: Callable[..., Any], method: Method, authorize: Authorize, refuse: Refuse) -> Callable[..., Any]:
     async def answer(message: bytes, context: Any) -> bytes:
         request = None
         try:
@@ -54,6 +71,7 @@ def _take_one(rpc: Callable[..., Any], method: Method, authorize: Authorize) -> 
             return _serialize(await own_cancellation_only(rpc(request, context)))
         except Exception as error:
             failure = describe_failure(error, find_model(request))
+            await refuse(method, request, error)
         await context.abort(*failure)
         raise AssertionError("abort returned")
 
@@ -106,14 +124,3 @@ def _take_stream(rpc: Callable[..., Any], method: Method) -> Callable[..., Any]:
 
 def _serialize(response: Any) -> bytes:
     return response if isinstance(response, bytes) else bytes(response.SerializeToString())
-
-
-def find_model(request: Any) -> str:
-    """The name of the model that a request is about, empty where it is about none."""
-    for name in ("model", "name"):
-        found = getattr(request, name, "")
-        if isinstance(found, str) and found:
-            return found
-        if found := getattr(found, "name", ""):  # UpdateModelRequest has the model itself
-            return str(found)
-    return str(getattr(getattr(request, "objective", None), "model", ""))

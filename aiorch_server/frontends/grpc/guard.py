@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from aiorch_server.errors import AiorchError, Code, InternalError, NotAuthenticated
@@ -23,22 +23,36 @@ from aiorch_server.security.identity import current_principal
 #: What the gate lets through the compiled door by itself, once it has seen it here.
 _FAST: Final = "/inference.GRPCInferenceService/ModelInfer"
 _AUTHORIZATION: Final = "authorization"
+#: (path, error, context) -> aborts the call
+Refuse = Callable[[str, AiorchError, Any], Awaitable[Any]]
+
+
+async def refuse_call(path: str, error: AiorchError, context: Any) -> Any:
+    """Ends the call with the status and text of ``error``."""
+    return await context.abort(*describe_error(error))
 
 
 class GuardedServer:
-    """A server as services see it when they register: each method that they give gets ``gate`` before it."""
+    """A server as services see it when they register: each method that they give gets ``gate`` before it.
 
-    def __init__(self, server: Any, gate: Gate) -> None:
+    ``refuse`` ends the calls that the gate does not let through.
+    """
+
+    def __init__(self, server: Any, gate: Gate, refuse: Refuse = refuse_call) -> None:
         self._server = server
         self._gate = gate
+        self._refuse = refuse
 
     def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
         """Generic handlers, whose methods are looked up with each call."""
-        self._server.add_generic_rpc_handlers([_GuardedService(each, self._gate) for each in handlers])
+        self._server.add_generic_rpc_handlers([_GuardedService(each, self._gate, self._refuse) for each in handlers])
 
     def add_registered_method_handlers(self, service: str, methods: Mapping[str, RpcMethod]) -> None:
         """Methods by name of one service."""
-        guarded = {name: guard_method(f"/{service}/{name}", method, self._gate) for name, method in methods.items()}
+        guarded = {
+            name: guard_method(f"/{service}/{name}", method, self._gate, self._refuse)
+            for name, method in methods.items()
+        }
         self._server.add_registered_method_handlers(service, guarded)
 
     def add_end(self) -> None:
@@ -46,9 +60,9 @@ class GuardedServer:
         self._server.add_generic_rpc_handlers([_Unknown(self._gate)])
 
 
-def guard_method(path: str, method: RpcMethod, gate: Gate) -> RpcMethod:
+def guard_method(path: str, method: RpcMethod, gate: Gate, refuse: Refuse = refuse_call) -> RpcMethod:
     """``method`` behind ``gate``."""
-    guarded = _GuardedMethod(path, gate)
+    guarded = _GuardedMethod(path, gate, refuse)
     if method.unary_unary is not None:
         return method._replace(unary_unary=guarded.wrap_one(method.unary_unary))
     if method.stream_unary is not None:
@@ -83,9 +97,10 @@ def _read_certificate(context: Any) -> bytes:
 class _GuardedMethod:
     """One method's way through the gate."""
 
-    def __init__(self, path: str, gate: Gate) -> None:
+    def __init__(self, path: str, gate: Gate, refuse: Refuse) -> None:
         self._path = path
         self._gate = gate
+        self._refuse = refuse
 
     def wrap_one(self, function: Any) -> Any:
         """What gives one answer, or writes its answers itself."""
@@ -101,8 +116,8 @@ class _GuardedMethod:
                     return answer
                 raise _find_fault(self._path)
             except AiorchError as error:
-                code, text = describe_error(error)
-            return await context.abort(code, text)
+                fault = error
+            return await self._refuse(self._path, fault, context)
 
         return serve
 
@@ -120,8 +135,8 @@ class _GuardedMethod:
                     yield answer
                 return
             except AiorchError as error:
-                code, text = describe_error(error)
-            await context.abort(code, text)
+                fault = error
+            await self._refuse(self._path, fault, context)
 
         return serve
 
@@ -129,12 +144,12 @@ class _GuardedMethod:
         try:
             access = await self._gate.enter(self._path, read_credentials(context))
         except AiorchError as error:
-            code, text = describe_error(error)
+            fault = error
         else:
             current_access.set(access)
             current_principal.set(access.principal)
             return access
-        await context.abort(code, text)
+        await self._refuse(self._path, fault, context)
         raise AssertionError("abort returned")
 
     async def _renew_each(self, requests: AsyncIterator[Any], access: Access) -> AsyncIterator[Any]:
@@ -147,9 +162,10 @@ class _GuardedMethod:
 class _GuardedService:
     """A generic handler behind the gate."""
 
-    def __init__(self, service: Any, gate: Gate) -> None:
+    def __init__(self, service: Any, gate: Gate, refuse: Refuse) -> None:
         self._service = service
         self._gate = gate
+        self._refuse = refuse
         self._guarded: dict[str, RpcMethod] = {}
 
     def service_name(self) -> str:
@@ -164,7 +180,7 @@ class _GuardedService:
             method = self._service.service(details)
             if method is None:
                 return None
-            self._guarded[path] = guard_method(path, method, self._gate)
+            self._guarded[path] = guard_method(path, method, self._gate, self._refuse)
         return self._guarded[path]
 
 

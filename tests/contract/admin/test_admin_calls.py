@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from admin_site import TIMEOUT_S, open_door, refused
 from aiorch_proto.admin.v1 import access_pb2, deployments_pb2, registry_pb2
 from aiorch_proto.admin.v1.service import METHODS, SERVICE_NAMES, AdminStub, Method
 from google.protobuf import descriptor_pool
@@ -21,13 +22,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from aiorch_server import errors
-from aiorch_server.frontends.admin.details import DOMAIN
 from aiorch_server.frontends.admin.fields import InvalidField
 from aiorch_server.frontends.admin.registration import add_admin_services
-from aiorch_server.frontends.grpc import GrpcDoor, create_grpcio_server
 from aiorch_server.frontends.grpc.reflection import add_reflection_service
-
-TIMEOUT_S = 20.0
 
 
 class Registry:
@@ -86,7 +83,7 @@ async def site(door: str) -> AsyncIterator[SimpleNamespace]:
         if getattr(request, "name", "") == "secret" or getattr(request, "model", "") == "secret":
             raise errors.PermissionDenied("not for you")
 
-    server: Any = create_grpcio_server() if door == "grpcio" else GrpcDoor(io_threads=1)
+    server: Any = open_door(door)
     registry, deployments = Registry(), Deployments()
     add_admin_services(server, {"ModelRegistry": registry, "Deployments": deployments}, authorize)
     add_reflection_service(server, SERVICE_NAMES)
@@ -102,29 +99,6 @@ async def site(door: str) -> AsyncIterator[SimpleNamespace]:
             target=f"127.0.0.1:{port}",
         )
     await server.stop(None)
-
-
-async def refused(call: Any) -> tuple[grpc.aio.AioRpcError, dict[str, Any]]:
-    """The error and its details by their kinds, ErrorInfo always among them."""
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await asyncio.wait_for(call, TIMEOUT_S)
-    return raised.value, read_details(raised.value)
-
-
-def read_details(error: Any) -> dict[str, Any]:
-    # grpc_status reads calls, and an error of grpc.aio has the same as properties of another form
-    call = SimpleNamespace(
-        code=error.code, details=error.details, trailing_metadata=lambda: list(error.trailing_metadata())
-    )
-    status = rpc_status.from_call(call)
-    assert status is not None
-    found = {}
-    for detail in status.details:
-        kind = getattr(rpc, detail.type_url.rpartition(".")[2])
-        found[kind.__name__] = kind()
-        assert detail.Unpack(found[kind.__name__])
-    assert found["ErrorInfo"].domain == DOMAIN
-    return found
 
 
 async def test_one_message_each_way(site: SimpleNamespace) -> None:

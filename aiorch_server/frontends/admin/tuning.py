@@ -1,0 +1,68 @@
+"""Objectives of models; what an optimizer would make of them is not there yet."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+from aiorch_proto.admin.v1 import tuning_pb2 as pb
+
+from aiorch_server.errors import NotFoundError, UnsupportedRequest
+from aiorch_server.frontends.admin.caller import Caller
+from aiorch_server.frontends.admin.fields import check_range, choose_paths, within
+from aiorch_server.registry import objectives
+from aiorch_server.registry.events import append_event
+
+if TYPE_CHECKING:
+    from aiorch_server.registry.session import Session
+
+_LARGEST: Final = float(2**31 - 1)
+#: From where to where each field may lie; 0 stands for what is not said.
+_BOUNDS: Final = {
+    "percentile": (0.0, 100.0),
+    "latency_us": (0.0, 3600e6),
+    "error_budget": (0.0, 1.0),
+    "min_instances": (0.0, _LARGEST),
+    "max_instances": (0.0, _LARGEST),
+    "max_batch_size": (0.0, _LARGEST),
+    "priority": (-_LARGEST, _LARGEST),
+    "instance_cost": (0.0, math.inf),
+}
+
+
+class TuningServicer:
+    """The service Tuning; each method is an operation on a session of the registry's database."""
+
+    def GetObjective(self, session: Session, request: Any, caller: Caller) -> pb.Objective:
+        """What a model should keep to."""
+        return _encode(request.model, objectives.get_objective(session, request.model))
+
+    def SetObjective(self, session: Session, request: Any, caller: Caller) -> pb.Objective:
+        """Sets the fields that the mask names, and leaves the others as they were."""
+        given = request.objective
+        paths = choose_paths(request, given, tuple(_BOUNDS))
+        for name in paths:
+            with within("objective"):
+                check_range(getattr(given, name), name, *_BOUNDS[name])
+        try:
+            before = objectives.get_objective(session, given.model)
+        except NotFoundError:
+            before = {}
+        wanted = {**before, **{name: getattr(given, name) for name in paths}}
+        with within("objective"):
+            check_range(wanted.get("max_instances", 0) or _LARGEST, "max_instances", wanted.get("min_instances", 0))
+        kept = objectives.set_objective(session, given.model, wanted, actor=caller.name)
+        if kept != before:
+            text = f"the objective of model {given.model} changed: {', '.join(paths)}"
+            append_event(session, "objective.set", text, actor=caller.name, model=given.model)
+        return _encode(given.model, kept)
+
+    async def Explain(self, request: Any, context: Any) -> pb.Explanation:
+        """Refused."""
+        raise UnsupportedRequest(
+            "this server has no optimizer: nothing moves the knobs of its models but their configuration and Scale"
+        )
+
+
+def _encode(model: str, objective: dict[str, Any]) -> pb.Objective:
+    return pb.Objective(model=model, **{name: value for name, value in objective.items() if name in _BOUNDS})
