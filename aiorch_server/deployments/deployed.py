@@ -91,7 +91,8 @@ class DeployedModel:
         """What became of it, and what was measured."""
         deployment = None if self.wanted is None else self.wanted.deployment
         loaded = () if deployment is None else deployment.loaded
-        entries = {int(each.version): each for each in self._manager.index_model(self.name) if each.version}
+        rows = [] if self._manager.is_own(self.name) else self._manager.index_model(self.name)
+        entries = {int(each.version): each for each in rows if each.version}
         versions = []
         for version in sorted({*entries, *loaded}):
             entry = entries.get(version)
