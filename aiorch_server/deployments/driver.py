@@ -50,13 +50,13 @@ class Driver:
         server: str,
         on_change: Callable[[], None] = lambda: None,
         lease_s: float = LEASE_S,
-        silent_s: float = SILENT_S,
+        silent_s: float | None = None,
     ) -> None:
         self._database = database
         self._server = server
         self._on_change = on_change
         self._lease_s = lease_s
-        self._silent_s = silent_s
+        self._silent_s = SILENT_S if silent_s is None else silent_s
         # A process of the same name that runs later must not go on with this one's lease.
         self._holder = f"{server} {secrets.token_hex(4)}"
         self._lease: Lease | None = None
@@ -74,10 +74,10 @@ class Driver:
         self._task = asyncio.create_task(self._run())
 
     def notice(self, is_rolling: bool) -> None:
-        """Whether a rollout is under way, as seen just now."""
-        if is_rolling and not self._is_rolling:
-            self._news.set()
+        """Whether a rollout is under way, as seen just now, with this server's report written: it may go on."""
         self._is_rolling = is_rolling
+        if is_rolling:
+            self._news.set()
 
     async def stop(self) -> None:
         """Drives no more, and leaves the lease to others, if the database is there."""

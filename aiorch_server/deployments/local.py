@@ -33,6 +33,8 @@ class LocalDeployments:
     def __init__(self, config: RegistryConfig) -> None:
         self.database = Database(config.url.get_secret_value())
         self.repository = RegisteredRepository()
+        #: What the registry calls this server, from ``start`` on.
+        self.server = ""
         self._config = config
         self._checkout: Checkout | None = None
         self._reconciler: Reconciler | None = None
@@ -43,6 +45,11 @@ class LocalDeployments:
         """Whether everything that is deployed is as it should be, or has failed."""
         return self._reconciler is not None and self._reconciler.is_settled
 
+    @property
+    def is_driving(self) -> bool:
+        """Whether this server drives the rollouts."""
+        return self._driver is not None and self._driver.is_driving
+
     async def start(
         self, manager: LifecycleManager, samples: Samples, *, server: str, on_change: Callable[[], None]
     ) -> None:
@@ -50,6 +57,7 @@ class LocalDeployments:
 
         Raises InvalidSettings for a store or a cache folder that cannot be used.
         """
+        self.server = server
         folder = self._config.cache_folder
 
         def open_files() -> tuple[ArtefactStore, Checkout]:
