@@ -17,6 +17,7 @@ from aiorch_server.types import (
     InferenceResponse,
     ModelIndexEntry,
     ModelMetadata,
+    ModelSignature,
     ModelState,
     ModelStatistics,
     ServerMetadata,
@@ -107,6 +108,10 @@ class RecordingControl:
         self._check(name, version)
         tensor = TensorMetadata("IN", "FP32", (-1, 4))
         return ModelMetadata(MODEL, ("1",), "onnxruntime_onnx", (tensor,), (tensor,))
+
+    def foresee(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
+        self._check(name, version)
+        return 1, ModelSignature((), ())
 
     def model_config(self, name: str, version: str) -> ModelConfigDocument:
         self._check(name, version)
