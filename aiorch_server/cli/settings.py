@@ -91,8 +91,8 @@ def build_config(
         raise UsageError("--grpc-use-ssl false contradicts the certificate in the configuration file or environment")
     if not config.repository.paths and not config.registry.is_enabled:
         raise UsageError(
-            "no model repository is given: add --model-repository FOLDER (it holds one folder per model), or --registry "
-            "URL (sqlite:///aiorch.db makes one)"
+            "no model repository is given: add --model-repository FOLDER (it holds one folder per model), or "
+            "--registry URL (sqlite:///aiorch.db makes one)"
         )
     return config
 

@@ -346,7 +346,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         process.stdin.write("".join(line for line in lines if line.split()[0] not in told))
         process.stdin.flush()
         if kills < 8:
-            time.sleep(chance.random() * 0.06)
+            told |= {process.stdout.readline().split()[0] for _ in range(chance.randrange(3)) if len(told) < 30}
+            time.sleep(chance.random() * 0.01)
             process.send_signal(signal.SIGKILL)
             kills += 1
         else:
@@ -357,7 +358,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
             process.stdin.close()
         process.stdout.close()
         check(root)
-    assert kills == 8
+    assert kills >= 3  # a machine that stands still lets more of them end
     store = open_store(str(root))
     assert len(list(store.blobs())) == 80
     assert store.upload_keys().keys() <= {announce_key(line.split()[0]) for line in lines}
