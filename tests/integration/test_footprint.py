@@ -14,7 +14,7 @@ FRAMEWORKS = ("torch", "tensorflow", "sklearn", "skops", "joblib", "pandas", "sc
 #: The compiled instance opens ONNX Runtime's shared library without the Python package, and the native door speaks
 #: gRPC without grpc's; the client and its commands belong to other processes.
 #: What terminals, YAML files, reflection, scrapes, TensorFlow Serving's clients and requests for anything but inference
-#: over REST need is imported when there is one.
+#: over REST need is imported when there is one; what a registry needs, where one is named.
 NEEDLESS = (
     *FRAMEWORKS,
     "aiorch_server.frontends.tfserving.service",
@@ -34,6 +34,12 @@ NEEDLESS = (
     "rich",
     "yaml",
     "grpc_reflection",
+    "sqlalchemy",
+    "google.rpc",
+    "aiorch_proto.admin.v1.registry_pb2",
+    "aiorch_server.frontends.admin",
+    "aiorch_server.registry",
+    "aiorch_server.deployments",
 )
 #: Measured 98 to 99 MB; what the kernel maps of libraries beside the pages that are read varies by 2 MB.
 MOST_RESIDENT_BYTES = 102_000_000
