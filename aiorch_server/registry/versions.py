@@ -157,6 +157,12 @@ def find_referenced(session: Session, blobs: Collection[str]) -> frozenset[str]:
     return frozenset(found)
 
 
+def read_referenced(session: Session, *, after: str = "", limit: int = 5000) -> tuple[str, ...]:
+    """Blobs that versions are made of, in their order, behind ``after``; empty behind the last."""
+    query = select(manifest_files.c.sha256).where(manifest_files.c.sha256 > after).distinct()
+    return tuple(session.execute(query.order_by(manifest_files.c.sha256).limit(limit)).scalars())
+
+
 def _select_versions() -> Any:
     return select(versions, manifests.c.n_files).join(manifests, manifests.c.digest == versions.c.digest)
 

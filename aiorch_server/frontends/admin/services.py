@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aiorch_proto.admin.v1.service import METHODS, SERVICE_NAMES
 
 from aiorch_server.config.registry import RegistryConfig
+from aiorch_server.deployments.housekeeping import Housekeeping
 from aiorch_server.errors import AiorchError, PermissionDenied
 from aiorch_server.frontends.admin.access_service import AccessServicer
 from aiorch_server.frontends.admin.audit_service import AuditServicer
@@ -22,7 +23,7 @@ from aiorch_server.frontends.admin.tuning import TuningServicer
 from aiorch_server.frontends.admin.upload_service import UploadService
 from aiorch_server.frontends.grpc.guard import GuardedServer, read_credentials
 from aiorch_server.registry.archives import ArchiveBounds
-from aiorch_server.registry.uploads import UploadBounds
+from aiorch_server.registry.uploads import UploadBounds, Uploads
 from aiorch_server.security.access import Access
 
 if TYPE_CHECKING:
@@ -52,11 +53,14 @@ class AdminServices:
         allow_code: bool = False,
         on_commit: Callable[[], None] = lambda: None,
     ) -> None:
+        self._database = database
+        self._bounds = bounds
         self._gate = gate
         self._on_commit = on_commit
+        self._housekeeping: Housekeeping | None = None
         self._feed = EventFeed(database)
         self._transactions = Transactions(database, server=server, on_commit=self._tell)
-        self._uploads = UploadService(self._transactions, bounds)
+        self._uploads = UploadService(self._transactions, bounds.lifetime_s)
         self._servicers: dict[str, Any] = {
             "ModelRegistry": ModelRegistryServicer(self._uploads),
             "Deployments": DeploymentsServicer(self._feed, allow_code=allow_code),
@@ -77,9 +81,12 @@ class AdminServices:
         return self._feed.watchers
 
     def start(self, store: ArtefactStore) -> None:
-        """Begins to follow the events, and to take uploads into ``store``; before the door opens."""
-        self._uploads.start(store)
+        """Begins to follow the events, to take uploads into ``store``, and to tidy up; before the door opens."""
+        uploads = Uploads(store, self._bounds)
+        self._uploads.start(uploads)
         self._feed.start()
+        self._housekeeping = Housekeeping(self._database, store, uploads)
+        self._housekeeping.start()
 
     def announce_stop(self) -> None:
         """Ends all watches: a door that waits for its calls would wait for them."""
@@ -87,6 +94,8 @@ class AdminServices:
 
     async def stop(self) -> None:
         """Refuses changes, and waits a while for those under way; the doors are closed by then."""
+        if self._housekeeping is not None:
+            await self._housekeeping.stop()
         await self._feed.stop()
         await self._transactions.close(STOP_LIMIT_S)
         self._uploads.close()

@@ -38,11 +38,10 @@ from aiorch_server.registry.archives import ArchiveFormat
 from aiorch_server.registry.idempotency import LARGEST_ANSWER_BYTES, find_answer, keep_answer
 from aiorch_server.registry.names import check_alias, check_model_name, not_registered
 from aiorch_server.registry.records import Provenance
-from aiorch_server.registry.uploads import Finished, Upload, UploadBounds, Uploads
+from aiorch_server.registry.uploads import Finished, Upload, Uploads
 
 if TYPE_CHECKING:
     from aiorch_server.registry.session import Session
-    from aiorch_server.registry.store import ArtefactStore
 
 logger = logging.getLogger(__name__)
 
@@ -120,22 +119,22 @@ class UploadService:
     def __init__(
         self,
         transactions: Transactions,
-        bounds: UploadBounds,
+        lifetime_s: float,
         *,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._transactions = transactions
         self._database = transactions.database
-        self._bounds = bounds
+        self._lifetime_s = lifetime_s
         self._patience_s = patience_s
         self._claims: dict[tuple[str, str], _Claim] = {}
         self._writing: dict[tuple[str, str], asyncio.Future[None]] = {}
         self._finishing: dict[tuple[str, str], asyncio.Task[bytes]] = {}
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="aiorch-upload")
 
-    def start(self, store: ArtefactStore) -> None:
-        """From now on uploads go to ``store``."""
-        self._uploads = Uploads(store, self._bounds)
+    def start(self, uploads: Uploads) -> None:
+        """From now on pieces go to ``uploads``."""
+        self._uploads = uploads
 
     async def get(self, request: Any, context: Any) -> pb.Upload:
         """How far an upload is."""
@@ -212,7 +211,7 @@ class UploadService:
                 size_bytes=planned.size_bytes,
                 sha256=planned.sha256,
                 actor=planned.principal,
-                expiry_s=self._bounds.lifetime_s,
+                expiry_s=self._lifetime_s,
             )
 
         return b"", _find(await self._database.run(begin))
