@@ -11,6 +11,7 @@ from aiorch_proto.admin.v1 import deployments_pb2 as pb
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiorch_server.deployments.rollout import DEFAULT_STEPS
 from aiorch_server.frontends.admin.convert_deployments import (
     decode_traffic,
     encode_deployment,
@@ -22,7 +23,7 @@ from aiorch_server.frontends.admin.convert_models import (
     encode_provenance,
     encode_version,
 )
-from aiorch_server.frontends.admin.convert_rollouts import DEFAULT_STEPS, decode_plan, encode_plan, encode_rollout
+from aiorch_server.frontends.admin.convert_rollouts import decode_plan, encode_plan, encode_rollout
 from aiorch_server.frontends.admin.fields import InvalidField, check_paths, read_time
 from aiorch_server.registry import records
 from aiorch_server.registry.records import CanaryStep, Gates, RolloutPlan, Strategy, TrafficTarget

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from aiorch_proto.admin.v1 import deployments_pb2 as pb
 
+from aiorch_server.deployments.rollout import DEFAULT_STEPS
 from aiorch_server.frontends.admin.fields import (
     InvalidField,
     check_range,
@@ -42,7 +43,6 @@ _BY_NUMBER: Final = {number: strategy for strategy, number in _STRATEGIES.items(
 _STATES: Final = {
     state: pb.RolloutState.Value(f"ROLLOUT_STATE_{state.value.upper().replace('-', '_')}") for state in RolloutState
 }
-DEFAULT_STEPS: Final = (CanaryStep(1.0, 60.0), CanaryStep(10.0, 60.0), CanaryStep(50.0, 60.0))
 _MAX_STEPS: Final = 100
 
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aiorch_proto.admin.v1 import registry_pb2 as pb
-from aiorch_proto.admin.v1.service import METHODS
 
 from aiorch_server.errors import (
     AiorchError,
@@ -29,15 +26,20 @@ from aiorch_server.errors import (
     StreamStalled,
 )
 from aiorch_server.frontends.admin.caller import Caller
-from aiorch_server.frontends.admin.convert_models import decode_provenance, encode_version
-from aiorch_server.frontends.admin.fields import InvalidField, check_texts, encode_time
+from aiorch_server.frontends.admin.convert_models import encode_version
+from aiorch_server.frontends.admin.fields import InvalidField, encode_time
 from aiorch_server.frontends.admin.model_events import tell, tell_alias, tell_registered
-from aiorch_server.frontends.admin.transactions import Transactions, serialize, write_detail, write_request
+from aiorch_server.frontends.admin.transactions import Transactions, serialize, write_detail
+from aiorch_server.frontends.admin.upload_header import (
+    UPLOAD_VERSION,
+    Announced,
+    build_upload,
+    check_header,
+    find_done,
+)
 from aiorch_server.registry import models, upload_rows, versions
-from aiorch_server.registry.archives import ArchiveFormat
-from aiorch_server.registry.idempotency import LARGEST_ANSWER_BYTES, find_answer, keep_answer
-from aiorch_server.registry.names import check_alias, check_model_name, not_registered
-from aiorch_server.registry.records import Provenance
+from aiorch_server.registry.idempotency import LARGEST_ANSWER_BYTES, keep_answer
+from aiorch_server.registry.names import not_registered
 from aiorch_server.registry.uploads import Finished, Upload, Uploads
 
 if TYPE_CHECKING:
@@ -50,31 +52,7 @@ MAX_CHUNK_BYTES: Final = 4 << 20
 MAX_STREAMS: Final = 64
 _THREADS: Final = 4
 PATIENCE_S: Final = 120.0
-_METHOD: Final = METHODS["/aiorch.admin.v1.ModelRegistry/UploadVersion"]
-_FORMATS: Final = {
-    pb.ARCHIVE_FORMAT_TAR: ArchiveFormat.TAR,
-    pb.ARCHIVE_FORMAT_TAR_GZ: ArchiveFormat.TAR_GZ,
-    pb.ARCHIVE_FORMAT_ZIP: ArchiveFormat.ZIP,
-}
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True, slots=True)
-class _Announced:
-    """What a stream's header says; ``told`` is what makes two of them the same request."""
-
-    header: Any
-    caller: Caller
-    upload_id: str
-    format: ArchiveFormat
-    provenance: Provenance
-    told: bytes
-    detail: str
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """What names the upload."""
-        return self.header.model, self.upload_id
 
 
 class _Claim:
@@ -143,7 +121,7 @@ class UploadService:
         )
         received = row.size_bytes
         if not row.version:
-            received = await self._run(self._uploads.received_bytes, _find(row))
+            received = await self._run(self._uploads.received_bytes, build_upload(row))
         message = pb.Upload(
             model=row.model,
             upload_id=row.upload_id,
@@ -162,7 +140,7 @@ class UploadService:
             if first is None or first.WhichOneof("part") != "header":
                 raise InvalidField("header", "is missing; it is the first message of the stream")
             header = first.header
-            announced = _check_header(header, caller)
+            announced = check_header(header, caller)
             done, upload = await self._begin(announced)
             if upload is None:
                 return done
@@ -172,19 +150,19 @@ class UploadService:
             return await self._finish(upload, announced)
         except Exception as error:
             if header is not None:
-                await self._transactions.refuse_as(_METHOD, header.model, write_detail(header), error)
+                await self._transactions.refuse_as(UPLOAD_VERSION, header.model, write_detail(header), error)
             raise
 
-    async def _begin(self, announced: _Announced) -> tuple[bytes, Upload | None]:
+    async def _begin(self, announced: Announced) -> tuple[bytes, Upload | None]:
         """The upload to add to; the answer where it was given before."""
         header, caller = announced.header, announced.caller
 
         def look(session: Session) -> tuple[bytes | None, tuple[Upload, ...]]:
-            done = _find_done(session, announced)
+            done = find_done(session, announced)
             if done is None and not header.create_model and not models.has(session, header.model):
                 raise not_registered(header.model)
             others = upload_rows.read_open_uploads(session, caller.name)
-            return done, tuple(_find(row) for row in others if (row.model, row.upload_id) != announced.key)
+            return done, tuple(build_upload(row) for row in others if (row.model, row.upload_id) != announced.key)
 
         done, others = await self._database.read(look)
         if done is not None:
@@ -214,7 +192,7 @@ class UploadService:
                 expiry_s=self._lifetime_s,
             )
 
-        return b"", _find(await self._database.run(begin))
+        return b"", build_upload(await self._database.run(begin))
 
     @contextmanager
     def _claiming(self, key: tuple[str, str], claim: _Claim) -> Iterator[None]:
@@ -231,9 +209,7 @@ class UploadService:
             if self._claims.get(key) is claim:
                 del self._claims[key]
 
-    async def _receive(
-        self, upload: Upload, announced: _Announced, claim: _Claim, messages: AsyncIterator[Any]
-    ) -> None:
+    async def _receive(self, upload: Upload, announced: Announced, claim: _Claim, messages: AsyncIterator[Any]) -> None:
         """Adds all pieces of the stream; the next is not asked for before the last is written."""
         offset = announced.header.offset
         while (message := await claim.receive(messages, self._patience_s)) is not None:
@@ -263,7 +239,7 @@ class UploadService:
     def _append(self, upload: Upload, offset: int, chunk: bytes) -> None:
         self._uploads.append(upload, offset, chunk, now=datetime.now(UTC))
 
-    async def _finish(self, upload: Upload, announced: _Announced) -> bytes:
+    async def _finish(self, upload: Upload, announced: Announced) -> bytes:
         """The answer, once the version is durable; goes on where the client leaves, once for all streams."""
         task = self._finishing.get(announced.key)
         if task is None:
@@ -277,12 +253,12 @@ class UploadService:
         if not task.cancelled():
             task.exception()  # looked at: its client may be gone
 
-    async def _make_version(self, upload: Upload, announced: _Announced) -> bytes:
+    async def _make_version(self, upload: Upload, announced: Announced) -> bytes:
         try:
             finished = await self._run(self._finish_on_thread, upload)
         except AiorchError as error:
             # it may be done by now, through another stream, and its pieces be gone for that
-            done = await self._database.read(lambda session: _find_done(session, announced))
+            done = await self._database.read(lambda session: find_done(session, announced))
             if done is not None:
                 return done
             if isinstance(error, RequestError) and not isinstance(error, PreconditionFailed | Conflict):
@@ -298,9 +274,9 @@ class UploadService:
     def _finish_on_thread(self, upload: Upload) -> Finished:
         return self._uploads.finish(upload, now=datetime.now(UTC))
 
-    def _record(self, session: Session, announced: _Announced, finished: Finished) -> bytes:
+    def _record(self, session: Session, announced: Announced, finished: Finished) -> bytes:
         """The version with all that goes with it, in one transaction."""
-        done = _find_done(session, announced)
+        done = find_done(session, announced)
         if done is not None:
             return done
         header, caller = announced.header, announced.caller
@@ -328,7 +304,7 @@ class UploadService:
         answer = serialize(encode_version(added))
         if len(answer) <= LARGEST_ANSWER_BYTES:  # a longer one is found by its upload's id
             keep_answer(session, caller.name, header.idempotency_key, announced.told, answer)
-        self._transactions.audit(session, _METHOD, caller, added.model, "OK", announced.detail)
+        self._transactions.audit(session, UPLOAD_VERSION, caller, added.model, "OK", announced.detail)
         return answer
 
     async def _run(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
@@ -337,58 +313,3 @@ class UploadService:
     def close(self) -> None:
         """Takes no more work; what is under way on threads ends by itself."""
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _check_header(header: Any, caller: Caller) -> _Announced:
-    """What the header announces; raises for what the caller may not do, and for what can never be kept."""
-    check_texts(header)
-    if not header.model:
-        raise InvalidField("header.model", "is empty; expected the name of a model")
-    caller.require_model(header.model)
-    check_model_name(header.model)
-    format = _FORMATS.get(header.format)
-    if format is None:
-        names = ", ".join(pb.ArchiveFormat.Name(number) for number in _FORMATS)
-        raise InvalidField("header.format", f"is {header.format}; expected one of {names}")
-    if not 0 <= header.offset <= max(header.size_bytes, 0):
-        raise InvalidField("header.offset", f"is {header.offset}; expected 0 to size_bytes, {header.size_bytes}")
-    for alias in header.aliases:
-        check_alias(alias)
-    provenance = decode_provenance(header.provenance)
-    versions.check_provenance(provenance)
-    return _Announced(
-        header,
-        caller,
-        header.upload_id or uuid.uuid4().hex,
-        format,
-        provenance,
-        write_request(_METHOD, header, "offset"),
-        write_detail(header),
-    )
-
-
-def _find_done(session: Session, announced: _Announced) -> bytes | None:
-    """The answer where the version was made before: to the same request, or of the same upload."""
-    header, caller = announced.header, announced.caller
-    answer = find_answer(session, caller.name, header.idempotency_key, announced.told)
-    if answer is not None:
-        return answer
-    row = upload_rows.find_upload(session, *announced.key)
-    if row is None or not row.version:
-        return None
-    if (row.sha256, row.size_bytes, row.created_by) != (header.sha256, header.size_bytes, caller.name):
-        return None  # begin_upload says what is wrong
-    return serialize(encode_version(versions.get_version(session, header.model, row.version)))
-
-
-def _find(row: upload_rows.Upload) -> Upload:
-    """The upload in the form that the store's side knows."""
-    return Upload(
-        model=row.model,
-        upload_id=row.upload_id,
-        principal=row.created_by,
-        format=ArchiveFormat(row.archive_format),
-        size_bytes=row.size_bytes,
-        sha256=row.sha256,
-        expires_at=row.expires_at,
-    )
