@@ -20,7 +20,7 @@ from aiorch_server.deployments.shadow import Comparer
 from aiorch_server.errors import AiorchError, ServerStopping
 from aiorch_server.lifecycle.manager import LifecycleManager
 from aiorch_server.lifecycle.servable import Servable
-from aiorch_server.registry.records import Manifest, ServerStatus, VersionStatus
+from aiorch_server.registry.records import Manifest, RolloutState, ServerStatus, VersionStatus
 from aiorch_server.repository import RegisteredModel, RegisteredRepository, RegisteredVersion
 from aiorch_server.routing import Observer, Samples, Share, Traffic
 from aiorch_server.types import ModelState
@@ -156,15 +156,24 @@ class DeployedModel:
         self._share(wanted)
         is_asked = is_retry or not set(deployment.loaded) <= self._tried
         kept = set(ready) - set(deployment.loaded)
-        await self._load(wanted, kept, is_asked=is_asked)
+        proven = set(deployment.loaded) - _list_candidates(wanted)
+        if not ready and proven:  # or a candidate that is loaded first has all requests meanwhile
+            await self._load(wanted, proven, set(), is_asked=is_asked)
+        await self._load(wanted, set(deployment.loaded), kept, is_asked=is_asked)
         fresh = [version for version in self._manager.ready(self.name) if version not in ready]
         if ready:
             for version in fresh:
                 count = await self._recorder.warm(version)
                 logger.info("'%s' version %d: warm with %d recorded requests", self.name, version, count)
         if self._share(wanted) and kept:
-            await self._load(wanted, set(), is_asked=False)
+            await self._load(wanted, set(deployment.loaded), set(), is_asked=False)
         self._measure(wanted)
+        if wanted.rollout is not None and wanted.rollout.state is RolloutState.PENDING:
+            await self._recorder.fill(self._count_answers)
+
+    def _count_answers(self) -> int:
+        ready = self._manager.ready(self.name).values()
+        return sum(each.scheduler.counters().success.count for each in ready)
 
     def _share(self, wanted: Wanted) -> bool:
         """Sets the traffic, if somebody is there to take it, or nobody serves at all; gives whether it did."""
@@ -198,17 +207,16 @@ class DeployedModel:
         step = name_step(rollout) if rollout is not None and is_step else ""
         self._sampler.begin(step, self._manager.ready(self.name), whole=idle)
 
-    async def _load(self, wanted: Wanted, kept: set[int], *, is_asked: bool) -> None:
-        """Loads what is wanted, and takes away what neither is nor is ``kept``; a failure is noted."""
-        deployment = wanted.deployment
+    async def _load(self, wanted: Wanted, versions: set[int], kept: set[int], *, is_asked: bool) -> None:
+        """Loads ``versions``, and takes away all others that are not ``kept``; a failure is noted."""
         found = {version: self._put[version] for version in kept if version in self._put}
-        for version in deployment.loaded:
+        for version in versions:
             manifest = wanted.manifests.get(version)
             if manifest is not None:
                 found[version] = self._find_version(self.name, version, manifest)
         self._put = found
-        self._repository.put(self.name, RegisteredModel(found, deployment.instances))
-        self._problem = "" if len(found) >= len(deployment.loaded) else "it is not in the registry"
+        self._repository.put(self.name, RegisteredModel(found, wanted.deployment.instances))
+        self._problem = "" if versions <= found.keys() else "it is not in the registry"
         try:
             await self._manager.apply(self.name, is_asked=is_asked)
         except ServerStopping:
@@ -229,6 +237,10 @@ class DeployedModel:
         """What should serve and does not; candidates are not tried again: their rollout decides."""
         if self.wanted is None:
             return []
-        candidates = {each.version for each in self.wanted.deployment.traffic if each.tag == CANDIDATE}
+        candidates = _list_candidates(self.wanted)
         ready: dict[int, Servable] = dict(self._manager.ready(self.name))
         return [each for each in self.wanted.deployment.loaded if each not in ready and each not in candidates]
+
+
+def _list_candidates(wanted: Wanted) -> set[int]:
+    return {each.version for each in wanted.deployment.traffic if each.tag == CANDIDATE}

@@ -36,6 +36,8 @@ LEASE_S: Final = 6.0
 TICK_S: Final = 0.25
 #: Who has not been heard of for so long is not waited for.
 SILENT_S: Final = 10.0
+#: A call of the database takes no longer, with the wait for a thread.
+LONGEST_CALL_S: Final = 5.0
 #: Nor named any more after so long.
 _FORGOTTEN_S: Final = 600.0
 
@@ -49,18 +51,19 @@ class Driver:
         *,
         server: str,
         on_change: Callable[[], None] = lambda: None,
-        lease_s: float = LEASE_S,
+        lease_s: float | None = None,
         silent_s: float | None = None,
     ) -> None:
         self._database = database
         self._server = server
         self._on_change = on_change
-        self._lease_s = lease_s
+        self._lease_s = LEASE_S if lease_s is None else lease_s
         self._silent_s = SILENT_S if silent_s is None else silent_s
         # A process of the same name that runs later must not go on with this one's lease.
         self._holder = f"{server} {secrets.token_hex(4)}"
         self._lease: Lease | None = None
         self._is_rolling = False
+        self._end = asyncio.Event()
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -81,7 +84,11 @@ class Driver:
 
     async def stop(self) -> None:
         """Drives no more, and leaves the lease to others, if the database is there."""
+        self._end.set()
+        self._news.set()
         if self._task is not None:
+            # Not cancelled before it is at rest: it could get the lease again after it was given back.
+            await asyncio.wait([self._task], timeout=LONGEST_CALL_S)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         lease, self._lease = self._lease, None
@@ -94,7 +101,7 @@ class Driver:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         asked_at = -self._lease_s
-        while True:
+        while not self._end.is_set():
             try:
                 if loop.time() >= asked_at + self._lease_s / 3:
                     asked_at = loop.time()
@@ -128,8 +135,13 @@ class Driver:
             return [rollout.id for rollout in read_open_rollouts(session)]
 
         for id in await self._database.read(list_ids):
-            if await self._database.run(lambda session, id=id: self._step(session, lease, id)):  # type: ignore[misc]
-                self._on_change()
+            try:
+                if await self._database.run(lambda session, id=id: self._step(session, lease, id)):  # type: ignore[misc]
+                    self._on_change()
+            except (RegistryUnavailable, Conflict):
+                raise
+            except Exception:  # the others go on
+                logger.exception("rollout %s could not be driven; it is tried again", id)
 
     def _step(self, session: Session, lease: Lease, id: str) -> bool:
         """One move of one rollout, if there is one; gives whether it changed what should run."""

@@ -93,10 +93,8 @@ class LocalDeployments:
 
     async def stop(self) -> None:
         """Follows and drives no more; what serves goes on serving, and the database is still there for others."""
-        if self._driver is not None:
-            await self._driver.stop()
-        if self._reconciler is not None:
-            await self._reconciler.stop()
+        parts = [part for part in (self._driver, self._reconciler) if part is not None]
+        await asyncio.gather(*(part.stop() for part in parts))
 
     async def close(self) -> None:
         """Lets go of the database and the files; when nothing serves any more."""

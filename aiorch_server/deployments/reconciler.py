@@ -32,6 +32,8 @@ POLL_S: Final = 1.0
 ROLLOUT_POLL_S: Final = 0.25
 #: How often a server says that it is there, at least.
 HEARTBEAT_S: Final = 3.0
+#: A call of the database takes no longer, with the wait for a thread.
+LONGEST_CALL_S: Final = 5.0
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
 
 
@@ -72,6 +74,7 @@ class Reconciler:
         self._is_away = False
         self._has_begun = False
         self._is_rolling = False
+        self._end = asyncio.Event()
         self._kept: dict[str, tuple[object, ...]] | None = None
         self._reported: tuple[ServerStatus, ...] | None = None
         self._reported_at = 0.0
@@ -98,6 +101,11 @@ class Reconciler:
 
     async def stop(self) -> None:
         """Follows no more, and tells the registry that this server is gone, if it is there."""
+        self._end.set()
+        self._news.set()
+        if self._task is not None:
+            # Not cancelled before it is at rest: what it reports would come after the farewell.
+            await asyncio.wait([self._task], timeout=LONGEST_CALL_S)
         tasks = [*self._leaving, *([self._task] if self._task is not None else [])]
         for task in tasks:
             task.cancel()
@@ -110,12 +118,14 @@ class Reconciler:
                 logger.info("the registry was not told that this server ends: %s", error)
 
     async def _follow(self) -> None:
-        while True:
+        while not self._end.is_set():
             try:
                 async with asyncio.timeout(ROLLOUT_POLL_S if self._is_rolling else POLL_S):
                     await self._news.wait()
             except TimeoutError:
                 pass
+            if self._end.is_set():
+                return
             self._news.clear()
             try:
                 await self._look()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from aiorch_server.errors import AiorchError
@@ -18,6 +19,10 @@ MOST_REQUESTS: Final = 8
 MOST_BYTES: Final = 1 << 20
 #: All of them together may take so long on a new version.
 PATIENCE_S: Final = 10.0
+#: A model that answers nothing for so long is idle.
+IDLE_S: Final = 0.1
+#: How long a rollout waits at most for something to warm with.
+FILL_S: Final = 1.0
 
 
 class Recorder:
@@ -25,6 +30,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self._kept: deque[tuple[InferenceRequest, Replay]] = deque(maxlen=MOST_REQUESTS)
+        self._has_some = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -34,6 +40,19 @@ class Recorder:
         size = sum(len(tensor.data) for tensor in sample.request.inputs if tensor.data is not None)
         if sample.answer is not None and size <= MOST_BYTES:
             self._kept.append((sample.request, replay))
+            self._has_some.set()
+
+    async def fill(self, count_answers: Callable[[], int]) -> None:
+        """Returns when there is something to warm with, or nobody asks (``count_answers``), or after a while."""
+        before = count_answers()
+        for patience_s in (IDLE_S, FILL_S):
+            try:
+                async with asyncio.timeout(patience_s):
+                    await self._has_some.wait()
+                return
+            except TimeoutError:
+                if count_answers() == before:
+                    return
 
     async def warm(self, version: int) -> int:
         """Runs what is kept on a version that is ready and gets no requests yet; gives how many it answered.

@@ -171,7 +171,7 @@ def _begin(
         began_by=actor,
         reason=reason,
     )
-    move = machine.begin(made, is_urgent=bool(reason))
+    move = machine.begin(made, is_urgent=bool(reason) or version in wanted.loaded)
     rollouts.begin_rollout(session, move.rollout)
     generation = present.generation if present is not None else 0
     now = deployments.put_deployment(session, follow(wanted, move), actor=actor, expected_generation=generation)

@@ -10,6 +10,12 @@ from databases import migrated_database
 from rollout_site import Fleet, PuppetBackend
 
 
+@pytest.fixture(autouse=True)
+def record_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few requests are enough to find one to warm with."""
+    monkeypatch.setattr("aiorch_server.deployments.rollout.RECORDED", 2_000)
+
+
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     made = Fleet(tmp_path, migrated_database("sqlite", tmp_path))

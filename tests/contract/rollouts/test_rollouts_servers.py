@@ -167,8 +167,14 @@ async def test_what_serves_and_dies_is_loaded_again(sqlite_fleet: Fleet, monkeyp
     assert server.controlplane.is_ready()
 
 
-async def test_the_database_goes_away_and_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_database_goes_away_and_comes_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.WARNING, "aiorch_server.deployments")
+    # a server that stops meanwhile cannot say so
+    monkeypatch.setattr("aiorch_server.deployments.driver.SILENT_S", 1.5)
+    monkeypatch.setattr("aiorch_server.deployments.driver.LEASE_S", 1.5)
+    monkeypatch.setattr("aiorch_server.deployments.reconciler.HEARTBEAT_S", 0.2)
     database = PostgresServer()
     fleet = Fleet(tmp_path, database.create())
     try:
