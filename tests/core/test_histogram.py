@@ -48,3 +48,15 @@ def test_edges() -> None:
     assert Histogram().quantile(0.99) == 0
     with pytest.raises(ValueError, match="between 0 and 1"):
         histogram.quantile(1.5)
+
+
+@given(st.lists(st.integers(0, 2**45), max_size=50))
+def test_bounds_are_above_what_was_recorded_by_a_sixteenth_at_most(values: list[int]) -> None:
+    histogram = Histogram()
+    for value in values:
+        histogram.record(value)
+    bounds = histogram.bounds()
+    assert sum(bounds.values()) == len(values)
+    for value in values:
+        if value < 2**42:  # what is longer shares one bucket
+            assert any(value < bound <= value + max(1, value // 16) + 1 for bound in bounds)
