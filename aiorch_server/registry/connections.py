@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -18,6 +20,7 @@ from aiorch_server.registry.urls import DatabaseUrl
 #: How long a transaction may stand still between two statements before the server ends it: its process may be halted.
 _IDLE_S: Final = 10
 _GRACE_S: Final = 0.5
+_LOOK_AGAIN_S: Final = 0.01
 _SOCKET = "aiorch_socket"
 
 
@@ -42,7 +45,7 @@ def open_engine(url: DatabaseUrl, *, connections: int, connect_s: float, timeout
         text = f"the registry's driver is missing: pip install 'aiorchestrator[admin,{url.extra}]'"
         raise InvalidSettings(text) from None
     if url.kind == "sqlite":
-        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "connect", lambda connection, record: _prepare_sqlite(connection, timeout_s))
         event.listen(engine, "begin", _begin_sqlite)
     elif url.kind == "postgresql":
         event.listen(engine, "connect", _keep_socket, insert=True)  # before the first questions to the server
@@ -78,10 +81,21 @@ def _choose_arguments(url: DatabaseUrl, connect_s: float, timeout_s: float) -> d
     return {"charset": "utf8mb4", "init_command": session, **limits}
 
 
-def _prepare_sqlite(connection: Any, record: Any) -> None:
+def _prepare_sqlite(connection: sqlite3.Connection, timeout_s: float) -> None:
     # The driver's own way of beginning transactions is off: _begin_sqlite does it.
     connection.isolation_level = None
-    for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+            break
+        except sqlite3.OperationalError:
+            # Of two that make a new file so at once, one is told that it is locked without any wait.
+            # https://www.sqlite.org/c3ref/busy_handler.html
+            if time.monotonic() >= until:
+                raise
+            time.sleep(_LOOK_AGAIN_S)
+    for setting in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {setting}").close()
 
 
