@@ -1,20 +1,53 @@
 """The command line ``aiorch``.
 
-Exit codes: 0 fine, 1 the server (or, for ``serve``, the machine) said no, 2 the command line is wrong, 3 no server can
-be reached.
+Exit codes: 0 fine, 1 the server (or, for ``serve``, the machine) said no, or a rollout did not succeed, 2 the command
+line is wrong, 3 no server can be reached, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Final
 
 import typer
 
-#: Each is a module of this package with a function of the same name.
-COMMANDS: Final = ("serve", "status", "infer", "bench", "registry", "version")
+_SERVING: Final = "Serve and ask"
+_ROLLOUTS: Final = "Deploy and roll out"
+_REGISTRY: Final = "Registry, access, audit"
+#: The commands by panel of the help, each with the module of this package that has a function of its name; of a group
+#: the module has the Typer application ``group``.
+_PANELS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
+    {
+        _SERVING: {
+            "init": "init",
+            "serve": "serve",
+            "status": "status",
+            "infer": "infer",
+            "bench": "bench",
+            "version": "version",
+        },
+        _ROLLOUTS: {
+            "deploy": "deploy",
+            "canary": "deploy",
+            "undeploy": "deploy",
+            "scale": "deploy",
+            "traffic": "deploy",
+            "promote": "rollout",
+            "rollback": "rollout",
+            "pause": "rollout",
+            "resume": "rollout",
+            "abort": "rollout",
+            "history": "rollout",
+            "watch": "rollout",
+        },
+        _REGISTRY: {"model": "model", "access": "access", "audit": "audit"},
+    }
+)
+_GROUPS: Final = frozenset(_PANELS[_REGISTRY])
+COMMANDS: Final = tuple(name for panel in _PANELS.values() for name in panel)
 
 
 def build_app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
@@ -27,8 +60,15 @@ def build_app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
         context_settings={"help_option_names": ["--help", "-h"]},
     )
     app.callback()(_root)
-    for name in commands:
-        app.command()(getattr(importlib.import_module(f"{__name__}.{name}"), name))
+    wanted = frozenset(commands)
+    for panel, names in _PANELS.items():
+        for name, module in names.items():
+            if name in wanted:
+                found = importlib.import_module(f"{__name__}.{module}")
+                if name in _GROUPS:
+                    app.add_typer(found.group, name=name, rich_help_panel=panel)
+                else:
+                    app.command(name, rich_help_panel=panel)(getattr(found, name))
     return app
 
 

@@ -11,9 +11,10 @@ import typer
 from aiorch_client import Client, ClientError, RequestError, TlsConfig, UnreachableError
 
 from aiorch_server.cli.output import CommandError, ExitCode, Output, UsageError
+from aiorch_server.config.load import TOKEN_VARIABLE, read_token_variable
 
 DEFAULT_URL = "127.0.0.1:8001"
-_CONNECT_S = 5.0
+CONNECT_S = 5.0
 
 Url = Annotated[str, typer.Option("--url", "-u", help="Where the server's gRPC listens: host:port.")]
 TimeoutSecs = Annotated[float, typer.Option("--timeout-secs", min=0.001, max=86_400, help="Longest time of one call.")]
@@ -21,7 +22,10 @@ UseTls = Annotated[bool, typer.Option("--tls", help="Connect with TLS; implied b
 TlsRoot = Annotated[Path | None, typer.Option("--tls-root-cert", help="PEM of authorities to trust, not the system's.")]
 TlsCert = Annotated[Path | None, typer.Option("--tls-cert", help="PEM of the client's own certificate.")]
 TlsKey = Annotated[Path | None, typer.Option("--tls-key", help="PEM of the client's own key.")]
-TokenFile = Annotated[Path | None, typer.Option("--token-file", help="File with a bearer token for every call.")]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option("--token-file", help="File with a token or API key for every call; else AIORCH_TOKEN is one."),
+]
 
 
 class ClientOutput(Output):
@@ -36,7 +40,7 @@ class ClientOutput(Output):
             except ClientError as error:
                 is_unreachable = isinstance(error, UnreachableError)
                 exit_code = ExitCode.UNREACHABLE if is_unreachable else ExitCode.REFUSED
-                raise CommandError(error.details, exit_code, error.code.name) from None
+                raise CommandError(error.details, exit_code, error.code.name, error.reason) from None
 
 
 def make_tls(use_tls: bool, root: Path | None, certificate: Path | None, key: Path | None) -> TlsConfig | None:
@@ -50,15 +54,18 @@ def make_tls(use_tls: bool, root: Path | None, certificate: Path | None, key: Pa
 
 
 def read_token(path: Path | None) -> str | None:
-    """The token in a file: files do not show in the list of processes, command lines do."""
+    """The token in a file, else in the environment: these do not show in the list of processes, command lines do."""
     if path is None:
-        return None
-    try:
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--token-file {path} cannot be read: {error}") from error
+        token, where = read_token_variable(), f"the environment variable {TOKEN_VARIABLE}"
+        if not token:
+            return None
+    else:
+        try:
+            token, where = path.read_text().strip(), f"--token-file {path}"
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--token-file {path} cannot be read: {error}") from error
     if not token or not token.isascii() or not token.isprintable():
-        raise UsageError(f"--token-file {path} holds no token: expected one line of printable ASCII")
+        raise UsageError(f"{where} holds no token: expected one line of printable ASCII")
     return token
 
 
@@ -70,5 +77,5 @@ def open_client(url: str, *, timeout_s: float, tls: TlsConfig | None, token: str
     except RequestError as error:  # nothing was sent yet: the address or the files are wrong
         raise UsageError(error.details) from error
     with made as client:
-        client.connect(min(timeout_s, _CONNECT_S))
+        client.connect(min(timeout_s, CONNECT_S))
         yield client

@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,15 +36,18 @@ class ExitCode(enum.IntEnum):
     REFUSED = 1
     USAGE = 2
     UNREACHABLE = 3
+    #: 128 + SIGINT, as shells have it.
+    INTERRUPTED = 130
 
 
 class CommandError(Exception):
-    """A failure to tell the user; ``str(error)`` says what would be right, ``code`` is for programs."""
+    """A failure to tell the user; ``str(error)`` says what would be right, ``code`` and ``reason`` are for programs."""
 
-    def __init__(self, text: str, exit_code: ExitCode, code: str = "") -> None:
+    def __init__(self, text: str, exit_code: ExitCode, code: str = "", reason: str = "") -> None:
         super().__init__(text)
         self.exit_code = exit_code
         self.code = code or exit_code.name
+        self.reason = reason
 
 
 class UsageError(CommandError):
@@ -94,10 +98,11 @@ class Output:
         # Pasted lines and messages of servers must not be broken up or read as markup.
         self.console.print(Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str | Text))
 
-    def fail(self, text: str, code: str) -> None:
+    def fail(self, text: str, code: str, reason: str = "") -> None:
         """Writes an error."""
         if self.is_json:
-            typer.echo(json.dumps({"error": {"code": code, "text": text}}))
+            told = {"code": code, "text": text, **({"reason": reason} if reason else {})}
+            typer.echo(json.dumps({"error": told}))
         else:
             from rich.console import Console
             from rich.text import Text
@@ -110,7 +115,7 @@ class Output:
         try:
             yield
         except CommandError as error:
-            self.fail(str(error), error.code)
+            self.fail(str(error), error.code, error.reason)
             raise typer.Exit(error.exit_code) from None
 
 
@@ -122,13 +127,18 @@ def write_reasons(models: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def to_json(value: Any) -> Any:
-    """``value`` with what JSON lacks replaced: NaN and infinities by their names, bytes by text or base64."""
+    """``value`` with what JSON lacks replaced: NaN and infinities by their names, bytes by text or base64.
+
+    Times are written as in ISO 8601.
+    """
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, datetime):
+        return value.isoformat()
     if isinstance(value, bytes):
         try:
             return value.decode()

@@ -1,11 +1,12 @@
-"""``aiorch status``: the server, its models and what they did so far."""
+"""``aiorch status``: the server, its models and what they did so far, and what is deployed from the registry."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import grpc
+import typer
 from aiorch_client import Client, ModelIndexEntry, ModelStatistics, RequestError
 from rich.table import Table
 from rich.text import Text
@@ -24,10 +25,13 @@ from aiorch_server.cli.connection import (
     open_client,
     read_token,
 )
+from aiorch_server.cli.deployed import describe_all, find_deployments, show_deployment
+from aiorch_server.cli.following import tabulate_deployments
 from aiorch_server.cli.output import STATE_STYLES, Json, write_reasons
 
 
 def status(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Only its deployment, with the rollout.")] = "",
     url: Url = DEFAULT_URL,
     timeout_secs: TimeoutSecs = 10.0,
     tls: UseTls = False,
@@ -37,20 +41,38 @@ def status(
     token_file: TokenFile = None,
     json: Json = False,
 ) -> None:
-    """Shows a server, its models and their statistics."""
+    """Shows a server, its models, their statistics and deployments; or the deployment of one model."""
     output = ClientOutput(json)
+    if model:
+        show_deployment(
+            model=model,
+            url=url,
+            timeout_secs=timeout_secs,
+            tls=tls,
+            tls_root_cert=tls_root_cert,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            token_file=token_file,
+            json=json,
+        )
+        return
     with output.guard():
-        tls_config = make_tls(tls, tls_root_cert, tls_cert, tls_key)
-        with open_client(url, timeout_s=timeout_secs, tls=tls_config, token=read_token(token_file)) as client:
+        tls_config, token = make_tls(tls, tls_root_cert, tls_cert, tls_key), read_token(token_file)
+        with open_client(url, timeout_s=timeout_secs, tls=tls_config, token=token) as client:
             metadata = client.server_metadata()
             is_ready = client.is_ready()
             entries, statistics = _list_models(client), client.statistics()
+        deployments, problem = find_deployments(url, tls=tls_config, token=token, timeout_s=timeout_secs)
         found = {(each.name, each.version): each for each in statistics}
         server = {"url": url, "is_ready": is_ready, **asdict(metadata)}
         models = [_describe(entry, found.get((entry.name, entry.version))) for entry in entries]
         state = Text(" ready", "green") if is_ready else Text(" not ready", "red")
         headline = Text(f"{metadata.name} {metadata.version} at {url}").append_text(state)
-        output.show({"server": server, "models": models}, headline, _tabulate(models), *write_reasons(models))
+        more = [tabulate_deployments(deployments)] if deployments else []
+        output.show(
+            {"server": server, "models": models, "deployments": describe_all(deployments)},
+            headline, _tabulate(models), *write_reasons(models), *more, *([problem] if problem else []),
+        )  # fmt: skip
 
 
 def _list_models(client: Client) -> tuple[ModelIndexEntry, ...]:

@@ -141,6 +141,7 @@ class DeploymentMethods(AdminConnection):
             except grpc.RpcError as rpc_error:
                 self._check_open()
                 error = from_rpc_error(rpc_error)
+                error.__cause__ = rpc_error
             finally:
                 call.cancel()
             self._closed.wait(watch.pause_s(error))

@@ -129,6 +129,7 @@ class AsyncDeploymentMethods(AsyncAdminConnection):
             except grpc.RpcError as rpc_error:
                 self._ensure_open()
                 error = from_rpc_error(rpc_error)
+                error.__cause__ = rpc_error
             finally:
                 call.cancel()
             await asyncio.sleep(watch.pause_s(error))
