@@ -33,6 +33,7 @@ _NUMBERS = ("max_batch_size", "instances")
 #: The largest tensor that a line to paste writes out.
 _MAX_PASTED = 64
 _NO_MODELS = "no models: a repository holds a folder per model with a folder per version, as in my_model/1/model.onnx"
+_NOTHING_DEPLOYED = "no models: aiorch model push NAME FILE puts one into the registry, aiorch deploy NAME serves it"
 #: What makes a request a sequence of its own: first and last.
 _PLACE = {"sequence_id": 1, "sequence_start": True, "sequence_end": True}
 _DTYPES = {"FP16": "float16", "BF16": "float32", "FP32": "float32", "FP64": "float64", "BOOL": "bool"}
@@ -110,14 +111,16 @@ class Announcer:
             # A line says only what happened: why stands in the log.
             self._output.show({**event, "reason": entry.reason}, f"{entry.state.value.lower()} {name}")
 
-    def on_ready(self, addresses: Mapping[str, str], models: Sequence[ServedModel], *, has_tls: bool) -> None:
+    def on_ready(
+        self, addresses: Mapping[str, str], models: Sequence[ServedModel], *, has_tls: bool, has_registry: bool = False
+    ) -> None:
         """The server takes requests at ``addresses`` (by door: grpc, http, metrics)."""
         self.end()
         rows = [model.describe() for model in models]
         document = {"event": "ready", "addresses": dict(addresses), "models": rows}
         where = "\nserving: " + "  ".join(f"{door} {address}" for door, address in addresses.items()) + "\n"
         examples = write_examples(addresses, models, has_tls=has_tls)
-        table = self._paint(write_table(rows)) if rows else _NO_MODELS
+        table = self._paint(write_table(rows)) if rows else _NOTHING_DEPLOYED if has_registry else _NO_MODELS
         # Whoever sits at the terminal has seen the log scroll by; elsewhere each reason stands in it once.
         reasons = [] if self._status is None else write_reasons(rows)
         self._output.show(document, table, *reasons, where, *examples)

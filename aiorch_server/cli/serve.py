@@ -315,7 +315,11 @@ async def _serve(config: ServerConfig, announcer: Announcer, log_settings: LogSe
     application = Application(config, observe=announcer.on_model, log_settings=log_settings)
     announcer.begin()
     try:
-        await application.run(lambda: announcer.on_ready(*_look_at(application), has_tls=config.grpc.tls.is_enabled))
+        await application.run(
+            lambda: announcer.on_ready(
+                *_look_at(application), has_tls=config.grpc.tls.is_enabled, has_registry=config.registry.is_enabled
+            )
+        )
     finally:
         announcer.end()
     announcer.on_stop()

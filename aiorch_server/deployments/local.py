@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +19,8 @@ from aiorch_server.repository import RegisteredRepository, RegisteredVersion
 if TYPE_CHECKING:
     from aiorch_server.lifecycle.manager import LifecycleManager
     from aiorch_server.routing import Samples
+
+logger = logging.getLogger(__name__)
 
 LAST_KNOWN: Final = "last-known.json"
 
@@ -65,6 +68,8 @@ class LocalDeployments:
             return store, Checkout(store, folder, most_bytes=self._config.cache_bytes)
 
         self.store, checkout = await asyncio.to_thread(open_files)
+        place = self.database.url.place
+        logger.info("registry in %s, artefacts in %s, cache in %s", place, self.store.name, folder.absolute())
         self._checkout = checkout
 
         def find_version(model: str, version: int, manifest: Manifest) -> RegisteredVersion:

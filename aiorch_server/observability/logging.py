@@ -51,7 +51,9 @@ def configure_logging(
     output.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=number, handlers=[output], force=True)
     # The web server tells about its own start and every bad request; only what goes wrong there is news here.
-    logging.getLogger("uvicorn").setLevel(max(number, logging.WARNING))
+    # So does what upgrades the registry's tables, in a dozen lines.
+    for talkative in ("uvicorn", "alembic"):
+        logging.getLogger(talkative).setLevel(max(number, logging.WARNING))
     return output, number
 
 

@@ -57,6 +57,11 @@ class DatabaseUrl:
         texts = [str(password)] if password else []
         return tuple(filter(None, texts + [each for value in hidden for each in _as_texts(value)]))
 
+    @property
+    def place(self) -> str:
+        """For the log: SQLite's file from the root on, other databases as their text."""
+        return str(Path(self.full.database).absolute()) if self.kind == "sqlite" and self.full.database else str(self)
+
     def hide(self, text: str) -> str:
         """``text`` without what must never be shown, on one line."""
         for secret in sorted(self.secrets, key=len, reverse=True):

@@ -119,6 +119,11 @@ def test_an_empty_repository_is_told_what_it_should_hold(capsys):
     assert "my_model/1/model.onnx" in capsys.readouterr().out
 
 
+def test_where_there_is_a_registry_the_way_into_it_is_told(capsys):
+    Announcer(Output(is_json=False)).on_ready(ADDRESSES, [], has_tls=False, has_registry=True)
+    assert "aiorch model push" in capsys.readouterr().out
+
+
 def test_columns_are_as_wide_as_they_must_be():
     rows = [
         {"name": "a", "version": "12", "state": "READY", "backend": "python", "max_batch_size": 8, "instances": 10},

@@ -13,8 +13,8 @@ logger = logging.getLogger("aiorch_server.test")
 
 @pytest.fixture
 def configured():
-    root, web = logging.getLogger(), logging.getLogger("uvicorn")
-    before = root.level, list(root.handlers), web.level
+    root, talkative = logging.getLogger(), [logging.getLogger(name) for name in ("uvicorn", "alembic")]
+    before = root.level, list(root.handlers), [each.level for each in talkative]
     for handler in before[1]:
         root.removeHandler(handler)  # basicConfig(force=True) would close the runner's own
 
@@ -29,7 +29,8 @@ def configured():
     root.setLevel(before[0])
     for handler in before[1]:
         root.addHandler(handler)
-    web.setLevel(before[2])
+    for each, level in zip(talkative, before[2], strict=True):
+        each.setLevel(level)
 
 
 def test_text(configured):
@@ -98,9 +99,10 @@ def test_what_is_masked_and_what_is_not(text, masked):
     assert mask_secrets(text) == masked
 
 
-def test_the_web_server_is_quiet(configured):
+def test_the_web_server_and_the_migrations_are_quiet(configured):
     stream = configured()
     logging.getLogger("uvicorn.error").info("Started server process")
+    logging.getLogger("alembic.runtime.migration").info("Will assume transactional DDL.")
     assert stream.getvalue() == ""
 
 

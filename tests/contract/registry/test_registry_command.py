@@ -127,3 +127,9 @@ def test_a_setting_is_not_shown(tmp_path: Path) -> None:
 def test_stores_that_cannot_be(artefacts: str) -> None:
     with pytest.raises(InvalidSettings, match=r"registry\.artefacts: should be a folder or s3://BUCKET/PREFIX"):
         load_server_config({"artefacts": artefacts}, environment={})
+
+
+def test_the_log_tells_which_file_the_registry_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert DatabaseUrl("sqlite:///aiorch.db").place == str(tmp_path / "aiorch.db")
+    assert DatabaseUrl(URLS[0]).place == "postgresql://aiorch:***@127.0.0.1:1/registry"
