@@ -45,6 +45,12 @@ def _check_url(text: str) -> str:
     return text
 
 
+def _check_rate(per_s: float) -> float:
+    if 0 < per_s < 0.001:
+        raise ValueError("should be 0 (no bound), or 0.001 to 100000000")
+    return per_s
+
+
 def _read_role(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
@@ -54,7 +60,7 @@ Principal = Annotated[Name, AfterValidator(_check_principal)]
 Models = Annotated[str, _make_check(_PATTERN, "a model's name, with * for any characters")]
 Url = Annotated[str, Field(max_length=2000), AfterValidator(_check_url)]
 Claim = Annotated[str, Field(min_length=1, max_length=200)]
-Rate = Annotated[Number, Field(ge=0, le=1e9)]
+Rate = Annotated[Number, Field(ge=0, le=1e8), AfterValidator(_check_rate)]
 Prefix = Annotated[str, Field(max_length=100, pattern=r"^[!-~]*$")]
 
 

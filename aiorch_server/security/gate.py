@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from aiorch_server._core import Quota
-from aiorch_server.errors import AiorchError, IdentityUnavailable, InternalError, NotAuthenticated, PermissionDenied
+from aiorch_server.errors import (
+    AiorchError,
+    CapacityError,
+    IdentityUnavailable,
+    InternalError,
+    NotAuthenticated,
+    PermissionDenied,
+)
 from aiorch_server.security.access import Access
 from aiorch_server.security.authenticator import Authenticator, Credentials, Identity
 from aiorch_server.security.identity import Principal, RoleBinding
@@ -209,9 +216,15 @@ class Gate:
         generation = await self._source.read_generation()
         if generation == self._source_generation:
             return False
-        bindings, quotas = await self._source.read_rules()
-        self._policy.replace(bindings)
-        self._quotas.replace(quotas)
+        try:
+            bindings, quotas = await self._source.read_rules()
+            self._policy.replace(bindings)
+            self._quotas.replace(quotas)
+        except CapacityError:
+            raise
+        except Exception:
+            self.forget()  # rules that cannot be honoured must not keep a revoked key in force
+            raise
         self._source_generation = generation
         return True
 

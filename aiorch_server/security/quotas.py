@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from aiorch_server._core import Quota
@@ -13,8 +13,10 @@ from aiorch_server._core import Quota
 EACH: Final = "*"
 #: Tenants that are counted at a time; those that were not seen for longest are forgotten.
 MAX_TENANTS: Final = 10_000
-#: What the core takes; longer names would be refused there.
+#: What the core takes; longer names and other rates would be refused there.
 MAX_TENANT_BYTES: Final = 128
+MIN_PER_S: Final = 0.001
+MAX_PER_S: Final = 1e8
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,10 @@ class QuotaBounds:
     def is_bounded(self) -> bool:
         """Whether there is any bound."""
         return bool(self.requests_per_s or self.rows_per_s or self.max_in_flight)
+
+    def fit(self) -> QuotaBounds:
+        """The nearest bounds that can be counted."""
+        return replace(self, requests_per_s=_fit(self.requests_per_s), rows_per_s=_fit(self.rows_per_s))
 
 
 class QuotaBook:
@@ -77,6 +83,10 @@ class QuotaBook:
     def _find_bounds(self, tenant: str) -> QuotaBounds | None:
         found = self._bounds.get(tenant) or self._bounds.get(EACH)
         return found if found is not None and found.is_bounded else None
+
+
+def _fit(per_s: float) -> float:
+    return min(max(per_s, MIN_PER_S), MAX_PER_S) if per_s else 0.0
 
 
 def _list_bounds(bounds: QuotaBounds) -> tuple[float, float, int]:

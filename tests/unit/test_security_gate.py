@@ -229,6 +229,19 @@ async def test_rules_of_the_registry(caplog: pytest.LogCaptureFixture) -> None:
     assert (await gate.identify(bearer("alice"))).may(Role.VIEWER), "those of the settings stay"
 
 
+async def test_rules_that_cannot_be_honoured_keep_nobody_in() -> None:
+    """A bound that cannot be counted, say: what was decided before is decided again all the same."""
+    registry = Registry()
+    gate, names = open_names(source=registry, quotas=QuotaBook([QuotaBounds("alice", requests_per_s=1)]))
+    await gate.look()
+    await gate.enter(METADATA, bearer("alice"))
+    registry.bounds, registry.generation = [QuotaBounds("alice", requests_per_s=-1)], 2
+    await gate.look()
+    names.error = NotAuthenticated("revoked")
+    with pytest.raises(NotAuthenticated):
+        await gate.identify(bearer("alice"))
+
+
 def test_quotas() -> None:
     book = QuotaBook([QuotaBounds("red", requests_per_s=1), QuotaBounds("*", max_in_flight=1), QuotaBounds("free")])
     red = book.find("red")

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 from aiorch_proto.admin.v1 import access_pb2 as pb
 
 from aiorch_server.frontends.admin.caller import Caller
-from aiorch_server.frontends.admin.fields import InvalidField, choose_paths, encode_time, read_time
+from aiorch_server.frontends.admin.fields import InvalidField, check_range, choose_paths, encode_time, read_time
 from aiorch_server.registry import access
 from aiorch_server.security.api_keys import make_key
 from aiorch_server.security.identity import RoleBinding
 from aiorch_server.security.permissions import TABLE
+from aiorch_server.security.quotas import MAX_PER_S, MAX_TENANT_BYTES, MIN_PER_S
 from aiorch_server.security.roles import Role
 
 if TYPE_CHECKING:
@@ -109,7 +110,17 @@ class AccessServicer:
         paths = choose_paths(request, given, _BOUNDS)
         before = _encode_quota(access.get_quota(session, given.tenant))
         bounds = {name: getattr(given if name in paths else before, name) for name in _BOUNDS}
+        _check_quota(given.tenant, bounds)
         return _encode_quota(access.set_quota(session, access.Quota(given.tenant, **bounds)))
+
+
+def _check_quota(tenant: str, bounds: dict[str, Any]) -> None:
+    """InvalidField for what the servers could not count."""
+    if len(tenant.encode()) > MAX_TENANT_BYTES:
+        raise InvalidField("quota.tenant", f"has over {MAX_TENANT_BYTES} bytes")
+    for name in ("requests_per_s", "rows_per_s"):
+        if bounds[name]:
+            check_range(bounds[name], f"quota.{name}", MIN_PER_S, MAX_PER_S)
 
 
 def _encode_own(binding: RoleBinding) -> pb.RoleBinding:

@@ -37,7 +37,7 @@ class RegistryAccess:
                 for each in access.read_grants(session)
             ]
             bounds = [
-                QuotaBounds(each.tenant, each.requests_per_s, each.rows_per_s, each.max_in_flight)
+                QuotaBounds(each.tenant, each.requests_per_s, each.rows_per_s, each.max_in_flight).fit()
                 for each in access.read_quotas(session)
             ]
             return bindings, bounds

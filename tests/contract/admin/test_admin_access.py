@@ -12,8 +12,10 @@ from aiorch_proto.admin.v1 import access_pb2, audit_pb2, registry_pb2, tuning_pb
 from sqlalchemy import text
 
 from aiorch_server.frontends.admin.registry_access import RegistryAccess
+from aiorch_server.registry import access
 from aiorch_server.security.api_keys import ApiKeyAuthenticator
 from aiorch_server.security.authenticator import Credentials
+from aiorch_server.security.quotas import QuotaBook
 from aiorch_server.security.roles import Role
 
 
@@ -135,11 +137,22 @@ async def test_quotas(site: Site) -> None:
         ({"tenant": "acme", "requests_per_s": float("nan")}, []),
         ({"tenant": "acme", "rows_per_s": -1}, []),
         ({"tenant": "acme", "max_in_flight": -1}, []),
+        ({"tenant": "acme", "requests_per_s": 1e-9}, []),
+        ({"tenant": "acme", "rows_per_s": 1e9}, []),
+        ({"tenant": "\u00e4" * 100, "rows_per_s": 1}, []),
         ({"tenant": "acme"}, ["tenant"]),
     ):
         request = access_pb2.SetQuotaRequest(quota=quota, update_mask={"paths": mask})
         assert (await status_of(stub.SetQuota(request)))[0] == "INVALID_ARGUMENT"
     assert (await status_of(stub.GetQuota(access_pb2.GetQuotaRequest())))[0] == "INVALID_ARGUMENT"
+
+
+async def test_quotas_that_were_never_checked(site: Site) -> None:
+    """Rows of another hand: the nearest bounds that can be counted hold, and everything else goes on."""
+    await site.database.run(lambda session: access.set_quota(session, access.Quota("acme", 1e-9, 1e12)))
+    _, bounds = await RegistryAccess(site.database).read_rules()
+    quota = QuotaBook(bounds).find("acme")
+    assert quota is not None and (quota.requests_per_s, quota.rows_per_s) == (0.001, 1e8)
 
 
 async def test_the_audit_log(site: Site) -> None:
