@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import enum
-import re
-from functools import lru_cache
 
 
 class Role(enum.IntEnum):
@@ -16,11 +14,22 @@ class Role(enum.IntEnum):
     ADMIN = 4
 
 
-@lru_cache(maxsize=4096)
-def _compile(pattern: str) -> re.Pattern[str]:
-    return re.compile(".*".join(re.escape(part) for part in pattern.split("*")), re.DOTALL)
-
-
 def matches(pattern: str, model: str) -> bool:
-    """Whether a pattern of model names, with ``*`` for any characters, covers ``model``."""
-    return pattern == "*" or _compile(pattern).fullmatch(model) is not None
+    """Whether a pattern of model names, with ``*`` for any characters, covers ``model``.
+
+    In linear time, whatever both are: callers choose the name. Each part is taken where it is found first, and what
+    follows has the most room there.
+    """
+    first, *between = pattern.split("*")
+    if not between:
+        return model == first
+    last = between.pop()
+    if len(model) < len(first) + len(last) or not model.startswith(first) or not model.endswith(last):
+        return False
+    at, end = len(first), len(model) - len(last)
+    for part in between:
+        at = model.find(part, at, end)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
