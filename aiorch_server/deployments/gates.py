@@ -1,9 +1,9 @@
 """Whether a candidate keeps to what it has to: verdicts on counts, told apart from chance; pure.
 
 All three gates ask the same question: if the candidate were just at its limit, how likely would so many bad ones among
-so many be, or more? Below a level it is a breach. The gates are looked at again and again while a step lasts, so the
-level is strict meanwhile: what shows early must be plain, such as a candidate that fails everything. At the end of the
-step the usual level holds.
+so many be, or more? Below a level it is a breach. The gates are looked at again and again while a step lasts, and while
+it waits for samples, so the level is strict meanwhile: what shows early must be plain, such as a candidate that fails
+everything. Once, at the end of the step with all samples there, the usual level holds.
 """
 
 from __future__ import annotations
@@ -55,14 +55,22 @@ def find_tail(bad: int, total: int, rate: float) -> float:
 
 
 def judge(
-    gates: Gates, stable: Window, candidate: Window, *, is_final: bool, can_stable_grow: bool, sampled: int
+    gates: Gates,
+    stable: Window,
+    candidate: Window,
+    *,
+    is_final: bool,
+    can_stable_grow: bool,
+    sampled: int,
+    is_given_up: bool = False,
 ) -> Verdict:
     """The verdict on the candidate's window against the stable version's.
 
-    ``is_final``: at the end of the step. ``can_stable_grow``: the stable version still gets requests; if not, its
+    ``is_final``: at the end of the step; ``is_given_up``: no more samples are waited for. ``can_stable_grow``: the stable version still gets requests; if not, its
     latency is not waited for. ``sampled`` is the share of requests that are compared, in hundredths of a percent.
     """
-    level = FINAL_LEVEL if is_final else EARLY_LEVEL
+    missing = _find_missing(gates, stable, candidate, can_stable_grow, sampled)
+    level = FINAL_LEVEL if is_given_up or (is_final and not missing) else EARLY_LEVEL
     for breach in (
         _judge_errors(gates, candidate, level),
         _judge_agreement(gates, candidate, level),
@@ -70,7 +78,7 @@ def judge(
     ):
         if breach:
             return Verdict(breach)
-    return Verdict(missing=_find_missing(gates, stable, candidate, can_stable_grow, sampled))
+    return Verdict(missing=missing)
 
 
 def _judge_errors(gates: Gates, candidate: Window, level: float) -> str:

@@ -245,7 +245,9 @@ def _advance_step(rollout: Rollout, seen: Observation, now: datetime) -> Move:
     bake_s, is_endless = _find_bake(plan, rollout.step)
     over_s = (now - _began(rollout)).total_seconds() - bake_s
     is_over = over_s >= 0 and not seen.waiting
-    verdict = _judge(rollout, seen, is_final=is_over and not is_endless)
+    is_final = is_over and not is_endless
+    is_given_up = is_final and 0.0 < plan.gates.max_wait_s <= over_s
+    verdict = _judge(rollout, seen, is_final=is_final, is_given_up=is_given_up)
     if verdict.breach:
         target = S.PAUSED if plan.is_rollback_manual else S.ROLLING_BACK
         return _go(rollout, target, f"{describe_step(rollout)}: {verdict.breach}", now)
@@ -253,7 +255,7 @@ def _advance_step(rollout: Rollout, seen: Observation, now: datetime) -> Move:
         return _stay(rollout, _tell_waiting(describe_step(rollout), seen))
     note = ""
     if verdict.missing:
-        if not plan.gates.max_wait_s or over_s < plan.gates.max_wait_s:
+        if not is_given_up:
             return _stay(rollout, f"{describe_step(rollout)} waits: {verdict.missing}{_tell_silent(seen)}")
         note = f"; went on after {plan.gates.max_wait_s:g} s although {verdict.missing}"
     if plan.strategy is Strategy.SHADOW:
@@ -273,13 +275,14 @@ def _watch_paused(rollout: Rollout, seen: Observation, now: datetime) -> Move:
     return _stay(rollout, rollout.reason)
 
 
-def _judge(rollout: Rollout, seen: Observation, *, is_final: bool) -> Verdict:
+def _judge(rollout: Rollout, seen: Observation, *, is_final: bool, is_given_up: bool = False) -> Verdict:
     wish = _wish_step(rollout.plan, rollout.step, rollout.from_version, rollout.to_version)
     return judge(
         rollout.plan.gates,
         seen.window(rollout.from_version),
         seen.window(rollout.to_version),
         is_final=is_final,
+        is_given_up=is_given_up,
         can_stable_grow=any(each.version == rollout.from_version and each.share for each in wish.traffic),
         sampled=wish.sampled,
     )

@@ -65,6 +65,15 @@ def test_what_is_likely_no_chance_is_a_breach_at_the_end_only() -> None:
     assert judged(gates, Window(), candidate, is_final=True).breach
 
 
+def test_few_samples_are_no_more_of_a_breach_because_the_step_is_over() -> None:
+    """A step that waits for samples is looked at four times a second: chance would get many tries."""
+    gates = Gates(max_error_rate=0.01, min_agreement=0.99, min_samples=200)
+    found = judged(gates, Window(), Window(3, 1), is_final=True)
+    assert not found.breach and "3 of the 200" in found.missing
+    assert not judged(gates, Window(), Window(300, compared=3, agreed=2), is_final=True).breach
+    assert judged(gates, Window(), Window(3, 3), is_final=True).breach
+
+
 def test_agreement() -> None:
     gates = Gates(min_agreement=0.99, min_samples=100)
     assert judged(gates, Window(), Window(100, compared=3, agreed=0)).breach

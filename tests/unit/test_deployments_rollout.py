@@ -187,6 +187,17 @@ def test_too_few_samples_wait_or_go_on_and_both_are_told() -> None:
     assert "went on after 60 s although the candidate has answered 5" in went_on.rollout.reason
 
 
+def test_what_few_samples_show_counts_when_no_more_are_waited_for() -> None:
+    running = drive(rollout(gates=replace(GATES, max_wait_s=60.0)), until=S.RUNNING)[-1].rollout
+    assert running.step_began_at
+    poor = seen(new=Window(20, 2, {1_000_000: 18}))
+    for seconds in (10, 40, 69):
+        waits = advance(running, poor, running.step_began_at + timedelta(seconds=seconds))
+        assert waits.rollout.state is S.RUNNING, "by chance, perhaps"
+    given_up = advance(running, poor, running.step_began_at + timedelta(seconds=70))
+    assert given_up.rollout.state is S.ROLLING_BACK and "2 of 20 requests failed" in given_up.rollout.reason
+
+
 def test_who_is_waited_for_and_who_is_not_is_told() -> None:
     loading = drive(rollout(), until=S.LOADING)[-1].rollout
     waits = advance(loading, seen(waiting=("two",), silent=("three",)), NOW)
