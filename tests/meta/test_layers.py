@@ -34,9 +34,10 @@ LEVELS = {
     "dataplane": 4,
     "controlplane": 4,
     "frontends": 5,
-    "app": 6,
-    "cli": 7,
-    "testing": 7,
+    "assembly": 6,
+    "app": 7,
+    "cli": 8,
+    "testing": 8,
 }
 #: Within level 0: what stands on what.
 GROUND = {
