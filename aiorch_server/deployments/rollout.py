@@ -374,10 +374,10 @@ def describe_step(rollout: Rollout) -> str:
 
 
 def _describe(rollout: Rollout) -> str:
-    return (
-        f"rollout {rollout.id} of '{rollout.model}' from version {rollout.from_version} to {rollout.to_version} "
-        f"({rollout.plan.strategy.value})"
-    )
+    way = f"from version {rollout.from_version} to {rollout.to_version}"
+    if not rollout.from_version:  # nothing served before
+        way = f"to version {rollout.to_version}"
+    return f"rollout {rollout.id} of '{rollout.model}' {way} ({rollout.plan.strategy.value})"
 
 
 def _tell_waiting(text: str, seen: Observation) -> str:

@@ -37,6 +37,7 @@ class Comparer:
         if sample.answer is None and (is_stable or not isinstance(sample.error, BackendError)):
             return
         other = self._candidate if is_stable else self._stable
+        which = f"request '{sample.request.id}'" if sample.request.id else "a request"
         deadline_ns = time.monotonic_ns() + int(PATIENCE_S * 1e9)
         try:
             copied = await replay(sample.request, other, deadline_ns=deadline_ns)
@@ -44,12 +45,12 @@ class Comparer:
             return
         except AiorchError as error:
             if is_stable:
-                self._note(f"request '{sample.request.id}': version {other} failed: {error}")
+                self._note(f"{which}: version {other} failed: {error}")
             return
         if sample.answer is None:
-            self._note(f"request '{sample.request.id}': version {version} failed: {sample.error}")
+            self._note(f"{which}: version {version} failed: {sample.error}")
             return
         before, after = (sample.answer, copied) if is_stable else (copied, sample.answer)
         gates = self._gates
         difference = compare(before, after, atol=gates.agreement_atol, rtol=gates.agreement_rtol)
-        self._note(f"request '{sample.request.id}': {difference}" if difference else "")
+        self._note(f"{which}: {difference}" if difference else "")

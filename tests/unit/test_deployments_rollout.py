@@ -325,6 +325,11 @@ def test_every_rollout_ends(start: Rollout) -> None:
     assert ended.state in (S.SUCCEEDED, S.ROLLED_BACK, S.RUNNING)
 
 
+def test_the_first_version_comes_from_nowhere() -> None:
+    assert " of 'm' to version 2 (canary) began" in begin(rollout(old=0)).text
+    assert " of 'm' from version 1 to 2 (canary) began" in begin(rollout()).text
+
+
 def test_commands_that_come_too_late_name_the_state() -> None:
     ended = rollout(state=S.SUCCEEDED)
     for verb in Command:
