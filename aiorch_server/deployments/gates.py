@@ -66,8 +66,9 @@ def judge(
 ) -> Verdict:
     """The verdict on the candidate's window against the stable version's.
 
-    ``is_final``: at the end of the step; ``is_given_up``: no more samples are waited for. ``can_stable_grow``: the stable version still gets requests; if not, its
-    latency is not waited for. ``sampled`` is the share of requests that are compared, in hundredths of a percent.
+    ``is_final``: at the end of the step; ``is_given_up``: no more samples are waited for. ``can_stable_grow``: the
+    stable version still gets requests; if not, its latency is not waited for. ``sampled`` is the share of requests that
+    are compared, in hundredths of a percent.
     """
     missing = _find_missing(gates, stable, candidate, can_stable_grow, sampled)
     level = FINAL_LEVEL if is_given_up or (is_final and not missing) else EARLY_LEVEL
