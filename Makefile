@@ -11,7 +11,7 @@ CORE := $(wildcard aiorch_server/_core/*.pyx aiorch_server/_core/*.pxd aiorch_se
     backends/aiorch_backends/*/*.pyx backends/aiorch_backends/*/*.h) setup.py
 
 .PHONY: serve test test-sanitize leak-run fuzz lint compile debug models bench-micro bench-peers bench-memory \
-    bench-profile clean
+    bench-profile bench-rollout clean
 
 serve: $(CACHE)/examples $(CACHE)/compiled models
 	$(VENV)/bin/aiorch serve --model-repository $(MODELS) --log-level warning $(SERVE_ARGS)
@@ -85,6 +85,12 @@ bench-peers: $(CACHE)/test $(CACHE)/compiled
 
 bench-memory: $(CACHE)/test $(CACHE)/compiled
 	$(PY) benchmarks/scenarios/memory.py
+	$(PY) benchmarks/report.py
+
+# QUICK=1 finishes within ten minutes
+bench-rollout: $(CACHE)/test $(CACHE)/compiled
+	@command -v openssl >/dev/null || deploy/install-packages openssl
+	$(PY) benchmarks/scenarios/rollout.py
 	$(PY) benchmarks/report.py
 
 bench-profile: $(CACHE)/test $(CACHE)/compiled

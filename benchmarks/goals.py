@@ -6,6 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.rollout_figures import (
+    count_misjudged,
+    count_unfit,
+    find_access_percent,
+    find_p99_ratio,
+    find_share_error,
+)
+
 OURS = "aiorch"
 PER_CORE = "req_per_s_per_core"
 
@@ -16,6 +24,7 @@ class Figures:
 
     peers: Mapping[str, Any]
     memory: Mapping[str, Any] | None = None
+    rollout: Mapping[str, Any] | None = None
 
     def row(self, contest: str, shape: str, server: str) -> Mapping[str, Any] | None:
         for row in self.peers["rows"]:
@@ -124,6 +133,37 @@ GOALS = (
     Goal(
         "memory after 5 million requests, against 100,000",
         lambda figures: figures.growth_percent(),
+        at_most=5,
+        unit="%",
+    ),
+    Goal(
+        "100 version swaps, requests without the right answer",
+        lambda figures: count_unfit(figures.rollout),
+        at_most=0,
+        unit="",
+    ),
+    Goal("p99 during a swap, against between swaps", lambda figures: find_p99_ratio(figures.rollout), at_most=1.5),
+    Goal(
+        "share of a 10 % canary, off by",
+        lambda figures: find_share_error(figures.rollout),
+        at_most=1,
+        unit="%",
+    ),
+    Goal(
+        "good and bad canaries that came to a wrong end",
+        lambda figures: count_misjudged(figures.rollout),
+        at_most=0,
+        unit="",
+    ),
+    Goal(
+        "authorization by a token, CPU per request",
+        lambda figures: find_access_percent(figures.rollout, "token", "indexed", "nothing"),
+        at_most=5,
+        unit="%",
+    ),
+    Goal(
+        "the same, sent whole each time (h2load), against the same sent to a server that does not ask",
+        lambda figures: find_access_percent(figures.rollout, "token", "h2load", "token"),
         at_most=5,
         unit="%",
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.charts import Bar, draw_bars
 from benchmarks.goals import GOALS, OURS, Figures
+from benchmarks.rollout_figures import render_rollout
+from benchmarks.tables import make_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -111,17 +113,20 @@ def render(
     micro: Mapping[str, Any] | None = None,
     memory: Mapping[str, Any] | None = None,
     profile: Mapping[str, Any] | None = None,
+    rollout: Mapping[str, Any] | None = None,
 ) -> str:
     """The whole page as Markdown; what was not measured is left out."""
     parts = [_render_head()]
     if warning := warn_if_noisy(peers):
         parts.append(f"**{warning}**")
-    parts += [_render_goals(peers, memory), _render_machine(peers["machine"], peers["settings"])]
+    parts += [_render_goals(Figures(peers, memory, rollout)), _render_machine(peers["machine"], peers["settings"])]
     parts.append(_render_servers(peers["servers"]))
     parts += [_render_contest(peers, contest) for contest in peers["contests"]]
     parts.append(_render_starts(peers))
     if memory is not None:
         parts.append(_render_memory(memory))
+    if rollout is not None:
+        parts.append(render_rollout(rollout))
     if profile is not None:
         parts.append(_render_profile(profile))
     if peers["void"]:
@@ -167,17 +172,17 @@ def _render_machine(machine: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 
 
 def _render_servers(servers: Mapping[str, Mapping[str, str]]) -> str:
-    return "## Servers\n\n" + _make_grid(
+    return "## Servers\n\n" + make_grid(
         ["server", "settings"], [[entry["title"], entry["settings"]] for entry in servers.values()], numbers=False
     )
 
 
-def _render_goals(peers: Mapping[str, Any], memory: Mapping[str, Any] | None) -> str:
-    figures = Figures(peers, memory)
+def _render_goals(figures: Figures) -> str:
+    peers = figures.peers
     answers = sum(run["requests"] for row in peers["rows"] for run in row["runs"])
     return (
         "## In short\n\n"
-        + _make_grid(["figure", "asked", "reached", "enough"], [goal.cells(figures) for goal in GOALS], numbers=False)
+        + make_grid(["figure", "asked", "reached", "enough"], [goal.cells(figures) for goal in GOALS], numbers=False)
         + f"\n\n{answers:,} timed answers, {len(peers['void'])} rows void; a lost, wrong or mixed-up answer "
         "voids its row."
     )
@@ -189,7 +194,7 @@ def _render_contest(peers: Mapping[str, Any], contest: Mapping[str, Any]) -> str
     if not rows:
         return "\n\n".join([*parts, "No point of it counts."])
     parts.append(
-        _make_grid(["conns x streams", "server", *COLUMNS], [[r.shape, r.title, *r.cells()] for r in rows], names=2)
+        make_grid(["conns x streams", "server", *COLUMNS], [[r.shape, r.title, *r.cells()] for r in rows], names=2)
     )
     if ceilings := [entry for entry in peers["ceilings"] if entry["contest"] == contest["name"]]:
         best = max(entry["rows_per_s"] for entry in ceilings)
@@ -232,7 +237,7 @@ def _render_starts(peers: Mapping[str, Any]) -> str:
     return (
         "## Start and idle memory\n\nFrom the command to the first right answer, on the one core; memory of all the "
         "server's processes just after (PSS counts pages that processes share only once).\n\n"
-        + _make_grid(["contest", "server", "start s", "RSS MB", "PSS MB", "processes"], rows, names=2)
+        + make_grid(["contest", "server", "start s", "RSS MB", "PSS MB", "processes"], rows, names=2)
     )
 
 
@@ -244,7 +249,7 @@ def _render_memory(memory: Mapping[str, Any]) -> str:
         f"## Memory over time\n\n{memory['text']} After {samples[-1]['requests']:,} requests RSS differs by "
         f"{memory['growth_percent']:+.1f} % from that after {samples[0]['requests']:,} "
         f"(commit {memory['machine']['commit'] or 'unknown'}).\n\n"
-        + _make_grid(["requests", "RSS MB", "PSS MB"], rows, names=0)
+        + make_grid(["requests", "RSS MB", "PSS MB"], rows, names=0)
     )
 
 
@@ -256,12 +261,12 @@ def _render_profile(profile: Mapping[str, Any]) -> str:
     parts = [
         "## Where the time goes\n\nSamples of this server's CPU time by `perf`, in per cent, identity "
         f"(commit {profile['machine']['commit'] or 'unknown'}).",
-        _make_grid(["part", *names], rows),
+        make_grid(["part", *names], rows),
     ]
     for point in profile["points"]:
         tops = [[top["symbol"], top["group"], f"{top['percent']:.1f}"] for top in point["symbols"]]
         parts.append(
-            f"The costliest functions at {point['name']}:\n\n" + _make_grid(["function", "part", "%"], tops, names=2)
+            f"The costliest functions at {point['name']}:\n\n" + make_grid(["function", "part", "%"], tops, names=2)
         )
     return "\n\n".join(parts)
 
@@ -273,13 +278,8 @@ def _render_micro(micro: Mapping[str, Any]) -> str:
     return (
         "## The compiled core alone\n\nNanoseconds per request, one thread, no sockets "
         f"(commit {micro['machine']['commit'] or 'unknown'}, {micro['machine']['date']}).\n\n"
-        + _make_grid(["operation", "ns", "min-max"], rows)
+        + make_grid(["operation", "ns", "min-max"], rows)
     )
-
-
-def _make_grid(header: Sequence[str], rows: Sequence[Sequence[str]], *, names: int = 1, numbers: bool = True) -> str:
-    rules = ["---" if column < names or not numbers else "---:" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rules, *rows])
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -299,7 +299,7 @@ def main() -> int:
     if peers is None:
         print(f"no results in {RESULTS}: run 'make bench-peers' first", file=sys.stderr)
         return 1
-    texts = {PAGE: render(peers, load("micro"), load("memory"), load("profile"))}
+    texts = {PAGE: render(peers, load("micro"), load("memory"), load("profile"), load("rollout"))}
     texts |= {CHARTS / f"{name}.svg": text for name, text in draw_charts(peers).items()}
     if options.check:
         stale = [path.name for path, text in texts.items() if not path.exists() or path.read_text("utf-8") != text]

@@ -69,16 +69,14 @@ class ServerPlan:
 def plan_aiorch(
     situation: Situation, *, name: str = "aiorch", io_threads: int | None = None, switch_interval_us: int | None = None
 ) -> ServerPlan:
-    """This project's server, from its console script or, when it is not installed, from the checkout."""
-    script = Path(sysconfig.get_path("scripts")) / "aiorch"
-    start = [str(script)] if script.exists() else [sys.executable, "-m", "aiorch_server.cli"]
-    paths = [] if script.exists() else [str(path) for path in _SOURCES]
+    """This project's server."""
     backend = "identity" if situation.workload.onnx is None else "onnxruntime"
     models = write_repository(situation, backend, signature=backend == "identity")
     if situation.is_busy:
         (models / "busy_thread" / "1").mkdir(parents=True)
         shutil.copy(HERE / "busy_thread.py", models / "busy_thread" / "1" / "model.py")
-    command = [*start, "serve", "--model-repository", str(models)]
+    command, environment = find_aiorch()
+    command += ["--model-repository", str(models)]
     command += ["--grpc-port", str(situation.port), "--http-port", "0", "--metrics-port", "0"]
     if io_threads is not None:
         command += ["--io-threads", str(io_threads)]
@@ -87,9 +85,6 @@ def plan_aiorch(
     if situation.certificate:
         command += ["--grpc-server-cert", str(situation.certificate.certificate)]
         command += ["--grpc-server-key", str(situation.certificate.key)]
-    if not script.exists():  # entry points come with installation
-        for backend_class in _OUR_BACKEND_CLASSES:
-            command += ["--backend", backend_class]
     title = "AIOrchestrator" if io_threads is None else f"AIOrchestrator, --io-threads {io_threads}"
     return ServerPlan(
         name=name,
@@ -97,8 +92,20 @@ def plan_aiorch(
         settings="native transport, dynamic batching, 1 instance" + ("" if io_threads is None else ", asyncio driver"),
         wire=situation.grpc,
         command=command,
-        environment={"PYTHONPATH": os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])},
+        environment=environment,
     )
+
+
+def find_aiorch() -> tuple[list[str], dict[str, str]]:
+    """The command ``aiorch serve`` and its environment: the console script or, when not installed, the checkout."""
+    script = Path(sysconfig.get_path("scripts")) / "aiorch"
+    own = os.environ.get("PYTHONPATH")
+    if script.exists():
+        return [str(script), "serve"], {"PYTHONPATH": own} if own else {}
+    command = [sys.executable, "-m", "aiorch_server.cli", "serve"]
+    for backend_class in _OUR_BACKEND_CLASSES:  # entry points come with installation
+        command += ["--backend", backend_class]
+    return command, {"PYTHONPATH": os.pathsep.join([*map(str, _SOURCES), *([own] if own else [])])}
 
 
 def plan_aiorch_asyncio(situation: Situation) -> ServerPlan:

@@ -6,62 +6,47 @@ One request at a time on each connection, all from one thread; what is sent is p
 from __future__ import annotations
 
 import select
-import socket
-import struct
-from enum import StrEnum
+import ssl
 
-from hpack import Encoder, NeverIndexedHeaderTuple
+from hpack import Encoder
 
 from benchmarks.peers.h2load import LoadFailed
-from benchmarks.peers.wires import MODEL_INFER
+from benchmarks.scenarios.frames import (
+    ACK,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    SETTINGS,
+    Compression,
+    FrameReader,
+    connect,
+    encode_head,
+    greet,
+    make_frame,
+)
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _SETTINGS, _WINDOW_UPDATE = 0, 1, 4, 8
-_END_STREAM, _END_HEADERS, _ACK = 1, 4, 1
 _TIMEOUT_S = 60.0
-
-
-class Compression(StrEnum):
-    """How a client's HPACK sends a header that is the same in each request."""
-
-    INDEXED = "indexed"  # grpc-go, grpc-java: as a number, after the first time
-    PLAIN = "plain"  # grpc's C core, and with it Python's: whole, as it is
-    HUFFMAN = "huffman"  # libnghttp2, and with it h2load: whole, packed
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
-
-def _encode(encoder: Encoder, token: str, compression: Compression) -> bytes:
-    fields = [(":method", "POST"), (":scheme", "http"), (":path", MODEL_INFER), (":authority", "127.0.0.1")]
-    fields += [("content-type", "application/grpc"), ("te", "trailers")]
-    block: bytes = encoder.encode(fields)
-    if token and compression is Compression.INDEXED:
-        block += encoder.encode([("authorization", token)])
-    elif token:
-        secret = NeverIndexedHeaderTuple("authorization", token)
-        block += encoder.encode([secret], huffman=compression is Compression.HUFFMAN)
-    return block
 
 
 class _Connection:
     """One request after the other; the bytes of all but the first differ in their stream's number alone."""
 
-    def __init__(self, port: int, payload: bytes, token: str, compression: Compression) -> None:
+    def __init__(
+        self, port: int, payload: bytes, token: str, compression: Compression, tls: ssl.SSLContext | None
+    ) -> None:
         encoder = Encoder()
-        self._first, self._later = (_encode(encoder, token, compression) for _ in range(2))
-        self._payload, self._received, self._stream = payload, b"", 1
+        self._first, self._later = (encode_head(encoder, token, compression) for _ in range(2))
+        self._payload, self._reader, self._stream = payload, FrameReader(), 1
         self.answers = self.data_bytes = 0
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=_TIMEOUT_S)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        window = _frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", (1 << 31) - 1 - 65535))
-        self.socket.sendall(_PREFACE + _frame(_SETTINGS, 0, 0, b"") + window)
+        plain = connect(port, _TIMEOUT_S)
+        self.socket = plain if tls is None else tls.wrap_socket(plain, server_hostname="127.0.0.1")
+        self.socket.sendall(greet())
 
     def ask(self) -> None:
         block = self._first if self._stream == 1 else self._later
-        head = _frame(_HEADERS, _END_HEADERS, self._stream, block)
-        self.socket.sendall(head + _frame(_DATA, _END_STREAM, self._stream, self._payload))
+        head = make_frame(HEADERS, END_HEADERS, self._stream, block)
+        self.socket.sendall(head + make_frame(DATA, END_STREAM, self._stream, self._payload))
         self._stream += 2
 
     def receive(self) -> bool:
@@ -69,29 +54,34 @@ class _Connection:
         received = self.socket.recv(65536)
         if not received:
             raise LoadFailed("the server closed a connection")
-        received = self._received + received
-        at, is_complete = 0, False
-        while len(received) - at >= 9:
-            size, kind, flags = int.from_bytes(received[at : at + 3], "big"), received[at + 3], received[at + 4]
-            if len(received) - at < 9 + size:
-                break
-            at += 9 + size
-            if kind == _DATA:
-                self.data_bytes += size
-            elif kind == _HEADERS and flags & _END_STREAM:
+        while isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
+            received += self.socket.recv(65536)
+        is_complete = False
+        for kind, flags, _, payload in self._reader.read(received):
+            if kind == DATA:
+                self.data_bytes += len(payload)
+            elif kind == HEADERS and flags & END_STREAM:
                 self.answers += 1
                 is_complete = True
-            elif kind == _SETTINGS and not flags & _ACK:
-                self.socket.sendall(_frame(_SETTINGS, _ACK, 0, b""))
-        self._received = received[at:]
+            elif kind == SETTINGS and not flags & ACK:
+                self.socket.sendall(make_frame(SETTINGS, ACK, 0, b""))
         return is_complete
 
 
 class Echoes:
-    """``connections`` clients that show ``token``, or none; from ``with`` to the end of the block."""
+    """``connections`` clients that show ``token``, or none; ``close`` ends them."""
 
-    def __init__(self, port: int, payload: bytes, connections: int, token: str, compression: Compression) -> None:
-        self._clients = [_Connection(port, payload, token, compression) for _ in range(connections)]
+    def __init__(
+        self,
+        port: int,
+        payload: bytes,
+        connections: int,
+        *,
+        token: str = "",
+        compression: Compression = Compression.INDEXED,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._clients = [_Connection(port, payload, token, compression, tls) for _ in range(connections)]
 
     def run(self, requests: int, response_bytes: int) -> None:
         """``requests`` calls, as equal shares; LoadFailed unless each got so many bytes of DATA."""
