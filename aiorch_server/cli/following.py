@@ -101,7 +101,7 @@ class RolloutView:
             from rich.console import Group
 
             self._live.update(Group(*render_rollout(rollout)))
-        elif not self._output.is_json:
+        elif not self._output.is_json and not rollout.state.is_end:
             line = write_progress(rollout)
             if line != self._told:
                 self._output.show({}, line)
@@ -112,7 +112,8 @@ def write_progress(rollout: Rollout) -> str:
     """Where a rollout stands, in a line."""
     steps = rollout.plan.steps
     where = ""
-    if rollout.plan.strategy is Strategy.CANARY and steps and not rollout.state.is_end:
+    # a server that gives a reason says in it which step that is
+    if rollout.plan.strategy is Strategy.CANARY and steps and not rollout.reason:
         percent = steps[min(rollout.step, len(steps) - 1)].percent
         where = f", step {rollout.step + 1} of {len(steps)}: {percent:g} % to version {rollout.to_version}"
     reason = f" ({rollout.reason})" if rollout.reason else ""

@@ -68,10 +68,10 @@ def _show(output: ClientOutput, rollout: Rollout) -> None:
 def history(
     client: AdminClient,
     output: ClientOutput,
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Only its rollouts.")] = "",
+    model: ModelName,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="The newest so many.")] = 20,
 ) -> None:
-    """Lists rollouts, the newest first, with how they ended and why."""
+    """Lists a model's rollouts, the newest first, with how they ended and why."""
     rollouts = list(islice(client.list_rollouts(check_model_name(model)), limit))
     shown = tabulate_rollouts(rollouts) if rollouts else "no rollouts"
     output.show({"rollouts": [describe(each) for each in rollouts]}, shown)

@@ -221,7 +221,7 @@ def test_waiting_shows_the_way_and_ends_as_the_rollout_does(server: ScriptedAdmi
     server.rollouts[0].state = deployments_pb2.ROLLOUT_STATE_RUNNING
     result = run(server, "deploy", "digits", "--wait", "--wait-secs", "1")
     assert result.exit_code == 1
-    assert "has not come to an end within 1 s" in result.stderr and "aiorch abort digits" in result.stderr
+    assert "has not ended within 1 s" in result.stderr and "aiorch abort digits" in result.stderr
 
 
 def test_steering_a_rollout(server: ScriptedAdmin) -> None:
@@ -232,7 +232,7 @@ def test_steering_a_rollout(server: ScriptedAdmin) -> None:
     run(server, "abort", "digits", "--reason", "no good")
     assert server.requests["Abort"][-1].reason == "no good"
     assert "paused" in run(server, "history", "digits").stdout
-    assert run_json(server, "history")[1]["rollouts"][0]["plan"]["strategy"] == "canary"
+    assert run_json(server, "history", "digits")[1]["rollouts"][0]["plan"]["strategy"] == "canary"
     server.rollouts.clear()
     code, document = run_json(server, "promote", "digits")
     assert (code, document["error"]["reason"]) == (1, "PRECONDITION_FAILED")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 import pytest
-from aiorch_client.aio import _choose_error
+from aiorch_client.aio_connection import choose_status
 from grpc.aio import AioRpcError, Metadata
 
 CORE = (grpc.StatusCode.INTERNAL, "Internal error from Core", None)
@@ -18,11 +18,11 @@ def make_error(code: grpc.StatusCode, details: str) -> AioRpcError:
 @pytest.mark.parametrize("announced", [[CORE], [SERVER], [CORE, SERVER], []])
 def test_the_servers_status_is_raised(announced: list[tuple[grpc.StatusCode, str, None]]) -> None:
     raised = CORE if SERVER in announced else SERVER
-    error = _choose_error(announced, make_error(*raised[:2]))
-    assert (error.code, error.details) == (grpc.StatusCode.NOT_FOUND, "bad request")
+    code, details, _ = choose_status(announced, make_error(*raised[:2]))
+    assert (code, details) == (grpc.StatusCode.NOT_FOUND, "bad request")
 
 
 @pytest.mark.parametrize("announced", [[CORE], []])
 def test_one_of_grpcs_own_where_there_is_no_other(announced: list[tuple[grpc.StatusCode, str, None]]) -> None:
-    error = _choose_error(announced, make_error(*CORE[:2]))
-    assert (error.code, error.details) == (grpc.StatusCode.INTERNAL, "Internal error from Core")
+    code, details, _ = choose_status(announced, make_error(*CORE[:2]))
+    assert (code, details) == (grpc.StatusCode.INTERNAL, "Internal error from Core")

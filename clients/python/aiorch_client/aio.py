@@ -11,11 +11,11 @@ import grpc
 import grpc.aio
 from aiorch_proto.v2.service import InferenceStub
 
-from aiorch_client.aio_connection import AsyncConnection
+from aiorch_client.aio_connection import AsyncConnection, choose_status, note_status
 from aiorch_client.calls import RequestLayer
 from aiorch_client.channel import TlsConfig
 from aiorch_client.client import STREAM_STATUS
-from aiorch_client.errors import ClientError, from_rpc_error, from_status
+from aiorch_client.errors import ClientError, from_status
 from aiorch_client.retry import RetryPolicy
 from aiorch_client.types import (
     InferRequest,
@@ -27,8 +27,6 @@ from aiorch_client.types import (
     Parameter,
     ServerMetadata,
 )
-
-_Status = tuple[grpc.StatusCode, str, Any]
 
 
 class AsyncClient(AsyncConnection):
@@ -101,8 +99,7 @@ class AsyncClient(AsyncConnection):
             timeout=deadline_s - time.monotonic(),
             metadata=(*self._metadata, STREAM_STATUS) if raise_errors else self._metadata,
         )
-        statuses: list[_Status] = []
-        call.add_done_callback(lambda done: statuses.append(_read_status(done)))
+        statuses = note_status(call)
         try:
             async for reply in call:
                 item = self._layer.read_stream_reply(reply)
@@ -110,7 +107,7 @@ class AsyncClient(AsyncConnection):
                     raise item
                 yield item
         except grpc.RpcError as error:
-            raise _choose_error(statuses, error) from error
+            raise from_status(*choose_status(statuses, error)) from error
         finally:
             call.cancel()
         if failures:
@@ -186,30 +183,3 @@ class AsyncClient(AsyncConnection):
                     yield await self._run(self._layer.prepare(request, deadline_s))
         except Exception as error:  # kept for the reader: in gRPC's task nobody would see it
             failures.append(error)
-
-
-def _read_status(call: Any) -> _Status:
-    """The status of a call that is over: grpc.aio gives it through coroutines, which then have nothing to wait for."""
-    parts: list[Any] = []
-    for coroutine in (call.code(), call.details(), call.trailing_metadata()):
-        try:
-            coroutine.send(None)
-        except StopIteration as end:
-            parts.append(end.value)
-        finally:
-            coroutine.close()
-    code, details, trailing_metadata = parts
-    return code, details, trailing_metadata
-
-
-def _choose_error(statuses: list[_Status], error: grpc.RpcError) -> ClientError:
-    """The server's status of a stream.
-
-    A message that is written while the server ends the stream fails, and grpc.aio then puts an INTERNAL of its own in
-    the place of the server's status (https://github.com/grpc/grpc/issues/36066). Either may be announced and either
-    raised, so of two the server's is the one that is not INTERNAL.
-    """
-    told = next((status for status in statuses if status[0] is not grpc.StatusCode.INTERNAL), None)
-    if told is None and statuses and error.code() is grpc.StatusCode.INTERNAL:
-        told = statuses[0]
-    return from_rpc_error(error) if told is None else from_status(*told)

@@ -16,6 +16,7 @@ from aiorch_client.errors import RequestError
 from aiorch_client.steps import Pause, Send, Steps
 
 T = TypeVar("T")
+Status = tuple[grpc.StatusCode, str, Any]
 
 
 class AsyncConnection(ABC):
@@ -118,3 +119,37 @@ class AsyncConnection(ABC):
             else:
                 self._channel = grpc.aio.secure_channel(self.target, self._credentials, self._options)
             self._use(self._channel)
+
+
+def note_status(call: Any) -> list[Status]:
+    """The status that is announced for ``call``, once it is; for ``choose_status``."""
+    statuses: list[Status] = []
+    call.add_done_callback(lambda done: statuses.append(_read_status(done)))
+    return statuses
+
+
+def _read_status(call: Any) -> Status:
+    """The status of a call that is over: grpc.aio gives it through coroutines, which then have nothing to wait for."""
+    parts: list[Any] = []
+    for coroutine in (call.code(), call.details(), call.trailing_metadata()):
+        try:
+            coroutine.send(None)
+        except StopIteration as end:
+            parts.append(end.value)
+        finally:
+            coroutine.close()
+    code, details, trailing_metadata = parts
+    return code, details, trailing_metadata
+
+
+def choose_status(statuses: list[Status], error: grpc.RpcError) -> Status:
+    """The server's status of a call that sends a stream.
+
+    A message that is written while the server ends the stream fails, and grpc.aio then puts an INTERNAL of its own in
+    the place of the server's status (https://github.com/grpc/grpc/issues/36066). Either may be announced and either
+    raised, so of two the server's is the one that is not INTERNAL.
+    """
+    told = next((status for status in statuses if status[0] is not grpc.StatusCode.INTERNAL), None)
+    if told is None and statuses and error.code() is grpc.StatusCode.INTERNAL:
+        told = statuses[0]
+    return (error.code(), error.details(), error.trailing_metadata()) if told is None else told

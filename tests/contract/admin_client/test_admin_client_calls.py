@@ -191,7 +191,7 @@ def test_waiting_for_an_end(server: ScriptedAdmin, client: AdminClient) -> None:
     assert (ended.state, ended.reason, ended.state.is_end) == (RolloutState.ROLLED_BACK, "rolled_back", True)
     assert [state.value for state in seen] == ["pending", "loading", "running", "rolled-back"]
     server.rollouts[0].state = deployments_pb2.ROLLOUT_STATE_PAUSED
-    with pytest.raises(UnavailableError, match=r"is paused, and has not come to an end within 0\.05 s; it goes on"):
+    with pytest.raises(UnavailableError, match=r"is paused, and has not ended within 0\.05 s"):
         client.wait(ended, timeout_s=0.05, look_s=0.01)
 
 

@@ -137,6 +137,19 @@ async def test_files_that_change_while_they_are_sent(server: ScriptedAdmin, fold
     assert not server.versions["digits"]
 
 
+async def test_a_refusal_while_pieces_are_sent_is_told_in_the_servers_words(
+    server: ScriptedAdmin, folder: Path
+) -> None:
+    async with AsyncAdminClient(server.url, retry=HASTE) as client:
+        for _ in range(10):
+            server.refusals["UploadVersion"].append(
+                Refusal(STATUS.RESOURCE_EXHAUSTED, "too large", "PAYLOAD_TOO_LARGE")
+            )
+            with pytest.raises(RequestError, match="too large") as raised:
+                await client.push("digits", folder)
+            assert raised.value.reason == "PAYLOAD_TOO_LARGE"
+
+
 def test_a_progress_that_fails_ends_the_upload(server: ScriptedAdmin, client: AdminClient, folder: Path) -> None:
     def fail(sent: int, total: int) -> None:
         raise ZeroDivisionError

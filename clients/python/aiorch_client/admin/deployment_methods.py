@@ -89,8 +89,8 @@ class DeploymentMethods(AdminConnection):
         """A rollout by its id, or the newest of ``model``; NotFoundError."""
         return self._call(deployment_calls.get_rollout(id, model), timeout_s)
 
-    def list_rollouts(self, model: str = "", *, timeout_s: float | None = None) -> Iterator[Rollout]:
-        """Rollouts of a model or of all, the newest first."""
+    def list_rollouts(self, model: str, *, timeout_s: float | None = None) -> Iterator[Rollout]:
+        """Rollouts of a model, the newest first."""
         return self._list(deployment_calls.list_rollouts(model), timeout_s)
 
     def wait(

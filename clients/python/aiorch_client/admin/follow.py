@@ -92,6 +92,6 @@ def wait_deployment(
 
 def _pause(layer: AdminLayer, deadline_s: float, timeout_s: float, look_s: float, what: str) -> Pause:
     if layer.start_deadline(look_s) >= deadline_s:
-        text = f"{what}, and has not come to an end within {timeout_s:g} s; it goes on"
+        text = f"{what}, and has not ended within {timeout_s:g} s"
         raise UnavailableError(text, code=grpc.StatusCode.DEADLINE_EXCEEDED)
     return Pause(look_s)

@@ -26,8 +26,8 @@ Progress = Callable[[int, int], None]
 UPLOAD_LIMIT_S: Final = 24 * 3600.0
 _METHOD: Final = "ModelRegistry.UploadVersion"
 #: A stream that ended with one of these may be gone on with: what came stays at the server. ABORTED is its word for an
-#: earlier stream of the same upload that is not over yet.
-_INTERRUPTED: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
+#: earlier stream of the same upload that is not over yet, INTERNAL grpc.aio's for a message that could not be written.
+_INTERRUPTED: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED, grpc.StatusCode.INTERNAL)
 _FORMATS: Final = {
     ArchiveFormat.TAR: pb.ARCHIVE_FORMAT_TAR,
     ArchiveFormat.TAR_GZ: pb.ARCHIVE_FORMAT_TAR_GZ,

@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
+import grpc.aio
 from aiorch_proto.admin.v1.service import AdminStub
 
 from aiorch_client.admin.calls import ADMIN_RETRIES, AdminLayer, Call, ListCall
 from aiorch_client.admin.push import SendArchive
-from aiorch_client.aio_connection import AsyncConnection
+from aiorch_client.aio_connection import AsyncConnection, choose_status, note_status
 from aiorch_client.channel import TlsConfig
 from aiorch_client.retry import RetryPolicy
 from aiorch_client.steps import Send
@@ -66,12 +67,14 @@ class AsyncAdminConnection(AsyncConnection):
         failures: list[Exception] = []
         messages = _read_on_threads(step.messages(failures))
         call = self._find(step.method)(messages, timeout=step.timeout_s, metadata=self._metadata)
+        statuses = note_status(call)
         try:
             return await self._answer(call)
-        except grpc.RpcError:
+        except grpc.RpcError as error:
             if failures:
                 raise failures[0] from None
-            raise
+            code, details, trailing_metadata = choose_status(statuses, error)
+            raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing_metadata, details) from error
         finally:
             call.cancel()
 

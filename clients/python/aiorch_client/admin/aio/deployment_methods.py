@@ -87,7 +87,7 @@ class AsyncDeploymentMethods(AsyncAdminConnection):
         """As ``AdminClient.get_rollout``."""
         return await self._call(deployment_calls.get_rollout(id, model), timeout_s)
 
-    def list_rollouts(self, model: str = "", *, timeout_s: float | None = None) -> AsyncIterator[Rollout]:
+    def list_rollouts(self, model: str, *, timeout_s: float | None = None) -> AsyncIterator[Rollout]:
         """As ``AdminClient.list_rollouts``."""
         return self._list(deployment_calls.list_rollouts(model), timeout_s)
 
