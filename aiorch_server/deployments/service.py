@@ -17,7 +17,7 @@ from aiorch_server.errors import Conflict, NotFoundError, PreconditionFailed, Re
 from aiorch_server.registry import deployments, rollouts
 from aiorch_server.registry.clock import read_clock
 from aiorch_server.registry.events import append_event
-from aiorch_server.registry.records import Deployment, Rollout, RolloutPlan, RolloutState, TrafficTarget
+from aiorch_server.registry.records import Deployment, ModelVersion, Rollout, RolloutPlan, RolloutState, TrafficTarget
 from aiorch_server.registry.session import Session
 from aiorch_server.registry.versions import find_version
 
@@ -61,11 +61,7 @@ def deploy(
     present = deployments.find_deployment(session, model)
     _expect(model, present, expected_generation)
     _check_no_rollout(session, model)
-    if found.has_code and not allow_code:
-        raise PreconditionFailed(
-            f"version {found.version} of model '{model}' holds artefacts that can run code, which this server does not "
-            "allow: start it with --allow-code to trust whoever can upload versions, or upload it without code"
-        )
+    _check_consent(found, allow_code)
     wanted = present or _make_deployment(session, model, actor)
     wanted = replace(wanted, instances=instances or wanted.instances, is_on_demand=is_on_demand)
     if present is not None and present.version == found.version and present.loaded == (found.version,):
@@ -102,10 +98,17 @@ def scale(session: Session, model: str, instances: int, *, actor: str, expected_
 
 
 def set_traffic(
-    session: Session, model: str, targets: Sequence[TrafficTarget], *, actor: str, expected_generation: int = 0
+    session: Session,
+    model: str,
+    targets: Sequence[TrafficTarget],
+    *,
+    actor: str,
+    expected_generation: int = 0,
+    allow_code: bool = True,
 ) -> Outcome:
     """Shares by hand, of versions that are loaded for it if need be; versions without a share are not kept.
 
+    With ``allow_code`` False a version that is not loaded yet and can run code is refused, as by ``deploy``.
     NotFoundError, UnknownVersion, Conflict, PreconditionFailed while a rollout is under way, RequestError for shares
     that do not add up.
     """
@@ -114,6 +117,8 @@ def set_traffic(
     _check_no_rollout(session, model)
     if not targets:
         raise RequestError("no shares are given; they should add up to 100 percent (undeploy takes all away)")
+    for version in {each.version for each in targets} - set(present.loaded):
+        _check_consent(find_version(session, model, version=version), allow_code)
     wanted = replace(present, traffic=tuple(targets), loaded=tuple(sorted(each.version for each in targets)))
     wanted = replace(wanted, is_sticky=False, shadow=0, sampled=0)
     largest = max(targets, key=lambda each: each.share)
@@ -222,6 +227,14 @@ def _check_no_rollout(session: Session, model: str) -> None:
             f"rollout {found.id} of '{model}' to version {found.to_version} is {found.state.value}, begun by "
             f"{found.began_by} at {found.began_at.isoformat(timespec='seconds')}: promote it, abort it, or wait until "
             "it has ended"
+        )
+
+
+def _check_consent(version: ModelVersion, allow_code: bool) -> None:
+    if version.has_code and not allow_code:
+        raise PreconditionFailed(
+            f"version {version.version} of model '{version.model}' holds artefacts that can run code, which this "
+            "server does not allow: start it with --allow-code to trust whoever can upload versions, or upload it without code"
         )
 
 

@@ -105,6 +105,7 @@ class DeploymentsServicer:
             decode_traffic(request.traffic),
             actor=caller.name,
             expected_generation=request.expected_generation,
+            allow_code=self._allow_code,
         )
         return _describe(session, request.model)
 

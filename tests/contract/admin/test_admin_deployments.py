@@ -208,6 +208,18 @@ async def test_code_needs_consent(digits: Site) -> None:
     assert (error.code().name, "--allow-code" in str(error.details())) == ("FAILED_PRECONDITION", True)
 
 
+async def test_shares_by_hand_need_consent_for_code(digits: Site) -> None:
+    """What Deploy refuses cannot be had by giving it a share; what serves already can be shared."""
+    await deploy(digits, 1)
+    await finish(digits)
+    digits.services._servicers["Deployments"]._allow_code = False
+    shares = [{"version": 1, "percent": 50}, {"version": 2, "percent": 50}]
+    error, _ = await refused(digits.stub.Deployments.SetTraffic(pb.SetTrafficRequest(model="digits", traffic=shares)))
+    assert (error.code().name, "--allow-code" in str(error.details())) == ("FAILED_PRECONDITION", True)
+    whole = pb.SetTrafficRequest(model="digits", traffic=[{"version": 1, "percent": 100}])
+    assert [each.version for each in (await digits.stub.Deployments.SetTraffic(whole)).traffic] == [1]
+
+
 async def test_two_operators_at_once(digits: Site) -> None:
     """One wins, the other is told by whom it was forestalled."""
     first = await deploy(digits, 1)
