@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from aiorch_proto.admin.v1 import deployments_pb2 as pb
+from aiorch_proto.admin.v1 import registry_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ from aiorch_server.frontends.admin.convert_models import (
     encode_version,
 )
 from aiorch_server.frontends.admin.convert_rollouts import decode_plan, encode_plan, encode_rollout
-from aiorch_server.frontends.admin.fields import InvalidField, check_paths, read_time
+from aiorch_server.frontends.admin.fields import InvalidField, check_paths, check_texts, read_time
 from aiorch_server.registry import records
 from aiorch_server.registry.records import CanaryStep, Gates, RolloutPlan, Strategy, TrafficTarget
 
@@ -314,3 +315,12 @@ def test_paths_of_a_mask() -> None:
     with pytest.raises(InvalidField) as raised:
         check_paths(["x" * 10_000] * 3 + [str(number) for number in range(1000)], ["a"], "read_mask")
     assert len(str(raised.value)) < 300
+
+
+def test_lists_that_are_too_long() -> None:
+    """The first look at a request takes a bounded time, whoever sends it."""
+    plan = pb.RolloutPlan(steps=[pb.CanaryStep()] * 1001)
+    with pytest.raises(InvalidField, match=r"plan\.steps: has 1001 items; expected at most 1000"):
+        check_texts(pb.DeployRequest(plan=plan))
+    with pytest.raises(InvalidField, match="labels: has 1001 items"):
+        check_texts(registry_pb2.RegisterModelRequest(labels={str(number): "" for number in range(1001)}))

@@ -18,6 +18,8 @@ WHOLE_SHARE: Final = 10_000
 #: A rollout that takes longer than a year is a mistake.
 _LONGEST_S: Final = 366 * 24 * 3600.0
 _SHOWN: Final = 80
+#: What one field may hold; nothing that the admin API takes has more.
+MAX_ITEMS: Final = 1000
 
 
 class InvalidField(RequestError):
@@ -113,9 +115,14 @@ def check_paths(paths: Iterable[str], known: Iterable[str], field: str) -> tuple
 
 
 def check_texts(message: Any, prefix: str = "") -> None:
-    """InvalidField where a text of the message, or of one inside it, has a NUL, which databases do not hold."""
+    """InvalidField where a text of the message, or of one inside it, has a NUL, which databases do not hold.
+
+    Also for a list or map of more than MAX_ITEMS: the first look at a request, in a time that is bounded.
+    """
     for field, value in message.ListFields():
         path = f"{prefix}{field.name}"
+        if field.is_repeated and len(value) > MAX_ITEMS:
+            raise InvalidField(path, f"has {len(value)} items; expected at most {MAX_ITEMS}")
         if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
             continue
         is_map = field.type == field.TYPE_MESSAGE and field.message_type.GetOptions().map_entry

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiorch_proto.admin.v1.service import METHODS, SERVICE_NAMES, Method
 
+from aiorch_server.errors import PayloadTooLarge
 from aiorch_server.frontends.admin.details import describe_failure, find_model
 from aiorch_server.frontends.grpc.convert import parse_message
 from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
@@ -25,6 +26,8 @@ Authorize = Callable[[Method, Any], None]
 #: Told of each such call that is refused, with the request where it could be read.
 Refuse = Callable[[Method, Any, Exception], Awaitable[None]]
 _END: Final = object()
+#: One request that is no piece of an upload.
+MAX_REQUEST_BYTES: Final = 1 << 20
 
 
 def add_admin_services(
@@ -66,7 +69,7 @@ def _take_one(rpc: Callable[..., Any], method: Method, authorize: Authorize, ref
     async def answer(message: bytes, context: Any) -> bytes:
         request = None
         try:
-            request = parse_message(method.request, message)
+            request = _parse(method, message)
             authorize(method, request)
             return _serialize(await own_cancellation_only(rpc(request, context)))
         except Exception as error:
@@ -82,7 +85,7 @@ def _give_stream(rpc: Callable[..., Any], method: Method, authorize: Authorize) 
     async def answer(message: bytes, context: Any) -> AsyncIterator[bytes]:
         request = None
         try:
-            request = parse_message(method.request, message)
+            request = _parse(method, message)
             authorize(method, request)
             answers = rpc(request, context)
         except Exception as error:
@@ -120,6 +123,13 @@ def _take_stream(rpc: Callable[..., Any], method: Method) -> Callable[..., Any]:
         raise AssertionError("abort returned")
 
     return answer
+
+
+def _parse(method: Method, message: bytes) -> Any:
+    """The request; PayloadTooLarge for what no call of the admin API needs, before anything looks into it."""
+    if len(message) > MAX_REQUEST_BYTES:
+        raise PayloadTooLarge(f"the request has {len(message)} bytes; {method.name} takes at most {MAX_REQUEST_BYTES}")
+    return parse_message(method.request, message)
 
 
 def _serialize(response: Any) -> bytes:

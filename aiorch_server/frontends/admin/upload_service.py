@@ -232,7 +232,8 @@ class UploadService:
         await asyncio.shield(writing)
 
     def _end_write(self, key: tuple[str, str], writing: asyncio.Future[None]) -> None:
-        del self._writing[key]
+        if self._writing.get(key) is writing:  # two may have waited for the same one
+            del self._writing[key]
         if not writing.cancelled():
             writing.exception()  # looked at: its stream may be gone
 

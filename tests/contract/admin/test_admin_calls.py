@@ -251,6 +251,17 @@ async def test_malformed_messages(site: SimpleNamespace, path: str, caplog: pyte
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+async def test_requests_that_are_too_large(site: SimpleNamespace) -> None:
+    """Nothing looks into them: a million items would keep the event loop busy for seconds."""
+    request = registry_pb2.GetModelRequest(name="x" * (1 << 20))
+    error, _ = await refused(site.stub.ModelRegistry.GetModel(request))
+    assert (error.code().name, "takes at most 1048576" in str(error.details())) == ("RESOURCE_EXHAUSTED", True)
+    watch = deployments_pb2.WatchEventsRequest(model="x" * (1 << 20))
+    error, _ = await refused(collect(site.stub.Deployments.WatchEvents(watch)))
+    assert error.code().name == "RESOURCE_EXHAUSTED"
+    assert site.asked == []
+
+
 async def test_a_malformed_message_for_a_stream(site: SimpleNamespace) -> None:
     call = site.channel.unary_stream("/aiorch.admin.v1.Deployments/WatchEvents")
     error, _ = await refused(collect(call(b"\xff")))
