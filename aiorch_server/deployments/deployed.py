@@ -20,6 +20,7 @@ from aiorch_server.deployments.shadow import Comparer
 from aiorch_server.errors import AiorchError, ServerStopping
 from aiorch_server.lifecycle.manager import LifecycleManager
 from aiorch_server.lifecycle.servable import Servable
+from aiorch_server.registry.names import fit_text
 from aiorch_server.registry.records import Manifest, RolloutState, ServerStatus, VersionStatus
 from aiorch_server.repository import RegisteredModel, RegisteredRepository, RegisteredVersion
 from aiorch_server.routing import Observer, Samples, Share, Traffic
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 #: What should serve and does not is tried again after so long, then twice that, and so on.
 FIRST_RETRY_S: Final = 5.0
 LONGEST_RETRY_S: Final = 60.0
+
+#: What is told to the registry of why a version does not serve.
+LONGEST_REASON: Final = 2000
 
 #: (model, version, manifest) -> how the lifecycle gets it.
 FindVersion = Callable[[str, int, Manifest], RegisteredVersion]
@@ -99,9 +103,10 @@ class DeployedModel:
             if entry is not None and (version in loaded or entry.state is not ModelState.UNAVAILABLE):
                 is_stale = entry.state is ModelState.UNAVAILABLE and version not in self._tried
                 if not is_stale:  # what it failed of before it was wanted again says nothing
-                    versions.append(VersionStatus(version, entry.state.value, entry.reason))
+                    versions.append(VersionStatus(version, entry.state.value, _fit(entry.reason)))
             elif entry is None and version in self._tried:
-                versions.append(VersionStatus(version, ModelState.UNAVAILABLE.value, self._problem or "not loaded"))
+                reason = _fit(self._problem) or "not loaded"
+                versions.append(VersionStatus(version, ModelState.UNAVAILABLE.value, reason))
         samples = self._sampler.read(self._manager.ready(self.name)).to_json() if self._sampler.step else ""
         return ServerStatus("", self.name, self._observed, tuple(versions), datetime.now(UTC), samples)
 
@@ -240,6 +245,11 @@ class DeployedModel:
         candidates = _list_candidates(self.wanted)
         ready: dict[int, Servable] = dict(self._manager.ready(self.name))
         return [each for each in self.wanted.deployment.loaded if each not in ready and each not in candidates]
+
+
+def _fit(reason: str) -> str:
+    # Models say what they like, and no word of theirs may keep this server's report from being written.
+    return fit_text(reason, LONGEST_REASON)
 
 
 def _list_candidates(wanted: Wanted) -> set[int]:

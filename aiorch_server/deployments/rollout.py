@@ -34,6 +34,8 @@ DEFAULT_STEPS: Final = (CanaryStep(1.0, 60.0), CanaryStep(10.0, 60.0), CanarySte
 #: The share of requests from which a few are recorded before a rollout, in hundredths of a percent.
 RECORDED: Final = 20
 STABLE, CANDIDATE = "stable", "candidate"
+#: Servers whose reasons are told.
+_MOST_TOLD: Final = 3
 _NO_SAMPLES: Final = StepSamples("")
 
 #: Every legal step, with what it means.
@@ -394,8 +396,9 @@ def _tell_silent(seen: Observation) -> str:
 
 
 def _tell_failures(rollout: Rollout, seen: Observation) -> str:
-    told = "; ".join(f"on {server}: {reason}" for server, reason in seen.failures.items())
-    return f"version {rollout.to_version} does not serve {told}"
+    told = [f"on {server}: {reason}" for server, reason in seen.failures.items()]
+    more = [f"and on {len(told) - _MOST_TOLD} more"] if len(told) > _MOST_TOLD else []
+    return f"version {rollout.to_version} does not serve {'; '.join(told[:_MOST_TOLD] + more)}"
 
 
 def _sum_up(rollout: Rollout) -> str:

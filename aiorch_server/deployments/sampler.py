@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from aiorch_server.deployments.samples import LONGEST_DISAGREEMENT, MOST_DISAGREEMENTS, StepSamples, Window
 from aiorch_server.lifecycle.servable import Servable
+from aiorch_server.registry.names import fit_text
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Sampler:
         meter.compared += 1
         meter.agreed += not difference
         if difference and len(self._disagreements) < MOST_DISAGREEMENTS:
-            self._disagreements.append(difference[:LONGEST_DISAGREEMENT])
+            self._disagreements.append(fit_text(difference, LONGEST_DISAGREEMENT))
 
     def read(self, servables: Mapping[int, Servable]) -> StepSamples:
         """What was measured in this step so far; ``servables`` are those that serve now."""

@@ -17,7 +17,7 @@ from sqlalchemy import Row, insert, select
 from sqlalchemy.orm import Session
 
 from aiorch_server.registry.clock import read_clock
-from aiorch_server.registry.names import check_short, check_text
+from aiorch_server.registry.names import check_short, check_text, fit_text
 from aiorch_server.registry.paging import read_page
 from aiorch_server.registry.records import Page
 from aiorch_server.registry.rows import put_row
@@ -60,7 +60,7 @@ def append_audit(
         time=read_clock(session).astimezone(UTC),
         principal=check_short(principal, "a principal"),
         method=check_short(method, "a method"),
-        model=_fit(model, 255),
+        model=fit_text(model, 255),
         outcome=check_short(outcome, "an outcome", 32),
         detail=check_text(detail, "detail", LONGEST_DETAIL),
         server=check_short(server, "a server", may_be_empty=True),
@@ -122,8 +122,3 @@ def query_audit(
 
 def _build(row: Row[Any]) -> AuditEntry:
     return AuditEntry(**row._mapping)
-
-
-def _fit(text: str, longest: int) -> str:
-    """What somebody asked for, such that it can be kept whatever it is."""
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")[:longest]

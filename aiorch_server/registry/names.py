@@ -67,6 +67,12 @@ def check_text(text: str, what: str, longest: int = LONGEST_TEXT) -> str:
     return text
 
 
+def fit_text(text: str, longest: int = LONGEST_TEXT) -> str:
+    """What somebody else wrote, such that databases can hold it, whatever it is: odd characters as \\x.., cut."""
+    fitting = text[: longest + 1].encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    return fitting if len(fitting) <= longest else f"{fitting[: max(0, longest - 3)]}..."
+
+
 def check_short(text: str, what: str, longest: int = 255, *, may_be_empty: bool = False) -> str:
     """Gives a name of people, servers and the like back: printable, without a space at either end."""
     if not may_be_empty and not text:
