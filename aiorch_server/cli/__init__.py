@@ -43,10 +43,10 @@ _PANELS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "history": "rollout",
             "watch": "rollout",
         },
-        _REGISTRY: {"model": "model", "access": "access", "audit": "audit"},
+        _REGISTRY: {"model": "model", "access": "access", "audit": "audit", "registry": "registry"},
     }
 )
-_GROUPS: Final = frozenset(_PANELS[_REGISTRY])
+_GROUPS: Final = frozenset({"model", "access", "audit"})
 COMMANDS: Final = tuple(name for panel in _PANELS.values() for name in panel)
 
 
