@@ -66,7 +66,7 @@ def deploy(
         raise UsageError("--step is for --strategy canary")
     plan = RolloutPlan(
         chosen,
-        _parse_steps(step or [], bake_secs),
+        _parse_steps(step or [], bake_secs) if chosen is Strategy.CANARY else (),
         Gates(max_error_rate, max_p99_ratio, min_agreement, atol, rtol, min_samples, max_wait_secs),
         bake_s=bake_secs or 0.0,
         sample_percent=sample_percent,

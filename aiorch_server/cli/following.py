@@ -44,10 +44,10 @@ def follow(client: AdminClient, output: ClientOutput, deployment: Deployment, wa
     finish(output, ended)
 
 
-def finish(output: ClientOutput, rollout: Rollout) -> None:
-    """Shows how a rollout ended; CommandError where it did not succeed."""
+def finish(output: ClientOutput, rollout: Rollout, wanted: RolloutState = RolloutState.SUCCEEDED) -> None:
+    """Shows how a rollout ended; CommandError where that is not as it was ``wanted``."""
     output.show({"rollout": describe(rollout)}, *render_rollout(rollout))
-    if rollout.state is not RolloutState.SUCCEEDED:
+    if rollout.state is not wanted:
         text = f"version {rollout.to_version} of {rollout.model} was not rolled out: {_write_end(rollout)}"
         raise CommandError(text, ExitCode.REFUSED, rollout.state.value.upper().replace("-", "_"))
 
@@ -101,7 +101,7 @@ class RolloutView:
             from rich.console import Group
 
             self._live.update(Group(*render_rollout(rollout)))
-        elif not self._output.is_json and not rollout.state.is_end:
+        elif not self._output.is_json and not rollout.state.is_end:  # the end is shown by ``finish``
             line = write_progress(rollout)
             if line != self._told:
                 self._output.show({}, line)
@@ -112,11 +112,11 @@ def write_progress(rollout: Rollout) -> str:
     """Where a rollout stands, in a line."""
     steps = rollout.plan.steps
     where = ""
-    # a server that gives a reason says in it which step that is
-    if rollout.plan.strategy is Strategy.CANARY and steps and not rollout.reason:
+    has_told = rollout.reason.startswith("step ")
+    if rollout.plan.strategy is Strategy.CANARY and steps and not rollout.state.is_end and not has_told:
         percent = steps[min(rollout.step, len(steps) - 1)].percent
         where = f", step {rollout.step + 1} of {len(steps)}: {percent:g} % to version {rollout.to_version}"
-    reason = f" ({rollout.reason})" if rollout.reason else ""
+    reason = f", {rollout.reason}" if rollout.reason else ""
     return f"{rollout.model} {_write_way(rollout)}: {rollout.state.value}{where}{reason}"
 
 

@@ -73,8 +73,12 @@ def push(
             raise CommandError(f"interrupted; {how}", ExitCode.INTERRUPTED) from None
         raise CommandError(f"{error.details}; {how}", ExitCode.REFUSED, error.code.name, error.reason) from None
     names = "".join(f", {model}@{each}" for each in version.aliases)
-    text = f"{model}:{version.version}{names}: {version.size_bytes:,} bytes in {len(version.files)} files"
+    text = f"{model}:{version.version}{names}: {version.size_bytes:,} bytes in {_count_files(version)}"
     output.show({"version": describe(version)}, text)
+
+
+def _count_files(version: ModelVersion) -> str:
+    return f"{len(version.files):,} file{'s' if len(version.files) != 1 else ''}"
 
 
 def _finite(text: str) -> float:

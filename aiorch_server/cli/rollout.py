@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from itertools import islice
 from typing import Annotated
 
 import typer
-from aiorch_client.admin import AdminClient, Event, Rollout
+from aiorch_client.admin import AdminClient, Event, Rollout, RolloutState
 
 from aiorch_server.cli.admin import admin_command, describe, show_time
 from aiorch_server.cli.connection import ClientOutput
@@ -17,12 +18,24 @@ from aiorch_server.cli.reference import ModelName, check_model_name
 Reason = Annotated[str, typer.Option("--reason", "-m", help="Why, for those who look later.")]
 Wait = Annotated[bool, typer.Option("--wait", "-w", help="Stay until it has ended; exit code 1 if it failed.")]
 _WAIT_S = 3600.0
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 @admin_command
 def promote(client: AdminClient, output: ClientOutput, model: ModelName, wait: Wait = False) -> None:
     """Ends the rollout under way with the new version: the steps that are left are left out."""
-    rollout = client.promote(check_model_name(model))
+    _tell(client, output, client.promote(check_model_name(model)), wait)
+
+
+@admin_command
+def rollback(
+    client: AdminClient, output: ClientOutput, model: ModelName, reason: Reason = "", wait: Wait = False
+) -> None:
+    """Goes back: ends the rollout under way with the old version, or without one deploys the version before."""
+    _tell(client, output, client.rollback(check_model_name(model), reason=reason), wait)
+
+
+def _tell(client: AdminClient, output: ClientOutput, rollout: Rollout, wait: bool) -> None:
     if not wait:
         _show(output, rollout)
         return
@@ -31,15 +44,10 @@ def promote(client: AdminClient, output: ClientOutput, model: ModelName, wait: W
         with view:
             ended = client.wait(rollout, timeout_s=_WAIT_S, on_look=view.update)
     except KeyboardInterrupt:
-        text = f"interrupted; the promotion goes on: aiorch status {model} shows it"
+        text = f"interrupted; it goes on: aiorch status {rollout.model} shows it"
         raise CommandError(text, ExitCode.INTERRUPTED) from None
-    finish(output, ended)
-
-
-@admin_command
-def rollback(client: AdminClient, output: ClientOutput, model: ModelName, reason: Reason = "") -> None:
-    """Goes back: ends the rollout under way with the old version, or without one deploys the version before."""
-    _show(output, client.rollback(check_model_name(model), reason=reason))
+    is_going_back = rollout.state in (RolloutState.ROLLING_BACK, RolloutState.ROLLED_BACK)
+    finish(output, ended, RolloutState.ROLLED_BACK if is_going_back else RolloutState.SUCCEEDED)
 
 
 @admin_command
@@ -68,11 +76,13 @@ def _show(output: ClientOutput, rollout: Rollout) -> None:
 def history(
     client: AdminClient,
     output: ClientOutput,
-    model: ModelName,
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Only its rollouts.")] = "",
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="The newest so many.")] = 20,
 ) -> None:
-    """Lists a model's rollouts, the newest first, with how they ended and why."""
-    rollouts = list(islice(client.list_rollouts(check_model_name(model)), limit))
+    """Lists rollouts, the newest first, with how they ended and why."""
+    models = [check_model_name(model)] if model else [each.name for each in client.list_models()]
+    found = [each for name in models for each in islice(client.list_rollouts(name), limit)]
+    rollouts = sorted(found, key=lambda each: each.began_at or _LONG_AGO, reverse=True)[:limit]
     shown = tabulate_rollouts(rollouts) if rollouts else "no rollouts"
     output.show({"rollouts": [describe(each) for each in rollouts]}, shown)
 

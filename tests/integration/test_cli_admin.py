@@ -78,7 +78,7 @@ def test_push_list_show_alias_delete(server: ScriptedAdmin, artefact: Path) -> N
     provenance = document["version"]["provenance"]
     assert (provenance["framework"], provenance["metrics"]) == ("onnxruntime", {"accuracy": 0.98})
     assert document["version"]["created_at"].endswith("+00:00")
-    assert "digits:2: 5,632 bytes in 1 files" in run(server, "model", "push", "digits", artefact).stdout
+    assert "digits:2: 5,632 bytes in 1 file\n" in run(server, "model", "push", "digits", artefact).stdout
     code, document = run_json(server, "model", "list")
     assert [(model["name"], model["aliases"]) for model in document["models"]] == [("digits", {"prod": 1})]
     assert "prod=1" in run(server, "model", "list").stdout
@@ -222,6 +222,37 @@ def test_waiting_shows_the_way_and_ends_as_the_rollout_does(server: ScriptedAdmi
     result = run(server, "deploy", "digits", "--wait", "--wait-secs", "1")
     assert result.exit_code == 1
     assert "has not ended within 1 s" in result.stderr and "aiorch abort digits" in result.stderr
+
+
+def test_times_of_a_strategy_without_steps(server: ScriptedAdmin, artefact: Path) -> None:
+    run(server, "model", "push", "digits", artefact)
+    assert run(server, "deploy", "digits", "--strategy", "blue-green", "--bake-secs", "5").exit_code == 0
+    plan = server.requests["Deploy"][0].plan
+    assert (plan.bake_time.seconds, len(plan.steps)) == (5, 0)
+
+
+def test_waiting_for_a_rollback(server: ScriptedAdmin) -> None:
+    server.rollouts.extend((make_rollout("ROLLING_BACK"), make_rollout("ROLLED_BACK", reason="ann: rollback")))
+    result = run(server, "rollback", "digits", "--wait")
+    assert (result.exit_code, result.stdout.count("rolled-back, ann: rollback")) == (0, 1), result.output
+    server.rollouts.clear()
+    server.rollouts.extend((make_rollout("LOADING"), make_rollout("SUCCEEDED")))
+    assert run(server, "rollback", "digits", "--wait").exit_code == 0  # nothing was under way: what served before
+    server.rollouts.clear()
+    server.rollouts.extend((make_rollout("LOADING"), make_rollout("FAILED", reason="its file is gone")))
+    assert "its file is gone" in run(server, "rollback", "digits", "--wait").stderr
+
+
+def test_the_history_of_all_models(server: ScriptedAdmin, artefact: Path) -> None:
+    """The call is for one model: more of them are put together here, the newest first."""
+    assert run_json(server, "history") == (0, {"rollouts": []})
+    for name in ("digits", "letters"):
+        run(server, "model", "push", name, artefact)
+    server.rollouts.extend((make_rollout("SUCCEEDED"), make_rollout("ABORTED")))
+    server.rollouts[0].began_at.FromSeconds(1_600_000_000)
+    found = run_json(server, "history", "--limit", 3)[1]["rollouts"]
+    assert [each["state"] for each in found] == ["aborted", "aborted", "succeeded"]
+    assert {each.model for each in server.requests["ListRollouts"]} == {"digits", "letters"}
 
 
 def test_steering_a_rollout(server: ScriptedAdmin) -> None:
