@@ -44,6 +44,8 @@ def follow(deployment: Deployment, move: Move) -> Deployment:
     has_won = rollout.state is RolloutState.SUCCEEDED and wish.loaded == (rollout.to_version,)
     if has_won and version != rollout.to_version:
         version, previous = rollout.to_version, rollout.from_version or previous
+    elif wish.loaded == (rollout.from_version,):  # shares by hand may have been of others besides
+        version = rollout.from_version
     elif not rollout.from_version:  # nothing else is there to be called the deployed version
         version = rollout.to_version if wish.loaded else 0
     return replace(
