@@ -193,7 +193,7 @@ class Application:
         self._health = await add_services(self._grpc, config, planes, gate=self._gate, admin=self._admin)
 
     def _has_deployed(self) -> bool:
-        return self.deployments is None or self.deployments.is_settled
+        return self.deployments is None or self.deployments.has_settled
 
     def _name(self) -> str:
         """What the registry calls this server: the same after a restart."""

@@ -73,7 +73,7 @@ class ControlPlane:
         server_id: str = SERVER_NAME,
         has_deployed: Callable[[], bool] = lambda: True,
     ) -> None:
-        """``has_deployed``: whether what the registry deploys here is as it should be, or has failed."""
+        """``has_deployed``: whether what the registry deployed here at the start is as it should be, or has failed."""
         self._manager = manager
         self.regions = regions or SharedRegions()
         self._traces = trace_settings or TraceSettings()

@@ -44,9 +44,9 @@ class LocalDeployments:
         self._driver: Driver | None = None
 
     @property
-    def is_settled(self) -> bool:
-        """Whether everything that is deployed is as it should be, or has failed."""
-        return self._reconciler is not None and self._reconciler.is_settled
+    def has_settled(self) -> bool:
+        """Whether everything that was deployed at the start is as it should be, or has failed; it stays so."""
+        return self._reconciler is not None and self._reconciler.has_settled
 
     @property
     def is_driving(self) -> bool:

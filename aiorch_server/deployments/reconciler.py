@@ -40,7 +40,7 @@ _NEVER: Final = datetime.min.replace(tzinfo=UTC)
 class Reconciler:
     """``server`` is this server's name in the registry; for one event loop's thread.
 
-    ``last_known`` is the file for starts without the database. ``on_change`` is called when ``is_settled`` may have
+    ``last_known`` is the file for starts without the database. ``on_change`` is called when ``has_settled`` may have
     changed, ``on_contact`` after each look at the database with whether a rollout is under way.
     """
 
@@ -73,6 +73,7 @@ class Reconciler:
         self._is_current = False
         self._is_away = False
         self._has_begun = False
+        self._has_settled = False
         self._is_rolling = False
         self._end = asyncio.Event()
         self._kept: dict[str, tuple[object, ...]] | None = None
@@ -80,9 +81,12 @@ class Reconciler:
         self._reported_at = 0.0
 
     @property
-    def is_settled(self) -> bool:
-        """Whether everything that is deployed is as it should be, or has failed; False until that is known."""
-        return self._has_begun and all(model.is_settled for model in self._models.values())
+    def has_settled(self) -> bool:
+        """Whether everything that was deployed when this began is as it should be, or has failed.
+
+        It stays so: what is changed later takes its time beside what serves.
+        """
+        return self._has_settled
 
     async def start(self) -> None:
         """Returns when what is deployed serves or has failed, or if nothing is known of it: then it goes on trying."""
@@ -92,8 +96,9 @@ class Reconciler:
             if found is not None:
                 logger.warning("serving what was deployed when the registry was last seen: %s", self._last_known)
                 self._want(found)
-        await asyncio.gather(*(model.settle() for model in self._models.values()))
+        # Followed from now on: who loads for long is heard of meanwhile, and hears what is wanted instead.
         self._task = asyncio.create_task(self._follow())
+        await asyncio.gather(*(model.settle() for model in self._models.values()))
 
     def nudge(self) -> None:
         """Something has changed: look at once."""
@@ -183,6 +188,7 @@ class Reconciler:
                 task = asyncio.create_task(self._part_with(name, model))
                 self._leaving.add(task)
                 task.add_done_callback(self._leaving.discard)
+        self._note_settled()
 
     async def _part_with(self, name: str, model: DeployedModel) -> None:
         await model.settle()
@@ -190,7 +196,11 @@ class Reconciler:
             del self._models[name]
             await model.stop()
 
+    def _note_settled(self) -> None:
+        self._has_settled |= self._has_begun and all(model.is_settled for model in self._models.values())
+
     def _tell(self) -> None:
+        self._note_settled()
         self._news.set()
         self._on_change()
 
