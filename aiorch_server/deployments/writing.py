@@ -7,7 +7,7 @@ from dataclasses import replace
 from aiorch_server.deployments.rollout import Move
 from aiorch_server.registry.deployments import put_deployment
 from aiorch_server.registry.events import append_event
-from aiorch_server.registry.records import Deployment, Rollout, RolloutState
+from aiorch_server.registry.records import Deployment, Rollout
 from aiorch_server.registry.rollouts import put_rollout
 from aiorch_server.registry.session import Session
 
@@ -41,11 +41,11 @@ def follow(deployment: Deployment, move: Move) -> Deployment:
     """The deployment that a move wants, of the same generation."""
     rollout, wish = move.rollout, move.wish
     version, previous = deployment.version, deployment.previous_version
-    has_won = rollout.state is RolloutState.SUCCEEDED and wish.loaded == (rollout.to_version,)
-    if has_won and version != rollout.to_version:
+    left = wish.loaded if rollout.state.is_end else ()
+    if left == (rollout.to_version,):
         version, previous = rollout.to_version, rollout.from_version or previous
-    elif wish.loaded == (rollout.from_version,):  # shares by hand may have been of others besides
-        version = rollout.from_version
+    elif left == (rollout.from_version,) and version != rollout.from_version:  # it shared with what was tried
+        version, previous = rollout.from_version, version or previous
     elif not rollout.from_version:  # nothing else is there to be called the deployed version
         version = rollout.to_version if wish.loaded else 0
     return replace(

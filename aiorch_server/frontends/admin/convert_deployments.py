@@ -30,7 +30,7 @@ def encode_deployment(
     deployment: Deployment, servers: Sequence[ServerStatus] = (), rollout: Rollout | None = None
 ) -> pb.Deployment:
     """A deployment with what each server made of it, and the rollout under way or the last one."""
-    state, reason = _judge(deployment, servers)
+    state, reason = _judge(deployment, servers, rollout)
     message = pb.Deployment(
         model=deployment.model,
         generation=deployment.generation,
@@ -50,19 +50,25 @@ def encode_deployment(
     return message
 
 
-def _judge(deployment: Deployment, servers: Sequence[ServerStatus]) -> tuple[Any, str]:
+def _judge(deployment: Deployment, servers: Sequence[ServerStatus], rollout: Rollout | None) -> tuple[Any, str]:
     """How the servers' reports add up; what fails weighs more than what takes its time."""
+    if not deployment.loaded:
+        told = f": {rollout.reason}" if rollout is not None and rollout.reason else ""
+        return pb.DEPLOYMENT_STATE_DEGRADED, f"no version is deployed{told}"
     behind = ""
     for server in servers:
         seen = {each.version: each for each in server.versions}
+        is_done = server.observed_generation >= deployment.generation
         for version in deployment.loaded:
             status = seen.get(version)
             where = f"version {version} on {server.server}"
             if status is not None and status.state not in _SETTLED and not deployment.is_on_demand and status.reason:
                 return pb.DEPLOYMENT_STATE_DEGRADED, f"{where} is {status.state}: {status.reason}"
+            if status is not None and status.state == _READY and status.reason and is_done:  # of another configuration
+                return pb.DEPLOYMENT_STATE_DEGRADED, f"{where}: {status.reason}"
             if (status is None or status.state != _READY) and not deployment.is_on_demand:
                 behind = behind or f"{where} is {'not loaded yet' if status is None else status.state}"
-        if server.observed_generation < deployment.generation:
+        if not is_done:
             behind = behind or (
                 f"{server.server} has done generation {server.observed_generation} of {deployment.generation}"
             )
