@@ -168,7 +168,10 @@ def serve(
     ] = None,
     artefacts: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|s3://...", help="Where the registry's artefacts are; default artefacts."),
+        typer.Option(
+            metavar="FOLDER|s3://...",
+            help="Where the registry's artefacts are; without it artefacts beside SQLite's file.",
+        ),
     ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="The least severe records to write; default info.")] = None,
     log_verbose: Annotated[int | None, typer.Option(help="Above 0: the same as --log-level debug.")] = None,

@@ -31,8 +31,9 @@ class RegistryConfig(Section):
 
     ``url`` names a database: ``sqlite:///FILE``, ``postgresql://USER:PASSWORD@HOST/NAME``, ``mysql://...`` or
     ``mariadb://...``; it is never shown, because it may hold a password. ``artefacts`` is a folder or
-    ``s3://BUCKET/PREFIX`` that all servers of the registry share, ``cache_folder`` one of this server alone, in which
-    versions that serve are kept as files, at most ``cache_bytes`` of them beside those in use.
+    ``s3://BUCKET/PREFIX`` that all servers of the registry share, None for ``artefacts`` beside SQLite's file, wherever
+    the server was started, and in the current folder with other databases. ``cache_folder`` is one of this server
+    alone, in which versions that serve are kept as files, at most ``cache_bytes`` of them beside those in use.
 
     Of an upload: the archive has at most ``max_upload_bytes``, what it unpacks to at most ``max_unpacked_bytes`` in
     ``max_files``; what is not finished after ``upload_expiry_secs`` is dropped; ``min_free_bytes`` stay free on the
@@ -40,7 +41,7 @@ class RegistryConfig(Section):
     """
 
     url: Annotated[SecretStr, BeforeValidator(_read_url)] = SecretStr("")
-    artefacts: Annotated[str, Field(min_length=1, max_length=1000)] = "artefacts"
+    artefacts: Annotated[str | None, Field(min_length=1, max_length=1000)] = None
     cache_folder: Path = Path("artefacts-cache")
     cache_bytes: Room = 64 << 30
     max_upload_bytes: Annotated[Room, Field(ge=1024)] = 32 << 30
@@ -64,5 +65,5 @@ class RegistryConfig(Section):
         if self.is_enabled and (not separator or not rest or scheme.partition("+")[0] not in DATABASES):
             text = f"should be a URL that begins with one of {', '.join(DATABASES)}, such as sqlite:///aiorch.db"
             yield Problem(("url",), text)
-        if not _STORE.fullmatch(self.artefacts):
+        if self.artefacts is not None and not _STORE.fullmatch(self.artefacts):
             yield Problem(("artefacts",), "should be a folder or s3://BUCKET/PREFIX")

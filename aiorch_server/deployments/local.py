@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from aiorch_server.config.registry import RegistryConfig
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LAST_KNOWN: Final = "last-known.json"
+#: Where the artefacts are if the settings do not say.
+ARTEFACTS: Final = "artefacts"
 
 
 class LocalDeployments:
@@ -61,10 +64,13 @@ class LocalDeployments:
         Raises InvalidSettings for a store or a cache folder that cannot be used.
         """
         self.server = server
-        folder = self._config.cache_folder
+        folder, file = self._config.cache_folder, self.database.url.file
+        # The record and what it is a record of stay together, wherever the server is started from.
+        beside = Path() if file is None else file.parent
+        artefacts = self._config.artefacts or str(beside / ARTEFACTS)
 
         def open_files() -> tuple[ArtefactStore, Checkout]:
-            store = open_store(self._config.artefacts, scratch=folder / "unpacking")
+            store = open_store(artefacts, scratch=folder / "unpacking")
             return store, Checkout(store, folder, most_bytes=self._config.cache_bytes)
 
         self.store, checkout = await asyncio.to_thread(open_files)

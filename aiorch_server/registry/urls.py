@@ -58,9 +58,14 @@ class DatabaseUrl:
         return tuple(filter(None, texts + [each for value in hidden for each in _as_texts(value)]))
 
     @property
+    def file(self) -> Path | None:
+        """SQLite's file, None for other databases."""
+        return Path(self.full.database) if self.kind == "sqlite" and self.full.database else None
+
+    @property
     def place(self) -> str:
         """For the log: SQLite's file from the root on, other databases as their text."""
-        return str(Path(self.full.database).absolute()) if self.kind == "sqlite" and self.full.database else str(self)
+        return str(self) if self.file is None else str(self.file.absolute())
 
     def hide(self, text: str) -> str:
         """``text`` without what must never be shown, on one line."""
@@ -70,10 +75,10 @@ class DatabaseUrl:
 
     def prepare_folder(self) -> None:
         """Makes the folder that SQLite's file shall be in; InvalidSettings where that cannot be."""
-        if self.kind != "sqlite" or self.full.database is None:
+        if self.file is None:
             return
         try:
-            Path(self.full.database).parent.mkdir(parents=True, exist_ok=True)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidSettings(f"the folder of {self} cannot be made: {error.strerror}") from error
 

@@ -92,6 +92,28 @@ async def test_from_an_archive_to_an_answer(door: str, tmp_path: Path) -> None:
         assert await infer(site, 2.5) == 2.5
 
 
+async def test_what_was_deployed_is_there_wherever_the_server_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a folder in the settings the artefacts are beside SQLite's file, not where the server was started."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    registry = {"url": f"sqlite:///{tmp_path}/record/registry.db", "min_free_bytes": 0}
+    monkeypatch.chdir(first)
+    async with serve(tmp_path, "grpcio", registry=registry) as site:
+        watch = site.admin.Deployments.WatchEvents(deployments_pb2.WatchEventsRequest())
+        await upload(site)
+        await site.admin.Deployments.Deploy(deployments_pb2.DeployRequest(model="digits"))
+        await wait_ready(site, watch)
+        watch.cancel()
+    monkeypatch.chdir(second)
+    async with serve(tmp_path, "grpcio", registry=registry) as site:
+        assert await infer(site, 2.5) == 2.5
+    assert {each.name for each in (tmp_path / "record").iterdir()} >= {"registry.db", "artefacts"}
+    assert [each.name for each in first.iterdir()] == ["artefacts-cache"]
+
+
 async def exhaust(call: Any) -> None:
     while await call.read() is not grpc.aio.EOF:
         pass

@@ -132,4 +132,5 @@ def test_stores_that_cannot_be(artefacts: str) -> None:
 def test_the_log_tells_which_file_the_registry_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert DatabaseUrl("sqlite:///aiorch.db").place == str(tmp_path / "aiorch.db")
+    assert DatabaseUrl(URLS[0]).file is None
     assert DatabaseUrl(URLS[0]).place == "postgresql://aiorch:***@127.0.0.1:1/registry"
