@@ -42,10 +42,9 @@ _SECURE = """\
 #   aiorch serve --config aiorch.yaml
 # What stands here gives way to AIORCH_... in the environment, and that to options on the command line.
 #
-# Before the first start: put the certificate and key below in place, and an API key for yourself:
-#   python -c "import secrets, hashlib; s = secrets.token_urlsafe(32); \\
-#     print('aio_operator1_' + s, hashlib.sha256(s.encode()).hexdigest())"
-# The first word is the key, to be kept and sent (AIORCH_TOKEN); the second belongs below as sha256.
+# Before the first start: put the certificate and key below in place, and make an API key for yourself:
+#   python -c "from aiorch_server.security.api_keys import make_key as m; k = m(); print(k.text, k.id, k.sha256.hex())"
+# The first word is the key, to be kept and sent (AIORCH_TOKEN); the others belong below as id and sha256.
 
 grpc:
   host: 0.0.0.0
@@ -70,8 +69,8 @@ registry:
 security:
   enabled: true
   api_keys:
-    - id: operator1
-      sha256: "{placeholder}"     # replace: this one is known to nobody
+    - id: replace                 # this one is known to nobody
+      sha256: "{placeholder}"
       principal: operator
   bindings:
     - {{principal: operator, role: admin, models: "*"}}

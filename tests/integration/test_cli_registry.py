@@ -167,11 +167,12 @@ def test_a_secure_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     made = ["openssl", "req", "-x509", *key, "-out", "tls/server.pem", *subject]
     subprocess.run(made, check=True, capture_output=True)
     text = Path("aiorch.yaml").read_text()
-    found = re.search(r'#   python -c "(.*)\\\n#     (.*)"\n', text)
+    found = re.search(r'#   python -c "(.*)"\n', text)
     assert found
-    told = subprocess.run([sys.executable, "-c", "".join(found.groups())], check=True, capture_output=True, text=True)
-    token, digest = told.stdout.split()
-    Path("aiorch.yaml").write_text(re.sub(r'sha256: "\w+"', f'sha256: "{digest}"', text))
+    told = subprocess.run([sys.executable, "-c", found[1]], check=True, capture_output=True, text=True)
+    token, id, digest = told.stdout.split()
+    text = re.sub(r'sha256: "\w+"', f'sha256: "{digest}"', text).replace("- id: replace", f"- id: {id}")
+    Path("aiorch.yaml").write_text(text)
     with serve(tmp_path / "models", "--config", "aiorch.yaml", "--set", "registry_min_free_bytes=0") as served:
         url = ("--url", served.grpc.replace("0.0.0.0", "127.0.0.1"), "--tls-root-cert", "tls/server.pem")
         refused = run("access", "whoami", *url)
