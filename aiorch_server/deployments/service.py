@@ -234,7 +234,7 @@ def _check_consent(version: ModelVersion, allow_code: bool) -> None:
     if version.has_code and not allow_code:
         raise PreconditionFailed(
             f"version {version.version} of model '{version.model}' holds artefacts that can run code, which this "
-            "server does not allow: start it with --allow-code to trust whoever can upload versions, or upload it "
+            "server does not allow: start it with --allow-code to trust whoever can upload versions, or upload one "
             "without code"
         )
 

@@ -147,6 +147,7 @@ class UploadService:
             if announced.key not in self._finishing:
                 with self._claiming(announced.key, claim):
                     await self._receive(upload, announced, claim, messages)
+            caller.require_model(header.model)  # an upload takes long, and roles may have been taken away meanwhile
             return await self._finish(upload, announced)
         except Exception as error:
             if header is not None:

@@ -66,7 +66,7 @@ def guard_method(path: str, method: RpcMethod, gate: Gate, refuse: Refuse = refu
     if method.unary_unary is not None:
         return method._replace(unary_unary=guarded.wrap_one(method.unary_unary))
     if method.stream_unary is not None:
-        return method._replace(stream_unary=guarded.wrap_one(method.stream_unary))
+        return method._replace(stream_unary=guarded.wrap_one(method.stream_unary, asks_at_end=True))
     if method.unary_stream is not None:
         return method._replace(unary_stream=guarded.wrap_many(method.unary_stream))
     assert method.stream_stream is not None
@@ -102,14 +102,18 @@ class _GuardedMethod:
         self._gate = gate
         self._refuse = refuse
 
-    def wrap_one(self, function: Any) -> Any:
-        """What gives one answer, or writes its answers itself."""
+    def wrap_one(self, function: Any, *, asks_at_end: bool = False) -> Any:
+        """What gives one answer, or writes its answers itself.
+
+        ``asks_at_end``: what a stream is for is done when it has ended, so the gate is asked then, too.
+        """
 
         async def serve(request: Any, context: Any) -> Any:
             access = await self._enter(context)
             is_stream = hasattr(request, "__aiter__")
             try:
-                answer = await function(self._renew_each(request, access) if is_stream else request, context)
+                requests = self._renew_each(request, access, asks_at_end) if is_stream else request
+                answer = await function(requests, context)
                 if is_stream or access.is_complete:  # a stream may have no requests, and what it writes was asked for
                     if self._path == _FAST:
                         self._gate.admit(access, access.model)
@@ -152,11 +156,15 @@ class _GuardedMethod:
         await self._refuse(self._path, fault, context)
         raise AssertionError("abort returned")
 
-    async def _renew_each(self, requests: AsyncIterator[Any], access: Access) -> AsyncIterator[Any]:
+    async def _renew_each(
+        self, requests: AsyncIterator[Any], access: Access, asks_at_end: bool = False
+    ) -> AsyncIterator[Any]:
         """Each request of a stream, as long as the caller may still send it."""
         async for request in requests:
             await self._gate.renew(access)
             yield request
+        if asks_at_end:
+            await self._gate.renew(access)
 
 
 class _GuardedService:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -165,3 +166,46 @@ async def test_without_a_registry_nobody_answers(door: str, tmp_path: Path) -> N
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await site.admin.ModelRegistry.ListModels(registry_pb2.ListModelsRequest())
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("taken", ["role", "key"])
+async def test_an_upload_ends_with_the_role_that_let_it_in(door: str, tmp_path: Path, taken: str) -> None:
+    """However late that is: when all pieces have come, and the stream has not ended yet."""
+    root = make_key()
+    security = {
+        "enabled": True,
+        "api_keys": [{"id": root.id, "sha256": root.sha256.hex(), "principal": "root"}],
+        "bindings": [{"principal": "root", "role": "admin"}],
+    }
+    async with serve(tmp_path, door, security=security) as site:
+        access = site.admin.Access
+        made = await access.CreateApiKey(access_pb2.CreateApiKeyRequest(principal="robot"), **headers(root.text))
+        wanted = access_pb2.GrantRoleRequest(principal="robot", role=access_pb2.ROLE_DEPLOYER, models="dig*")
+        role = await access.GrantRole(wanted, **headers(root.text))
+        header = make_header("digits", ARCHIVE, create_model=True)
+        look = registry_pb2.GetUploadRequest(model="digits", upload_id=header.upload_id)
+        gate, is_over = site.application._gate, asyncio.Event()
+        await gate.look()
+
+        async def pieces() -> AsyncIterator[Any]:
+            for piece in stream(ARCHIVE, header):
+                yield piece
+            await is_over.wait()
+
+        call = site.admin.ModelRegistry.UploadVersion(pieces(), **headers(made.secret))
+        async with asyncio.timeout(TIMEOUT_S):
+            received = 0
+            while received < len(ARCHIVE):
+                await asyncio.sleep(0.02)
+                with contextlib.suppress(grpc.aio.AioRpcError):  # it has not begun
+                    received = (await site.admin.ModelRegistry.GetUpload(look, **headers(root.text))).received_bytes
+        if taken == "role":
+            await access.RevokeRole(access_pb2.RevokeRoleRequest(id=role.id), **headers(root.text))
+        else:
+            await access.RevokeApiKey(access_pb2.RevokeApiKeyRequest(id=made.key.id), **headers(root.text))
+        await gate.look()
+        is_over.set()
+        error, _ = await refused(call)
+        assert error.code().name == ("NOT_FOUND" if taken == "role" else "UNAUTHENTICATED")
+        models = await site.admin.ModelRegistry.ListModels(registry_pb2.ListModelsRequest(), **headers(root.text))
+        assert not models.models
