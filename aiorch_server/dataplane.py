@@ -17,6 +17,7 @@ from aiorch_server.errors import (
     CapacityError,
     DeadlineExpired,
     InternalError,
+    ModelNotReady,
     NotFoundError,
     RequestError,
     UnsupportedRequest,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from aiorch_server.lifecycle.servable import Servable, ServableHandle
     from aiorch_server.scheduling.ensemble_graph import ModelKey
 
+_MOST_LOADS: Final = 5
 _UNWATCHED: Final = nullcontext()
 DECOUPLED_TEXT: Final = "ModelInfer RPC doesn't support models with decoupled transaction policy"
 
@@ -78,8 +80,8 @@ class DataPlane:
         A model that the caller may not see is unknown. Cancelling it takes the request out of the queue. The response's
         tensors keep its memory alive; outputs that went to shared memory have no data.
         """
-        servable, is_sampled = self._choose(request)
-        with servable.acquire(), _count(servable, request):
+        handle, is_sampled = await self._lease(request, deadline_ns)
+        with handle as servable, _count(servable, request):
             if servable.signature.is_decoupled:
                 raise UnsupportedRequest(DECOUPLED_TEXT)
             with self._tracer.watch(servable):
@@ -95,8 +97,8 @@ class DataPlane:
         ``contextlib.aclosing``) cancels the request; while nobody takes its answers, the model has to wait. After
         ``stream_stall_s`` it need not any more: what comes next is StreamStalled.
         """
-        servable, is_sampled = self._choose(request)
-        with servable.acquire(), _count(servable, request):
+        handle, is_sampled = await self._lease(request, deadline_ns)
+        with handle as servable, _count(servable, request):
             if not servable.signature.is_decoupled:
                 with self._tracer.watch(servable):
                     answer = await self._infer(servable, request, deadline_ns, is_sampled=is_sampled)
@@ -135,10 +137,24 @@ class DataPlane:
                     response = taking.answer = await self.infer_on(servable, brought, deadline_ns=deadline_ns)
             return await exchange.deliver(response)
 
+    async def _lease(self, request: InferenceRequest, deadline_ns: int) -> tuple[ServableHandle, bool]:
+        """A lease on the version that a request is for, and whether it is in the sample; loads it on demand."""
+        name, version = request.model_name, request.model_version
+        if not permit(name):
+            raise self._manager.explain_unknown(name, version)
+        for _ in range(_MOST_LOADS):
+            try:
+                servable, is_sampled = self._choose(request)
+                break
+            except (NotFoundError, ModelNotReady):
+                if not await self._manager.bring(name, version, deadline_ns):
+                    raise
+        else:  # it died as often as it was loaded
+            servable, is_sampled = self._choose(request)
+        return servable.acquire(), is_sampled
+
     def _choose(self, request: InferenceRequest) -> tuple[Servable, bool]:
         """The version that a request is for, and whether it is in the sample."""
-        if not permit(request.model_name):
-            raise self._manager.explain_unknown(request.model_name, request.model_version)
         if request.model_version:
             return self._manager.find(request.model_name, request.model_version), False
         incoming = current_incoming.get()

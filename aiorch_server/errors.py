@@ -31,6 +31,7 @@
     |  |  `- OutcomeUnknown          ... and nobody knows whether the change was made
     |  |- IdentityUnavailable     what tells who a caller is does not answer
     |  |- ModelNotReady           the version exists, but does not serve (yet)
+    |  |- MemoryBudgetExceeded    there is no room for the model in a device's memory budget now
     |  `- ServerStopping          the server takes no new requests
     |- BackendError            the model's owner must act
     |  |- ModelLoadError          the artefact or its configuration does not load
@@ -235,6 +236,10 @@ class IdentityUnavailable(CapacityError):
 
 class ModelNotReady(CapacityError):
     """The model version exists but is loading, unloading or failed."""
+
+
+class MemoryBudgetExceeded(CapacityError):
+    """A model does not fit into what is left of a device's memory budget, and nothing can be evicted now."""
 
 
 class ServerStopping(CapacityError):

@@ -20,6 +20,7 @@ from aiorch_server.lifecycle.backends import BackendRegistry
 from aiorch_server.lifecycle.loader import Loader
 from aiorch_server.lifecycle.manager import LifecycleManager
 from aiorch_server.lifecycle.model import Observer
+from aiorch_server.lifecycle.residents import MemoryTerms
 from aiorch_server.repository import ModelRepository
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ def build_planes(
         observe=observe,
         cache=cache,
         prepare=telemetry.prepare,
+        load_on_demand=config.lifecycle.load_on_demand,
+        memory=MemoryTerms(
+            config.lifecycle.budgets, config.lifecycle.residence_secs, config.lifecycle.room_timeout_secs
+        ),
     )
     memory = config.shared_memory
     regions = SharedRegions(memory.keys, max_regions=memory.max_regions, max_bytes=memory.max_bytes)

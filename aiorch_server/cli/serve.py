@@ -51,6 +51,16 @@ def serve(
     model_load_thread_count: Annotated[
         int | None, typer.Option(help="Models that load at the same time; default 4.")
     ] = None,
+    load_on_demand: Annotated[
+        list[str] | None,
+        typer.Option(help="A model that the first request for it loads; * for any characters; repeatable."),
+    ] = None,
+    memory_budget_bytes: Annotated[
+        int | None, typer.Option(help="What models may take of this process's memory; default 0: no bound.")
+    ] = None,
+    device_budget: Annotated[
+        list[str] | None, typer.Option(help="What models may take of a device, such as cuda:0=8GiB; repeatable.")
+    ] = None,
     id: Annotated[str | None, typer.Option(help="The name in the server's metadata; default aiorchestrator.")] = None,
     allow_grpc: Annotated[
         str | None, typer.Option(metavar=_BOOLEAN, help="Whether to listen for gRPC; default true.")
@@ -208,6 +218,9 @@ def serve(
         "exit_timeout_secs": exit_timeout_secs,
         "model_load_timeout_secs": model_load_timeout_secs,
         "model_load_thread_count": model_load_thread_count,
+        "load_on_demand": load_on_demand,
+        "memory_budget_bytes": memory_budget_bytes,
+        "device_budget": device_budget,
         "id": id,
         "allow_grpc": allow_grpc,
         "grpc_address": grpc_address,

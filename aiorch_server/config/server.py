@@ -28,6 +28,8 @@ _KEY_PREFIX = re.compile(r"/[^/\0]{1,200}")
 _ENDPOINT = re.compile(r"https?://[^\s]+")
 _CACHE_NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
 _RESOURCE = re.compile(r"[^:,]+:\d{1,9}(:\d{1,9})?", re.ASCII)
+_BUDGET = re.compile(r"(cuda:\d{1,3})=(\d{1,18}|\d{1,9}\.\d{1,6})(B|[KMGT]iB)?", re.ASCII)
+_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _PLUGIN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.ASCII)
 
 
@@ -224,12 +226,35 @@ class RepositoryConfig(Section):
     paths: tuple[DirectoryPath, ...] = ()
 
 
+def _check_pattern(text: str) -> str:
+    check_name(text.replace("*", "x"))
+    return text
+
+
+def _check_budget(text: str) -> str:
+    read_budget(text)
+    return text
+
+
+def read_budget(text: str) -> tuple[str, int]:
+    """The device and the bytes of ``cuda:0=8GiB``; ValueError with what would be right."""
+    found = _BUDGET.fullmatch(text)
+    if found is None:
+        raise ValueError("should be written DEVICE=BYTES with a unit or none, for example 'cuda:0=8GiB'")
+    return found[1], int(float(found[2]) * _UNITS[found[3] or "B"])
+
+
 class LifecycleConfig(Section):
     """Which models are served and how they come and go.
 
     ``load_models`` is for control mode explicit; ``*`` stands for all. ``poll_secs`` is for control mode poll.
     ``exit_timeout_secs`` bounds how long requests in flight may take when the server stops. With
     ``is_readiness_strict`` the server is ready only while every model that should serve does.
+
+    Models whose names ``load_on_demand`` covers (``*`` for any characters) are loaded by the first request for them.
+    ``memory_budget_bytes`` (0: no bound) is what models may take of this process's memory, ``device_budgets`` of other
+    devices, such as ``cuda:0=8GiB``. A load that needs more room evicts models that are loaded on demand and not in
+    use, none before it was there for ``residence_secs``; while all are in use it waits for ``room_timeout_secs``.
     """
 
     control_mode: ControlMode = ControlMode.NONE
@@ -239,6 +264,17 @@ class LifecycleConfig(Section):
     is_readiness_strict: Flag = True
     load_timeout_secs: Annotated[Number, Field(gt=0, le=24 * 3600)] = 300.0
     concurrent_loads: Count = 4
+    load_on_demand: tuple[Annotated[str, AfterValidator(_check_pattern)], ...] = ()
+    memory_budget_bytes: Annotated[Whole, Field(ge=0, le=2**62)] = 0
+    device_budgets: tuple[Annotated[str, AfterValidator(_check_budget)], ...] = ()
+    residence_secs: Seconds = 5.0
+    room_timeout_secs: Seconds = 10.0
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        """Bytes by device, of those that are bounded."""
+        found = dict(read_budget(text) for text in self.device_budgets)
+        return found | ({"cpu": self.memory_budget_bytes} if self.memory_budget_bytes else {})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -251,6 +287,9 @@ class LifecycleConfig(Section):
             yield Problem(("load_models",), text)
         if "*" in self.load_models and len(self.load_models) > 1:
             yield Problem(("load_models",), f"found {list(self.load_models)}; '*' must stand alone")
+        devices = [read_budget(text)[0] for text in self.device_budgets]
+        if len(devices) > len(set(devices)):
+            yield Problem(("device_budgets",), f"found {list(self.device_budgets)}; a device has one budget")
         for index, name in enumerate(self.load_models):
             try:
                 check_name(name)

@@ -135,7 +135,7 @@ class Dependencies:
         """Ensembles that did not load because a model was missing which serves now; each is named once."""
         hopeful = []
         for model in self._models.values():
-            if model.is_waiting and model.is_wanted and self.are_met(model):
+            if model.is_waiting and model.is_wanted and not model.is_on_demand and self.are_met(model):
                 model.is_waiting = False
                 hopeful.append(model.name)
         return hopeful

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from aiorch_server._core import ModelSpec, Scheduler
 from aiorch_server.backend import Backend, DeclaredSignature, DeclareMetric, LoadContext
@@ -26,6 +26,7 @@ from aiorch_server.execution.resources import LimitedBackend, ResourcePool
 from aiorch_server.execution.thread_executor import InstanceGroup, describe_error
 from aiorch_server.execution.warmup import make_samples
 from aiorch_server.lifecycle.backends import BackendRegistry
+from aiorch_server.lifecycle.memory import Charge, measure_files
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.lifecycle.threads import run_blocking
 from aiorch_server.repository import BackendNames, RepositoryModel
@@ -38,6 +39,14 @@ logger = logging.getLogger(__name__)
 STARTUP_TIMEOUT_S = 300.0
 #: How many versions load at the same time.
 CONCURRENT_LOADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What a version is thought to take before it is loaded: its files' bytes, for each instance on its device."""
+
+    files_bytes: int
+    charge: Charge
 
 
 class Source:
@@ -98,7 +107,7 @@ class Loader:
         self._allow_code = allow_code
         self.default_queue_size = default_queue_size
         self._declare_metric = declare_metric
-        self._startup_timeout_s = startup_timeout_s
+        self.startup_timeout_s = startup_timeout_s
         self._calls = calls or ModelCalls()
         self._resources = resources or ResourcePool()
         self._identifies = identifies
@@ -111,6 +120,26 @@ class Loader:
             return await run_blocking(
                 f"fetch {source.model.name}:{version}", lambda: source.select(version), discard=Source.release
             )
+
+    def weigh(self, source: Source, version: int) -> Weight:
+        """What a version is thought to take; blocks on files. Raises ModelLoadError."""
+        model = source.model
+        size = measure_files(model.locate(version, self._names()).path)
+        charge: dict[str, int] = {}
+        for place in self._place(model):
+            charge[place.device] = charge.get(place.device, 0) + size
+        return Weight(size, charge)
+
+    def _names(self) -> BackendNames:
+        return BackendNames(artefacts=self._backends.artefact_names(), platforms=self._backends.platforms())
+
+    def _place(self, model: RepositoryModel) -> tuple[Place, ...]:
+        return place_instances(
+            model.config.instance_group,
+            cpus=count_cpus(),
+            default_count=self._default_instances,
+            threads=_read_threads(model.config.to_strings().get("cpu_threads")),
+        )
 
     async def load(self, source: Source, version: int, fingerprint: str) -> Servable:
         """A warm servable whose instances pull already; the caller owns it.
@@ -137,16 +166,15 @@ class Loader:
                     f"load {label}",
                     load,
                     # The instances have the same limit; this one is for what comes before them.
-                    timeout_s=self._startup_timeout_s + 1.0,
+                    timeout_s=self.startup_timeout_s + 1.0,
                     discard=lambda servable: servable.abandon(f"the load of '{label}' was given up"),
                 )
             except TimeoutError:
-                raise ModelLoadError(f"'{label}' did not load within {self._startup_timeout_s:g} s") from None
+                raise ModelLoadError(f"'{label}' did not load within {self.startup_timeout_s:g} s") from None
 
     def _load(self, source: Source, version: int, fingerprint: str) -> Servable:
         model, started = source.model, time.monotonic()
-        names = BackendNames(artefacts=self._backends.artefact_names(), platforms=self._backends.platforms())
-        artefact = model.locate(version, names)
+        artefact = model.locate(version, self._names())
         backend = self._backends.get(artefact.backend)
         if backend.runs_code and not artefact.is_stored and not self._allow_code:
             raise ModelLoadError(
@@ -157,12 +185,7 @@ class Loader:
             )
         parameters = model.config.to_strings()
         _check_parameters(model.name, parameters, backend)
-        places = place_instances(
-            model.config.instance_group,
-            cpus=count_cpus(),
-            default_count=self._default_instances,
-            threads=_read_threads(parameters.get("cpu_threads")),
-        )
+        places = self._place(model)
         plan = read_plan(model.config, model.directory)
         declared = model.declared if plan is None else plan.declare(model.declared)
         reshaping = Reshaping.of(model.config)
@@ -244,7 +267,7 @@ class Loader:
         )
         source.retain()
         instances.ended.add_done_callback(lambda _: source.release())
-        instances.start(max(0.0, self._startup_timeout_s - (time.monotonic() - started)))
+        instances.start(max(0.0, self.startup_timeout_s - (time.monotonic() - started)))
         seconds = time.monotonic() - started
         servable = Servable(
             model.name,

@@ -13,6 +13,7 @@ from aiorch_server.config.server import ControlMode
 from aiorch_server.errors import (
     AiorchError,
     BackendError,
+    InternalError,
     LoadNotAllowed,
     ModelLoadError,
     ModelNotReady,
@@ -23,15 +24,18 @@ from aiorch_server.errors import (
     UnknownVersion,
 )
 from aiorch_server.lifecycle.caching import attach_cache, check_caching
+from aiorch_server.lifecycle.demand import DEFAULT_MAX_WAITING, Demand, DemandTerms
 from aiorch_server.lifecycle.dependencies import Dependencies, list_requirements
 from aiorch_server.lifecycle.loader import Loader, Source
 from aiorch_server.lifecycle.model import STOPPING_TEXT, ManagedModel, Observer
+from aiorch_server.lifecycle.residents import MemoryTerms, Residents
 from aiorch_server.lifecycle.route import Route
 from aiorch_server.lifecycle.servable import Servable, ServableHandle
 from aiorch_server.lifecycle.threads import run_blocking
 from aiorch_server.lifecycle.version_policy import choose_aspired, find_missing
 from aiorch_server.repository import ModelRepository, ModelSnapshot, RepositoryModel
 from aiorch_server.routing import Traffic
+from aiorch_server.security.roles import matches
 from aiorch_server.types import ModelIndexEntry, ModelState
 
 logger = logging.getLogger(__name__)
@@ -75,7 +79,10 @@ class LifecycleManager:
         observe: Observer | None = None,
         cache: ResponseCache | None = None,
         prepare: Callable[[Servable], None] | None = None,
+        load_on_demand: Sequence[str] = (),
+        memory: MemoryTerms | None = None,
     ) -> None:
+        """``load_on_demand``: names, with ``*`` for any characters, of the repository's models that requests load."""
         self._cache = cache
         self.control_mode = ControlMode(control_mode)
         self._repository = repository
@@ -90,6 +97,14 @@ class LifecycleManager:
         self._routes: dict[str, Route] = {}
         self._traffic: dict[str, Traffic] = {}
         self._dependencies = Dependencies(self._models, self._traffic)
+        self._load_on_demand = tuple(load_on_demand)
+        self._residents = Residents(self._models, loader, self._evict, memory or MemoryTerms({}))
+        waiting = DemandTerms(
+            is_serial=self._residents.ledger.has_budgets,
+            max_waiting=loader.default_queue_size or DEFAULT_MAX_WAITING,
+            patience_s=loader.startup_timeout_s,
+        )
+        self._demand = Demand(self._load_demanded, self._start, waiting)
         self._snapshots: Mapping[str, ModelSnapshot] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
@@ -177,8 +192,30 @@ class LifecycleManager:
         try:
             self.find(name, version)
             return not self._is_stopping
-        except (UnknownModel, UnknownVersion, ModelNotReady, ServerStopping):
+        except ServerStopping:
             return False
+        except (UnknownModel, UnknownVersion, ModelNotReady):
+            model = self._find_offered(name, parse_version(version))
+            return model is not None and model.is_loadable(asyncio.get_running_loop().time()) and not self._is_stopping
+
+    async def bring(self, name: str, version: str = "", deadline_ns: int = 0) -> bool:
+        """Loads a model that is loaded on demand, or waits until others have: whether ``choose`` may now find it.
+
+        False at once where it is not to be loaded so, or is loaded already. Until the caller awaits something else, it
+        is not evicted. Raises as ``Demand.bring``, and RequestError for a bad version string.
+        """
+        model = self._find_offered(name, parse_version(version))
+        if model is None or model.ready():
+            return False
+        if self._is_stopping:
+            raise ServerStopping(STOPPING_TEXT)
+        await self._demand.bring(model, deadline_ns)
+        return True
+
+    def _find_offered(self, name: str, number: int) -> ManagedModel | None:
+        """The model that a request for this version (0: any) may load."""
+        model = self._models.get(name)
+        return model if model is not None and (number in model.offered or (model.offered and not number)) else None
 
     def servables(self) -> list[Servable]:
         """What serves or drains, by name and version."""
@@ -237,7 +274,10 @@ class LifecycleManager:
             if needs_all:
                 raise
             logger.warning("%s", error)
-        names = list(self._snapshots) if needs_all else list(dict.fromkeys(self._load_models))
+        if needs_all:
+            names = [name for name in self._snapshots if not self._is_left_to_requests(name)]
+        else:
+            names = list(dict.fromkeys(self._load_models))
         for name in names:
             self._model(name).is_wanted = self._model(name).is_asked = True
         if names:
@@ -260,10 +300,13 @@ class LifecycleManager:
         await self._run(self._load(name, config_override, files or {}, is_asked=True))
         if name in self._models:
             self._models[name].is_asked = True
+            is_stored = config_override is None  # what else came with the request comes no second time
+            self._models[name].follow_demand(is_stored and self._is_to_be_demanded(name), self._models[name].seen)
 
     async def unload(self, name: str, unload_dependents: bool = False) -> None:
         """Takes a model away and returns when it is drained; UnknownModel if it is neither loaded nor stored.
 
+        Requests do not load it any more, until ``load`` does.
         ``unload_dependents``: also the models that were only loaded because this one needs them.
         """
         self.check_explicit()
@@ -273,25 +316,34 @@ class LifecycleManager:
                 raise UnknownModel(UNKNOWN_UNLOAD_TEXT.format(name))
             return
         unneeded = self._dependencies.list_unneeded(name) if unload_dependents else []
+        self._models[name].follow_demand(False, None)
         await self._run(self._unload(self._models[name]))
         for each in unneeded:
             if each in self._models:
                 await self.unload(each, unload_dependents=True)
 
-    async def apply(self, name: str, *, is_asked: bool = True) -> None:
+    async def apply(self, name: str, *, is_asked: bool = True, is_on_demand: bool = False) -> None:
         """Makes what the repository holds of a deployed model serve, in any control mode; raises as ``load``.
 
         From now on until ``withdraw`` it is only changed so, and whether it serves is not the server's readiness. What
-        failed before is tried again if it ``is_asked`` for.
+        failed before is tried again if it ``is_asked`` for. Where it ``is_on_demand`` and does not serve, requests do
+        the loading.
         """
         model = self._model(name)
         model.is_deployed = model.is_asked = True
+        snapshot = None
+        if is_on_demand:
+            snapshot = await run_blocking(f"look at {name}", lambda: self._repository.look(name))
+        model.follow_demand(is_on_demand, snapshot)
+        if is_on_demand and model.is_resting:
+            return
         await self._run(self._load(name, None, {}, is_asked=is_asked))
 
     async def withdraw(self, name: str) -> None:
         """Takes a deployed model away, drained; nothing happens where there is none."""
         model = self._models.get(name)
         if model is not None and model.is_deployed:
+            model.follow_demand(False, None)
             await self._run(self._unload(model, forget=True))
             model.is_deployed = False
 
@@ -322,7 +374,7 @@ class LifecycleManager:
             jobs = []
             for name, snapshot in self._snapshots.items():
                 model = self._models.get(name)
-                if model is None or model.seen != snapshot:
+                if (model is None or model.seen != snapshot) and not self._is_left_to_requests(name):
                     jobs.append(self._run(self._attempt(name)))
             for name, model in list(self._models.items()):
                 if name not in self._snapshots:
@@ -353,7 +405,37 @@ class LifecycleManager:
         return model
 
     async def _scan(self) -> None:
+        former = self._snapshots
         self._snapshots = await run_blocking("scan repository", self._repository.scan)
+        if not self._load_on_demand:
+            return
+        for name in sorted(former.keys() | self._snapshots.keys()):
+            snapshot = self._snapshots.get(name)
+            if former.get(name) == snapshot or not self._is_to_be_demanded(name):
+                continue
+            model = self._models.get(name)
+            if model is None or (model.is_on_demand and not model.is_deployed):  # else an unload took it back
+                model = self._model(name)
+                model.follow_demand(True, snapshot)
+                if snapshot is None and model.is_resting and not (model.versions or model.waiters):
+                    del self._models[name]
+
+    def _is_to_be_demanded(self, name: str) -> bool:
+        return any(matches(pattern, name) for pattern in self._load_on_demand)
+
+    def _is_left_to_requests(self, name: str) -> bool:
+        """Whether nobody but requests has to load the model now."""
+        model = self._models.get(name)
+        return model is not None and model.is_on_demand and model.is_resting
+
+    async def _load_demanded(self, name: str) -> None:
+        try:
+            await self._load(name, None, {}, is_asked=True)
+        except AiorchError:
+            raise
+        except Exception as error:
+            raise InternalError(self._note_unexpected(name, error)) from error
+        self._models[name].failure = None
 
     async def _attempt(self, name: str, *, is_asked: bool = False) -> None:
         """Loads what the repository holds; a failure is recorded and logged, never raised."""
@@ -419,7 +501,7 @@ class LifecycleManager:
             model.requires |= missing
             failures.update(await self._load_required(model))
         if config.ensemble_scheduling is None:
-            servable = await self._loader.load(source, version, fingerprint)
+            servable = await self._residents.load(source, version, fingerprint)
         else:
             servable = self._dependencies.build(source.model, version, fingerprint, limit, failures)
             if self._cache is not None and self._cache.is_shared:
@@ -437,6 +519,7 @@ class LifecycleManager:
                 if name not in self._models or not self._models[name].ready():
                     with self._dependencies.waiting(model.name, name):
                         await self._load(name, None, {}, is_asked=True)
+                    self._share_demand(model, self._models[name])
             except AiorchError as error:
                 failures[name] = str(error)
             except Exception as error:
@@ -449,6 +532,17 @@ class LifecycleManager:
         # An override that failed is not tried again by itself: it is not what the repository holds.
         model.is_waiting = model.seen is not None and not self._dependencies.are_met(model)
         return failures
+
+    def _share_demand(self, model: ManagedModel, step: ManagedModel) -> None:
+        """What was loaded for an ensemble alone goes with it, and comes back with it or by a request of its own."""
+        if model.is_on_demand and not (step.is_on_demand or step.is_asked or step.is_deployed):
+            step.follow_demand(True, step.seen)
+
+    async def _evict(self, model: ManagedModel, reason: str) -> None:
+        async with model.changing():
+            is_asked = model.is_asked
+            await model.unload(reason)
+            model.is_asked = is_asked
 
     async def _open(
         self, model: ManagedModel, config_json: str | bytes | None, files: Mapping[str, bytes], *, is_asked: bool
@@ -521,9 +615,7 @@ class LifecycleManager:
         if self._is_stopping:
             work.close()
             raise ServerStopping(STOPPING_TEXT)
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
+        task = self._start(work)
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -531,6 +623,12 @@ class LifecycleManager:
             if task.cancelled() and self.is_stopping and current is not None and not current.cancelling():
                 raise ServerStopping(STOPPING_TEXT) from None
             raise
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -564,7 +662,7 @@ class LifecycleManager:
         """Why there is no route, in Triton's words (WIRE 3.4)."""
         text = f"Request for unknown model: '{name}'"
         model = self._models.get(name)
-        if model is None or not model.versions:
+        if model is None or not (model.versions or model.offered):
             return _explain_unknown(name)
         if not version:
             if self._routes.get(name) is not None:

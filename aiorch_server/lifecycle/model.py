@@ -11,19 +11,23 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from aiorch_server.errors import AiorchError, InternalError, ModelLoadError
+from aiorch_server.errors import AiorchError, InternalError, MemoryBudgetExceeded, ModelLoadError
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.lifecycle.states import explain_transition
 from aiorch_server.lifecycle.version_policy import Standing, Verb, choose_action
 from aiorch_server.repository import ModelSnapshot
 from aiorch_server.types import ModelIndexEntry, ModelState
 
+if TYPE_CHECKING:
+    from aiorch_server.lifecycle.demand import Failure
+
 logger = logging.getLogger(__name__)
 
 STOPPING_TEXT = "Server is stopping, scheduler for model has stopped accepting new inference requests"
 UNLOADED = "unloaded"
+ON_DEMAND = "on demand: the first request loads it"
 
 #: What is told about each step: the row of the index as it is now.
 Observer = Callable[[ModelIndexEntry], None]
@@ -65,6 +69,14 @@ class ManagedModel:
         self.is_asked = False
         #: Whether the registry says what serves of it: then it is no part of the server's readiness.
         self.is_deployed = False
+        #: Whether requests load it, and it may be evicted for others.
+        self.is_on_demand = False
+        #: The versions of it that requests load.
+        self.offered: frozenset[int] = frozenset()
+        #: Why they could not load it, until they do.
+        self.failure: Failure | None = None
+        #: Requests that wait for it to be loaded, or have yet to take their lease.
+        self.waiters = 0
         #: The models that an ensemble needs, as (name, version or "").
         self.requires: frozenset[tuple[str, str]] = frozenset()
         #: Whether it did not load because one of those did not serve.
@@ -93,6 +105,32 @@ class ManagedModel:
         """Whether somebody else waits for the right to change this model."""
         return self._visitors > 1
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody uses, changes or waits for it."""
+        return not self._visitors and not self.waiters and all(each.is_idle for each in self.servables())
+
+    @property
+    def needs_its_steps(self) -> bool:
+        """Whether the models that it needs must stay: it serves, should serve, or is being loaded."""
+        return self.is_wanted or self._visitors > 0
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether nothing of it serves, and nobody is about to change that."""
+        return not self.servables() and not self._visitors
+
+    def is_loadable(self, now: float) -> bool:
+        """Whether a request for it would load it now; ``now`` is the loop's time."""
+        return bool(self.offered) and (self.failure is None or now >= self.failure.until)
+
+    def follow_demand(self, is_on_demand: bool, snapshot: ModelSnapshot | None) -> None:
+        """From now on requests load what is in ``snapshot``, or not any more; what failed before does not count."""
+        self.is_on_demand, self.failure = is_on_demand, None
+        self.offered = frozenset(snapshot.versions if snapshot is not None and is_on_demand else ())
+        if self.offered and not self.is_wanted and not self.versions:
+            self.reason = ON_DEMAND
+
     def is_untouched(self) -> bool:
         """Whether nothing was ever loaded, and nobody else is about to: the record may be forgotten."""
         return not self.versions and not self.is_contended
@@ -119,7 +157,7 @@ class ManagedModel:
 
     def problem(self) -> str:
         """Why the model does not serve as it is meant to, "" if it does. "unloaded" is no problem."""
-        if not self.is_wanted or self.is_deployed:
+        if not self.is_wanted or self.is_deployed or self.is_on_demand:
             return ""
         for record in self.versions.values():
             if record.state is not ModelState.READY and record.reason != UNLOADED:
@@ -136,12 +174,13 @@ class ManagedModel:
         ``aspired`` gives the fingerprint of each version. A changed fingerprint means: load anew, then swap. What
         failed before with the same fingerprint is only tried again where somebody asked for it (``is_asked``);
         ``force`` loads again what did not change. Raises ModelLoadError with all reasons when a version does not load;
-        the others are served all the same.
+        the others are served all the same. MemoryBudgetExceeded if one of them had no room.
         """
         self.reason = ""
         self.is_wanted = True
         forced = set(aspired) if force else set()
         failures: dict[int, str] = {}
+        has_room = True
         for version in aspired:
             record = self.versions.setdefault(version, VersionRecord(version))
             if is_asked or force:
@@ -156,6 +195,7 @@ class ManagedModel:
                 await self._bring_up(record, aspired[record.version], load)
             except AiorchError as error:
                 failures[record.version] = str(error)
+                has_room = has_room and not isinstance(error, MemoryBudgetExceeded)
         for version, fingerprint in aspired.items():
             record = self.versions[version]
             if record.servable is not None and record.servable.fingerprint == fingerprint and version not in failures:
@@ -163,10 +203,9 @@ class ManagedModel:
             elif version not in failures:  # it failed before and did not change since
                 failures[version] = record.reason
         if failures:
-            raise ModelLoadError(
-                f"load failed for model '{self.name}': "
-                + "; ".join(f"version {version}: {failures[version]}" for version in sorted(failures))
-            )
+            text = "; ".join(f"version {version}: {failures[version]}" for version in sorted(failures))
+            kind = ModelLoadError if has_room else MemoryBudgetExceeded
+            raise kind(f"load failed for model '{self.name}': {text}")
 
     def _standings(
         self, aspired: Mapping[int, str], forced: Collection[int], failures: Collection[int]

@@ -14,6 +14,7 @@ from aiorch_server.cache import VersionCache
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.errors import Code, ModelNotReady
 from aiorch_server.execution.response_counts import ResponseCounts
+from aiorch_server.lifecycle.memory import Holding
 from aiorch_server.lifecycle.threads import wait_until
 from aiorch_server.types import ModelSignature, ModelStatistics, PhaseHistogram, SchedulerCounters
 
@@ -98,6 +99,11 @@ class Servable:
         #: What tells it from other models of its name and configuration, elsewhere and at other times too if need be.
         self.identity = fingerprint
         self.load_seconds = load_seconds
+        #: What it has of the devices' memory; None for ensembles, which take none.
+        self.memory: Holding | None = None
+        #: When it was loaded: on the monotonic clock in seconds, and on that of statistics.
+        self.loaded_at = time.monotonic()
+        self.loaded_ms = time.time_ns() // 1_000_000
         self._lock = threading.Lock()
         self._leases = 0
         self._is_open = True
@@ -131,6 +137,11 @@ class Servable:
     def pending(self) -> int:
         """Requests that are queued or running, and leases that may still bring one."""
         return self.scheduler.in_flight + self._leases
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody uses it: no request, no lease, no sequence under way."""
+        return not self.pending and (self.sequencer is None or not (self.sequencer.live or self.sequencer.backlog))
 
     def acquire(self) -> ServableHandle:
         """A new lease; ModelNotReady once the servable drains."""
