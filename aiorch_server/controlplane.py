@@ -116,6 +116,14 @@ class ControlPlane:
             return False
         return self._manager.is_ready(name, version)
 
+    async def bring(self, name: str, version: str = "", *, deadline_ns: int = 0) -> None:
+        """Loads a model that is loaded on demand, so that what is asked of it next finds it; nothing for any other.
+
+        It is there until the caller awaits something else. Raises as LifecycleManager.bring.
+        """
+        if permit(name):
+            await self._manager.bring(name, version, deadline_ns)
+
     def model_metadata(self, name: str, version: str = "") -> ModelMetadata:
         """Tensors of one version and all ready versions; shapes are whole, -1 first where the model batches.
 

@@ -10,6 +10,7 @@ from aiorch_server.assembly.planes import Planes
 from aiorch_server.assembly.telemetry import Telemetry
 from aiorch_server.config.server import ServerConfig
 from aiorch_server.observability.cache_metrics import CacheCollector
+from aiorch_server.observability.memory_metrics import MemoryCollector
 from aiorch_server.observability.sample_metrics import SampleCollector
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def build_metrics(
         own=[
             telemetry.model_metrics,
             SampleCollector(planes.dataplane.samples.counts),
+            MemoryCollector(planes.manager.list_memory, lambda: planes.manager.evictions),
             *([] if cache is None else [CacheCollector(cache.read_use)]),
         ],
         host=config.metrics.host,

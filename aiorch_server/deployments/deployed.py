@@ -19,6 +19,7 @@ from aiorch_server.deployments.samples import name_step
 from aiorch_server.deployments.shadow import Comparer
 from aiorch_server.errors import AiorchError, ServerStopping
 from aiorch_server.lifecycle.manager import LifecycleManager
+from aiorch_server.lifecycle.model import ON_DEMAND
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.registry.names import fit_text
 from aiorch_server.registry.records import Manifest, RolloutState, ServerStatus, VersionStatus
@@ -105,7 +106,8 @@ class DeployedModel:
                 if not is_stale:  # what it failed of before it was wanted again says nothing
                     versions.append(VersionStatus(version, entry.state.value, _fit(entry.reason)))
             elif entry is None and version in self._tried:
-                reason = _fit(self._problem) or "not loaded"
+                is_left = self.wanted is not None and _is_on_demand(self.wanted)
+                reason = _fit(self._problem) or (ON_DEMAND if is_left else "not loaded")
                 versions.append(VersionStatus(version, ModelState.UNAVAILABLE.value, reason))
         samples = self._sampler.read(self._manager.ready(self.name)).to_json() if self._sampler.step else ""
         return ServerStatus("", self.name, self._observed, tuple(versions), datetime.now(UTC), samples)
@@ -223,7 +225,7 @@ class DeployedModel:
         self._repository.put(self.name, RegisteredModel(found, wanted.deployment.instances))
         self._problem = "" if versions <= found.keys() else "it is not in the registry"
         try:
-            await self._manager.apply(self.name, is_asked=is_asked)
+            await self._manager.apply(self.name, is_asked=is_asked, is_on_demand=_is_on_demand(wanted))
         except ServerStopping:
             raise
         except AiorchError as error:
@@ -240,7 +242,7 @@ class DeployedModel:
 
     def _find_missing(self) -> list[int]:
         """What should serve and does not; candidates are not tried again: their rollout decides."""
-        if self.wanted is None:
+        if self.wanted is None or _is_on_demand(self.wanted):
             return []
         candidates = _list_candidates(self.wanted)
         ready: dict[int, Servable] = dict(self._manager.ready(self.name))
@@ -254,3 +256,8 @@ def _fit(reason: str) -> str:
 
 def _list_candidates(wanted: Wanted) -> set[int]:
     return {each.version for each in wanted.deployment.traffic if each.tag == CANDIDATE}
+
+
+def _is_on_demand(wanted: Wanted) -> bool:
+    """Whether requests load it, and it may be evicted: not while a rollout measures it."""
+    return wanted.deployment.is_on_demand and wanted.rollout is None

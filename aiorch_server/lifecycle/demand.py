@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -56,12 +56,14 @@ class Demand:
         self._terms = terms
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._line = asyncio.Lock()
+        self._lined_up: set[str] = set()
 
-    async def bring(self, model: ManagedModel, deadline_ns: int) -> None:
+    async def bring(self, model: ManagedModel, deadline_ns: int, *, is_called: bool = False) -> None:
         """Returns when a version of ``model`` is ready, which then stays until the caller awaits something else.
 
         Raises ModelNotReady or MemoryBudgetExceeded with the reason, at once after a failure of late; QueueFull,
-        DeadlineExpired, ServerStopping. Cancelling it leaves the load to others.
+        DeadlineExpired, ServerStopping. Cancelling it leaves the load to others. ``is_called``: another model's code
+        wants it, whose own load may be what others wait for.
         """
         loop = asyncio.get_running_loop()
         if model.failure is not None and loop.time() < model.failure.until:
@@ -69,9 +71,9 @@ class Demand:
         if model.waiters >= self._terms.max_waiting:
             raise QueueFull("Exceeds maximum queue size")
         task = self._loads.get(model.name)
-        if task is None:
-            task = self._loads[model.name] = self._start(self._run(model))
-            task.add_done_callback(lambda _: self._loads.pop(model.name, None))
+        if task is None or (is_called and model.name in self._lined_up):
+            task = self._loads[model.name] = self._start(self._run(model, is_called))
+            task.add_done_callback(lambda task: self._forget(model.name, task))
         left_s = self._terms.patience_s
         if deadline_ns:
             left_s = min(left_s, max(0.0, deadline_ns / 1e9 - loop.time()))
@@ -92,8 +94,28 @@ class Demand:
         if not model.ready() and model.failure is not None:
             raise model.failure.describe(max(0.0, model.failure.until - loop.time()))
 
-    async def _run(self, model: ManagedModel) -> None:
-        async with self._line if self._terms.is_serial else contextlib.nullcontext():
+    def _forget(self, name: str, task: asyncio.Task[None]) -> None:
+        if self._loads.get(name) is task:
+            del self._loads[name]
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, name: str, is_called: bool) -> AsyncIterator[None]:
+        if is_called or not self._terms.is_serial:
+            self._lined_up.discard(name)
+            yield
+            return
+        self._lined_up.add(name)
+        try:
+            await self._line.acquire()
+        finally:
+            self._lined_up.discard(name)
+        try:
+            yield
+        finally:
+            self._line.release()
+
+    async def _run(self, model: ManagedModel, is_called: bool) -> None:
+        async with self._turn(model.name, is_called):
             if model.ready():
                 return
             former = model.failure

@@ -29,11 +29,11 @@ class Dependencies:
         self._waits: dict[str, set[str]] = {}
 
     @contextlib.contextmanager
-    def waiting(self, name: str, wanted: str) -> Iterator[None]:
+    def waiting(self, name: str, wanted: str, kind: str = "ensembles") -> Iterator[None]:
         """While ``name`` waits for the load of ``wanted``; ModelLoadError if that waits for ``name``, however far."""
         path = self._find_path(wanted, name)
         if path:
-            raise ModelLoadError(f"circular dependency between ensembles: {' -> '.join((name, *path))}")
+            raise ModelLoadError(f"circular dependency between {kind}: {' -> '.join((name, *path))}")
         waits = self._waits.setdefault(name, set())
         waits.add(wanted)
         try:

@@ -23,6 +23,7 @@ from aiorch_server.errors import (
     UnknownModel,
     UnknownVersion,
 )
+from aiorch_server.execution.callers import current_callers
 from aiorch_server.lifecycle.caching import attach_cache, check_caching
 from aiorch_server.lifecycle.demand import DEFAULT_MAX_WAITING, Demand, DemandTerms
 from aiorch_server.lifecycle.dependencies import Dependencies, list_requirements
@@ -202,14 +203,21 @@ class LifecycleManager:
         """Loads a model that is loaded on demand, or waits until others have: whether ``choose`` may now find it.
 
         False at once where it is not to be loaded so, or is loaded already. Until the caller awaits something else, it
-        is not evicted. Raises as ``Demand.bring``, and RequestError for a bad version string.
+        is not evicted. Raises as ``Demand.bring``, RequestError for a bad version string, ModelLoadError where models would
+        wait for each other.
         """
         model = self._find_offered(name, parse_version(version))
         if model is None or model.ready():
             return False
         if self._is_stopping:
             raise ServerStopping(STOPPING_TEXT)
-        await self._demand.bring(model, deadline_ns)
+        callers = current_callers.get()
+        if not callers:
+            await self._demand.bring(model, deadline_ns)
+            return True
+        # Its load may wait for this one: it calls in its warm-up.
+        with self._dependencies.waiting(callers[-1].model, name, "models that call each other"):
+            await self._demand.bring(model, deadline_ns, is_called=True)
         return True
 
     def _find_offered(self, name: str, number: int) -> ManagedModel | None:
@@ -220,6 +228,15 @@ class LifecycleManager:
     def servables(self) -> list[Servable]:
         """What serves or drains, by name and version."""
         return [servable for name in sorted(self._models) for servable in self._models[name].servables()]
+
+    def list_memory(self) -> list[tuple[str, int, Mapping[str, int]]]:
+        """Name and version of what is loaded, with the bytes it is counted with by device; any thread may call it."""
+        return self._residents.ledger.list_charges()
+
+    @property
+    def evictions(self) -> int:
+        """Models that had to make room for others so far."""
+        return self._residents.evictions
 
     def versions(self, name: str) -> list[int]:
         """The ready versions of a model, lowest first."""
@@ -246,7 +263,7 @@ class LifecycleManager:
     def is_own(self, name: str) -> bool:
         """Whether a model of that name is managed that is not deployed from the registry."""
         model = self._models.get(name)
-        return model is not None and not model.is_deployed and (model.is_wanted or bool(model.versions))
+        return model is not None and not model.is_deployed and bool(model.is_wanted or model.versions or model.offered)
 
     def index_model(self, name: str) -> list[ModelIndexEntry]:
         """The rows of one model, none if it is not managed."""

@@ -63,6 +63,14 @@ class MemoryLedger:
             self.holdings[holding] = None
             return holding
 
+    def list_charges(self) -> list[tuple[str, int, Charge]]:
+        """Model, version and bytes by device of all who have something."""
+        found: dict[str, dict[str, int]] = {}
+        with self.lock:
+            for each in self.holdings:  # two of one label while a version is loaded anew
+                found[each.label] = add_charges((found.get(each.label, {}), each.charge))
+        return [(label.rpartition(":")[0], int(label.rpartition(":")[2]), found[label]) for label in found]
+
     def find_lack(self, need: Charge) -> dict[str, int]:
         """How many bytes too few there are for ``need``, by device; empty if it fits."""
         with self.lock:

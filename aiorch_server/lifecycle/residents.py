@@ -53,6 +53,8 @@ class Residents:
         self._evict = evict
         self._terms = terms
         self._scale = Scale()
+        #: Models that had to go so far.
+        self.evictions = 0
 
     async def load(self, source: Source, version: int, fingerprint: str) -> Servable:
         """As ``Loader.load``, with room made before, and what it took charged to it until its last instance ended.
@@ -159,6 +161,7 @@ class Residents:
             if not model.is_idle:  # somebody came while another one was drained
                 return
             logger.info("'%s' is evicted: '%s' needs its room", model.name, label)
+            self.evictions += 1
             await self._evict(model, EVICTED.format(f"'{label}'"))
 
 

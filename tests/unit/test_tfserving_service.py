@@ -34,6 +34,9 @@ class GatedPlane:
 
 
 class OneModel:
+    async def bring(self, name: str, version: str = "", *, deadline_ns: int = 0) -> None:
+        pass
+
     def foresee(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
         spec = TensorSpec("x", DataType.FP64, (-1,))
         return 1, ModelSignature((spec,), (spec,))

@@ -83,10 +83,12 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Any) -> pb.ModelMetadataResponse:
         """Tensors and versions of a model."""
+        await self._controlplane.bring(request.name, request.version, deadline_ns=read_deadline_ns(context))
         return convert.encode_model_metadata(self._controlplane.model_metadata(request.name, request.version))
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Any) -> pb.ModelConfigResponse:
         """The completed configuration of a model version."""
+        await self._controlplane.bring(request.name, request.version, deadline_ns=read_deadline_ns(context))
         config = self._controlplane.model_config(request.name, request.version)
         return convert.encode_model_config(config.to_dict())
 
@@ -131,11 +133,14 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
                 request = convert.parse_message(pb.ModelInferRequest, message)
                 failed.infer_response.id = request.id
                 self._controlplane.check_running(_SHUTTING_DOWN)
-                is_decoupled = self._dataplane.is_decoupled(request.model_name, request.model_version)
-                if is_decoupled:
-                    turn.leave()
                 if "sequence_id" in request.parameters:
                     own_turn = sequences.join(request.parameters["sequence_id"].SerializeToString())
+                name, version = request.model_name, request.model_version
+                await self._controlplane.bring(name, version, deadline_ns=deadline_ns)
+                is_decoupled = self._dataplane.is_decoupled(name, version)
+                if is_decoupled:
+                    turn.leave()
+                if own_turn is not None:
                     await own_turn.wait()
                 async with contextlib.aclosing(self._stream(request, deadline_ns, is_decoupled)) as answers:
                     while (answer := await own_cancellation_only(anext(answers, None))) is not None:

@@ -138,9 +138,11 @@ class ControlRoutes:
             return _readiness(False)
 
     async def _model_metadata(self, request: Request) -> Response:
+        await self._controlplane.bring(*_target(request))
         return write_json(show_model(self._controlplane.model_metadata(*_target(request))))
 
     async def _model_config(self, request: Request) -> Response:
+        await self._controlplane.bring(*_target(request))
         return write_json(self._controlplane.model_config(*_target(request)).to_dict())
 
     async def _statistics(self, request: Request) -> Response:

@@ -81,6 +81,7 @@ class GenerateRoute(InferRoute):
     ) -> InferenceRequest:
         limits = self._limits
         async with receive_body(receive, headers, limits, self._budget) as body:
+            await self._controlplane.bring(model_name, model_version)
             version, _ = self._controlplane.foresee(model_name, model_version)
             model = self._controlplane.model_metadata(model_name, str(version))
             return await parse_apart(len(body), parse_generate, body, model, model_version, limits.max_json_bytes)

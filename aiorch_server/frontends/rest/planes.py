@@ -69,6 +69,10 @@ class ManagementPlane(Protocol):
         """Whether that version (empty: any) serves."""
         ...
 
+    async def bring(self, name: str, version: str = "", *, deadline_ns: int = 0) -> None:
+        """Loads a model that requests load, so that it is there until something else is awaited."""
+        ...
+
     def model_metadata(self, name: str, version: str) -> ModelMetadata:
         """Inputs, outputs and ready versions."""
         ...

@@ -50,6 +50,10 @@ class UnknownSignature(RequestError):
 class ModelCatalogue(Protocol):
     """The control plane's side."""
 
+    async def bring(self, name: str, version: str = "", *, deadline_ns: int = 0) -> None:
+        """Loads a model that requests load, so that it is there until something else is awaited."""
+        ...
+
     def find_signature(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
         """A version, "" for the default one, and what it takes and gives."""
         ...
@@ -118,11 +122,15 @@ class Served:
             raise type(error)(text.removeprefix(_NO_ID)) from error.__cause__
 
 
-def find_model(catalogue: ModelCatalogue, wanted: Wanted, *, is_run: bool = True) -> Served:
+async def find_model(catalogue: ModelCatalogue, wanted: Wanted, *, is_run: bool = True, deadline_ns: int = 0) -> Served:
     """The version that serves ``wanted``; its signature's name is not looked at. ServableNotFound, RequestError.
 
-    ``is_run``: a request is to be run on it; else somebody only asks.
+    ``is_run``: a request is to be run on it; else somebody only asks. Loads it first where requests do that, until the
+    deadline.
     """
+    if wanted.name and (wanted.version is None or 0 < wanted.version < _VERSION_LIMIT):
+        number = "" if wanted.label or wanted.version is None else str(wanted.version)
+        await catalogue.bring(wanted.name, number, deadline_ns=deadline_ns)
     asked = resolve_version(catalogue, wanted)
     try:
         version, signature = (catalogue.foresee if is_run else catalogue.find_signature)(wanted.name, asked)
@@ -149,9 +157,9 @@ def is_known_signature(wanted: Wanted) -> bool:
     return wanted.signature in ("", SIGNATURE)
 
 
-def find_example_model(catalogue: ModelCatalogue, wanted: Wanted) -> Served:
+async def find_example_model(catalogue: ModelCatalogue, wanted: Wanted, *, deadline_ns: int = 0) -> Served:
     """As ``find_model``, for Classify and Regress: RequestError for a signature that the model does not have."""
-    model = find_model(catalogue, wanted)
+    model = await find_model(catalogue, wanted, deadline_ns=deadline_ns)
     if not is_known_signature(wanted):
         raise RequestError(f"No signature was found with the name: {wanted.signature}")
     return model

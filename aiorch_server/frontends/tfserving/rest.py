@@ -106,7 +106,7 @@ class ServingRoute:
                 raise RequestError("Missing model name in request.")
             wanted = _read_target(*matched.groups()[:3])
             if matched[4]:
-                return json_answer.render_metadata(find_model(self._catalogue, wanted, is_run=False))
+                return json_answer.render_metadata(await find_model(self._catalogue, wanted, is_run=False))
             return json_answer.render_status(find_status(self._catalogue, wanted))
         raise RequestError(f"Malformed request: {method} {path}")
 
@@ -122,7 +122,7 @@ class ServingRoute:
         if method == "predict":
             return await self._predict(wanted, document, len(body), infer)
         rows = await _run_sized(len(body), json_request.read_examples, document, method)
-        model = find_example_model(self._catalogue, wanted)
+        model = await find_example_model(self._catalogue, wanted)
         if method == "classify":
             classes = await examples.classify(model, rows, infer)
             return await _run_sized(classes.ByteSize(), json_answer.render_classes, classes)
@@ -130,7 +130,7 @@ class ServingRoute:
         return await _run_sized(values.ByteSize(), json_answer.render_values, values)
 
     async def _predict(self, wanted: Wanted, document: Mapping[str, Any], body_bytes: int, infer: Infer) -> bytes:
-        model = find_model(self._catalogue, wanted)
+        model = await find_model(self._catalogue, wanted)
         if not is_known_signature(wanted):
             raise RequestError(f'Serving signature name: "{wanted.signature}" not found in signature def')
         call = await _run_sized(body_bytes, json_request.read_predict, document, model.signature)

@@ -52,7 +52,7 @@ class ServingServicer:
     async def Predict(self, request: pb.PredictRequest, context: Any) -> pb.PredictResponse:
         """Tensors in, tensors out."""
         wanted = Wanted.read(request)
-        model = find_model(self._catalogue, wanted)
+        model = await find_model(self._catalogue, wanted, deadline_ns=read_deadline_ns(context))
         if not is_known_signature(wanted):
             raise UnknownSignature(f'Serving signature key "{wanted.signature}" not found.')
         check_names(model.signature, request.inputs, request.output_filter)
@@ -73,20 +73,20 @@ class ServingServicer:
 
     async def Classify(self, request: pb.ClassificationRequest, context: Any) -> pb.ClassificationResponse:
         """Classes and scores for examples."""
-        model = find_example_model(self._catalogue, Wanted.read(request))
+        model = await find_example_model(self._catalogue, Wanted.read(request), deadline_ns=read_deadline_ns(context))
         result = await examples.classify(model, request.input, self._bind(context))
         return pb.ClassificationResponse(result=result, model_spec=information.describe_model(model))
 
     async def Regress(self, request: pb.RegressionRequest, context: Any) -> pb.RegressionResponse:
         """A value for each example."""
-        model = find_example_model(self._catalogue, Wanted.read(request))
+        model = await find_example_model(self._catalogue, Wanted.read(request), deadline_ns=read_deadline_ns(context))
         result = await examples.regress(model, request.input, self._bind(context))
         return pb.RegressionResponse(result=result, model_spec=information.describe_model(model))
 
     async def MultiInference(self, request: pb.MultiInferenceRequest, context: Any) -> pb.MultiInferenceResponse:
         """Classify or Regress, as each task says; each signature may be asked for once, and a model has one."""
         response = pb.MultiInferenceResponse()
-        for task, model in self._plan(request.tasks):
+        for task, model in await self._plan(request.tasks, read_deadline_ns(context)):
             part = response.results.add(model_spec=information.describe_model(model))
             if task.method_name == CLASSIFY:
                 result = await examples.classify(model, request.input, self._bind(context))
@@ -99,7 +99,9 @@ class ServingServicer:
         """Inputs and outputs of a model."""
         wanted = Wanted.read(request)
         information.check_fields(request.metadata_field)
-        return information.encode_metadata(find_model(self._catalogue, wanted, is_run=False))
+        return information.encode_metadata(
+            await find_model(self._catalogue, wanted, is_run=False, deadline_ns=read_deadline_ns(context))
+        )
 
     async def GetModelStatus(self, request: pb.GetModelStatusRequest, context: Any) -> pb.GetModelStatusResponse:
         """States of the versions of a model."""
@@ -113,7 +115,7 @@ class ServingServicer:
             "version labels into the model's configuration"
         )
 
-    def _plan(self, tasks: Sequence[Any]) -> list[tuple[Any, Served]]:
+    async def _plan(self, tasks: Sequence[Any], deadline_ns: int) -> list[tuple[Any, Served]]:
         """The tasks with their models; RequestError for what TensorFlow Serving does not take either."""
         if any(not task.model_spec.name for task in tasks):
             raise RequestError("Found ModelSpec with an empty model name.")
@@ -124,7 +126,7 @@ class ServingServicer:
         planned = []
         for task in tasks:
             wanted = Wanted.read_spec(task.model_spec)
-            model = find_model(self._catalogue, wanted)
+            model = await find_model(self._catalogue, wanted, deadline_ns=deadline_ns)
             if not is_known_signature(wanted):
                 raise RequestError(f"Requested signature not found in model graph: {wanted.signature}")
             if task.method_name not in (CLASSIFY, REGRESS):

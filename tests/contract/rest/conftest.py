@@ -109,6 +109,9 @@ class RecordingControl:
         tensor = TensorMetadata("IN", "FP32", (-1, 4))
         return ModelMetadata(MODEL, ("1",), "onnxruntime_onnx", (tensor,), (tensor,))
 
+    async def bring(self, name: str, version: str = "", *, deadline_ns: int = 0) -> None:
+        pass
+
     def foresee(self, name: str, version: str = "") -> tuple[int, ModelSignature]:
         self._check(name, version)
         return 1, ModelSignature((), ())

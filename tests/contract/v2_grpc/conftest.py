@@ -149,6 +149,9 @@ class MemoryControlPlane:
         if version not in ("", "7"):
             raise errors.UnknownVersion(f"Request for unknown model: '{name}' version {version} is not found")
 
+    async def bring(self, name: str, version: str = "", *, deadline_ns: int = 0) -> None:
+        pass
+
     def model_metadata(self, name: str, version: str) -> types.ModelMetadata:
         self._check(name, version)
         return types.ModelMetadata(
