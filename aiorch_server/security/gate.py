@@ -283,6 +283,8 @@ def _digest(credentials: Credentials) -> bytes:
 
 def _check_names(identity: Identity) -> None:
     name = identity.name
+    if not identity.tenant.isprintable():
+        raise NotAuthenticated("the credentials name a tenant with characters that are not printable")
     if len((identity.tenant or name).encode("utf-8", "replace")) > MAX_TENANT_BYTES:
         raise NotAuthenticated(
             f"the credentials name a tenant, or a caller without one, of over {MAX_TENANT_BYTES} bytes"

@@ -21,7 +21,7 @@ from aiorch_server.security.roles import Role
 
 #: Keys that are tried for a token which does not say the name of its key.
 _MOST_TRIED: Final = 8
-_LAST_NS: Final = 2**62
+_LAST_S: Final = 2**32
 _REASONS: Final = (
     (jwt.ExpiredSignatureError, "has expired"),
     (jwt.ImmatureSignatureError, "is not valid yet"),
@@ -107,7 +107,7 @@ class TokenAuthenticator(Authenticator):
             tenant=config.prefix + tenant if isinstance(tenant, str) and tenant else "",
             groups=tuple(config.prefix + each for each in _list_words(_find(claims, config.groups_claim))),
             roles=tuple(_read_roles(principal, _list_words(_find(claims, config.roles_claim)))),
-            expires_ns=min(int((int(claims["exp"]) + config.leeway_secs) * 1e9), _LAST_NS),
+            expires_ns=int((min(int(claims["exp"]), _LAST_S) + config.leeway_secs) * 1e9),
             is_bound=is_bound,
         )
 

@@ -125,6 +125,15 @@ async def test_the_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names.asked == 5 and len(gate._remembered) == 3
 
 
+@pytest.mark.parametrize("tenant", ["a\nb", "a\x00", "\ud800", "x" * 129])
+async def test_tenants_that_nobody_may_have(tenant: str) -> None:
+    """They would have no quota, and stand in refusals and on /metrics."""
+    gate, names = open_names(quotas=QuotaBook([QuotaBounds("*", requests_per_s=1)]))
+    names.identity["tenant"] = tenant
+    with pytest.raises(NotAuthenticated, match="the credentials name a tenant"):
+        await gate.enter(METADATA, bearer("x"))
+
+
 @pytest.mark.parametrize("name", ["", "group:admins", "a\nb", "x" * 257, "a\x00"])
 async def test_names_that_nobody_may_have(name: str) -> None:
     gate, names = open_names()

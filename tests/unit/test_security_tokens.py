@@ -122,6 +122,12 @@ async def test_clocks_may_differ_a_little() -> None:
     assert (await refuse(make_token(exp=int(time.time()) - 2), leeway_secs=0)).startswith("has expired")
 
 
+@pytest.mark.parametrize("exp", [10**400, 1e300, 2**70])
+async def test_tokens_that_hold_for_ages(exp: float) -> None:
+    found = await identify(make_token(exp=exp))
+    assert time.time_ns() < found.expires_ns < 2**63
+
+
 async def test_tokens_of_other_issuers_are_left_to_others() -> None:
     tokens = open_tokens()
     for other in (
