@@ -155,7 +155,8 @@ class DeploymentsServicer:
             caller.require_model(request.model)
             check_model_name(request.model)
         position = await self._feed.find_position(request.after, request.model)
-        events = self._feed.watch(position, request.model, caller.sees)
+        who = caller.name if caller.access.permission is not None else ""
+        events = self._feed.watch(position, request.model, caller.sees, who)
         try:
             await context.send_initial_metadata(())
             async for event in events:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 #: How often the table is looked at for what other servers wrote.
 INTERVAL_S: Final = 1.0
 MAX_WATCHERS: Final = 1000
+#: So that one caller alone shuts nobody out.
+MAX_WATCHERS_OF_ONE: Final = 100
 _MAX_KEPT: Final = 10_000
 _PAGE: Final = 1000
 #: ``WatchEventsRequest.after`` for: only what comes.
@@ -51,6 +54,7 @@ class EventFeed:
         self._changed = asyncio.Event()
         self._woken = asyncio.Event()
         self._watchers = 0
+        self._by_caller: Counter[str] = Counter()
         self._is_stopped = False
         self._task: asyncio.Task[None] | None = None
 
@@ -102,14 +106,20 @@ class EventFeed:
 
         return await self._database.read(work)
 
-    async def watch(self, position: int, model: str, sees: Callable[[str], bool]) -> AsyncGenerator[Event, None]:
+    async def watch(
+        self, position: int, model: str, sees: Callable[[str], bool], caller: str = ""
+    ) -> AsyncGenerator[Event, None]:
         """Events behind ``position`` that are of ``model`` (empty: of any) and seen, without end.
 
-        Raises ServerStopping when the feed is stopped, QuotaExceeded where too many watch.
+        Raises ServerStopping when the feed is stopped, QuotaExceeded where too many watch, or ``caller`` too
+        often ("": nobody was asked who it is).
         """
         if self._watchers >= MAX_WATCHERS:
             raise QuotaExceeded(f"{MAX_WATCHERS} callers watch events of this server already")
+        if caller and self._by_caller[caller] >= MAX_WATCHERS_OF_ONE:
+            raise QuotaExceeded(f"'{caller}' watches events of this server {MAX_WATCHERS_OF_ONE} times already")
         self._watchers += 1
+        self._by_caller[caller] += 1
         self.wake()
         try:
             while True:
@@ -125,6 +135,9 @@ class EventFeed:
                 position = found.position
         finally:
             self._watchers -= 1
+            self._by_caller[caller] -= 1
+            if not self._by_caller[caller]:
+                del self._by_caller[caller]
 
     async def _read_on(self, position: int, model: str) -> _Read:
         """The next events behind ``position``, and how far that is; the same position where there are none yet."""

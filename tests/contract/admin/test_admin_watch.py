@@ -241,3 +241,21 @@ async def test_synchronous_stubs(site: Site) -> None:
             return texts
 
     assert await asyncio.to_thread(work) == ["event 0", "event 1", "event 2"]
+
+
+async def test_one_caller_shuts_nobody_out(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "MAX_WATCHERS_OF_ONE", 1)
+    with speaking_as("alice", (Role.VIEWER, "*")):
+        first = watch(site)
+        await asyncio.wait_for(first.initial_metadata(), TIMEOUT_S)
+        error, _ = await refused(watch(site).read())
+        assert error.code().name == "RESOURCE_EXHAUSTED"
+        assert error.details() == "'alice' watches events of this server 1 times already"
+    with speaking_as("bob", (Role.VIEWER, "*")):
+        second = watch(site)
+        await asyncio.wait_for(second.initial_metadata(), TIMEOUT_S)
+    for call in (first, second):
+        call.cancel()
+    async with asyncio.timeout(TIMEOUT_S):
+        while site.services._feed._by_caller:
+            await asyncio.sleep(0.01)
