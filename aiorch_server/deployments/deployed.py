@@ -67,6 +67,8 @@ class DeployedModel:
         self._put: dict[int, RegisteredVersion] = {}
         self._news = asyncio.Event()
         self._settled = asyncio.Event()
+        #: When what is missing is tried again, 0: nothing is.
+        self._retry_s = 0.0
         self._task = asyncio.create_task(self._follow())
 
     def want(self, wanted: Wanted | None) -> None:
@@ -76,6 +78,11 @@ class DeployedModel:
         self.wanted = wanted
         self._settled.clear()
         self._news.set()
+
+    def look(self) -> None:
+        """Whether all that should serve still does: what has died meanwhile is loaded again, after a while."""
+        if self._settled.is_set() and not self._retry_s and self._find_missing():
+            self._news.set()
 
     async def settle(self) -> None:
         """Returns when what is wanted was made so, or has failed."""
@@ -119,19 +126,18 @@ class DeployedModel:
             self._settled.set()  # nobody may wait for it any more
 
     async def _follow_news(self) -> None:
-        retry_s = 0.0
         while True:
             if not self._news.is_set():
                 try:
-                    async with asyncio.timeout(retry_s or None):
+                    async with asyncio.timeout(self._retry_s or None):
                         await self._news.wait()
                 except TimeoutError:
                     await self._try(is_retry=True)
-                    retry_s = min(retry_s * 2, LONGEST_RETRY_S) if self._find_missing() else 0.0
+                    self._retry_s = min(self._retry_s * 2, LONGEST_RETRY_S) if self._find_missing() else 0.0
                     continue
             self._news.clear()
             await self._try(is_retry=False)
-            retry_s = FIRST_RETRY_S if self._find_missing() else 0.0
+            self._retry_s = FIRST_RETRY_S if self._find_missing() else 0.0
 
     async def _try(self, *, is_retry: bool) -> None:
         wanted = self.wanted
@@ -255,6 +261,9 @@ def _fit(reason: str) -> str:
 
 
 def _list_candidates(wanted: Wanted) -> set[int]:
+    """What a rollout decides about; a tag that a person gave a share by hand is but a name."""
+    if wanted.rollout is None:
+        return set()
     return {each.version for each in wanted.deployment.traffic if each.tag == CANDIDATE}
 
 

@@ -136,6 +136,8 @@ class Reconciler:
                 await self._look()
             except Exception:
                 logger.exception("the look at what is deployed failed; the next one comes in due time")
+            for model in self._models.values():
+                model.look()
 
     async def _look(self) -> None:
         """Reports, and reads what is wanted; what cannot be done because the database is away is told once."""

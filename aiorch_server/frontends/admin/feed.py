@@ -165,6 +165,9 @@ class EventFeed:
                 if not is_away:
                     logger.warning("events cannot be read, those who watch wait: %s", error)
                 has_more, is_away = False, True
+            except Exception:
+                logger.exception("the look at events failed; the next one comes in due time")
+                has_more = False
             if not has_more:
                 try:
                     async with asyncio.timeout(self._interval_s):

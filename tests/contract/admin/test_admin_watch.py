@@ -259,3 +259,24 @@ async def test_one_caller_shuts_nobody_out(site: Site, monkeypatch: pytest.Monke
     async with asyncio.timeout(TIMEOUT_S):
         while site.services._feed._by_caller:
             await asyncio.sleep(0.01)
+
+
+async def test_a_fault_ends_no_feed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong with one look: the next one comes, and who watches is told."""
+    watched = watch(site, after=-1)
+    await asyncio.wait_for(watched.initial_metadata(), TIMEOUT_S)
+    faults = 0
+
+    def fail(session: object, **options: object) -> None:
+        nonlocal faults
+        faults += 1
+        raise ValueError("nobody thought of this")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feed, "read_events", fail)
+        await site.register("m")
+        while not faults:
+            await asyncio.sleep(0.01)
+    event = await asyncio.wait_for(watched.read(), TIMEOUT_S)
+    assert event.model == "m"
+    watched.cancel()

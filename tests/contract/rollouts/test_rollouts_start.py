@@ -11,7 +11,7 @@ from rollout_site import TIMEOUT_S, Fleet, PuppetBackend, requests, until
 from aiorch_server.app import Application
 from aiorch_server.backend import LoadContext
 from aiorch_server.deployments import service
-from aiorch_server.registry.records import RolloutState
+from aiorch_server.registry.records import RolloutState, TrafficTarget
 from aiorch_server.registry.servers import read_servers
 
 S = RolloutState
@@ -84,3 +84,31 @@ async def test_a_server_that_starts_is_heard_of_and_follows(fleet: Fleet, monkey
     finally:
         hold.release()
         await asyncio.gather(starting, return_exceptions=True)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+async def test_what_dies_at_rest_is_loaded_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, is_shared: bool
+) -> None:
+    """Long after its rollout; also a share by hand that is called candidate, of which no rollout decides."""
+    server = await fleet.start()
+    version = await fleet.serve_first(**({} if is_shared else {"dies_after": 5}))
+    if is_shared:
+        version = await fleet.push(dies_after=5)
+        shares = [TrafficTarget(1, 5000, "stable"), TrafficTarget(2, 5000, "candidate")]
+        await fleet.ask(service.set_traffic, "m", shares)
+    await until(lambda: version in server.manager.versions("m"))
+    model = server.deployments._reconciler._models["m"]  # type: ignore[union-attr]
+    await until(lambda: model._settled.is_set() and not model._news.is_set())
+    looks = 0
+
+    def count(is_rolling: bool) -> None:
+        nonlocal looks
+        looks += not is_rolling
+
+    monkeypatch.setattr(server.deployments._reconciler, "_on_contact", count)  # type: ignore[union-attr]
+    fleet.nudge()
+    await until(lambda: looks >= 2)
+    monkeypatch.setattr("aiorch_server.deployments.deployed.FIRST_RETRY_S", 0.05)
+    async with requests(server, callers=1):
+        await until(lambda: PuppetBackend.loads["m", version] > 2)
