@@ -1,4 +1,4 @@
-"""A server that starts or loads for long: it is heard of meanwhile, follows changes, stays ready for what serves."""
+"""A server that starts or loads for long is heard of meanwhile, follows changes, and stays ready for what serves."""
 
 from __future__ import annotations
 
