@@ -86,14 +86,14 @@ def make_tables() -> Path:
 class Site:
     """A server with the admin services; ``stub`` and ``channel`` are grpc.aio's."""
 
-    def __init__(self, folder: Path, door: str, bounds: UploadBounds | None = None) -> None:
-        self.url = f"sqlite:///{folder}/registry.db"
+    def __init__(self, folder: Path, door: str, bounds: UploadBounds | None = None, url: str = "") -> None:
+        self.url = url or f"sqlite:///{folder}/registry.db"
         self.folder, self.door, self.bounds = folder, door, bounds or UploadBounds(spare_bytes=0)
         self.commits = 0
         self.allow_code = True
 
     async def start(self) -> None:
-        if not (self.folder / "registry.db").exists():
+        if self.url.startswith("sqlite:///") and not (self.folder / "registry.db").exists():
             shutil.copyfile(await asyncio.to_thread(make_tables), self.folder / "registry.db")
         self.database = Database(self.url)
         self.store = open_store(str(self.folder / "artefacts"))

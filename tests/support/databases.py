@@ -26,12 +26,15 @@ from urllib.parse import quote
 import psutil
 import psycopg
 import pymysql
+import pytest
 from patience import PATIENCE
 
 from aiorch_server.registry.upgrade import upgrade_schema
 
 START_LIMIT_S = 60.0 * PATIENCE
 KINDS = ("sqlite", "postgresql", "mariadb")
+#: For tests whose fixtures take the ``kind`` of their database from here.
+on_every_database = pytest.mark.parametrize("kind", KINDS, indirect=True)
 #: With characters that mean something in URLs, to SQL and to shells.
 PASSWORD = "pass/w:ord@#%'1"
 _names = itertools.count(1)

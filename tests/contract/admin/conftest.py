@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from admin_site import Site
+from databases import migrated_database
 
 
 @pytest.fixture(params=("native-1", "grpcio"))
@@ -15,8 +16,14 @@ def door(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def site(door: str, tmp_path: Path) -> AsyncIterator[Site]:
-    running = Site(tmp_path, door)
+def kind(request: pytest.FixtureRequest) -> str:
+    """SQLite, but for tests that ask for every kind of database."""
+    return str(getattr(request, "param", "sqlite"))
+
+
+@pytest.fixture
+async def site(door: str, kind: str, tmp_path: Path) -> AsyncIterator[Site]:
+    running = Site(tmp_path, door, url="" if kind == "sqlite" else migrated_database(kind, tmp_path))
     await running.start()
     yield running
     await running.stop()

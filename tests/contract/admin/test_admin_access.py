@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from admin_site import Site, refused, speaking_as, status_of
 from aiorch_proto.admin.v1 import access_pb2, audit_pb2, registry_pb2, tuning_pb2
+from databases import on_every_database
 from sqlalchemy import text
 
 from aiorch_server.frontends.admin.registry_access import RegistryAccess
@@ -31,6 +32,7 @@ async def test_who_am_i(site: Site) -> None:
     assert roles["/inference.GRPCInferenceService/ModelInfer"] == access_pb2.ROLE_CLIENT
 
 
+@on_every_database
 async def test_roles(site: Site) -> None:
     stub = site.stub.Access
     request = access_pb2.GrantRoleRequest(principal="group:ops", role=access_pb2.ROLE_DEPLOYER, models="team-a-*")
@@ -155,6 +157,7 @@ async def test_quotas_that_were_never_checked(site: Site) -> None:
     assert quota is not None and (quota.requests_per_s, quota.rows_per_s) == (0.001, 1e8)
 
 
+@on_every_database
 async def test_the_audit_log(site: Site) -> None:
     stub = site.stub.Audit
     for name in ("a", "b", "c"):

@@ -9,6 +9,7 @@ import grpc
 import pytest
 from admin_site import Site, refused, speaking_as, status_of
 from aiorch_proto.admin.v1 import deployments_pb2 as pb
+from databases import on_every_database
 
 from aiorch_server.registry.records import ServerStatus, VersionStatus
 from aiorch_server.registry.servers import report
@@ -51,6 +52,7 @@ async def finish(site: Site) -> None:
     await site.database.run(work)
 
 
+@on_every_database
 async def test_a_deployment_from_its_beginning_to_its_end(digits: Site) -> None:
     stub = digits.stub.Deployments
     made = await deploy(digits, 1, instances=2)
@@ -220,6 +222,7 @@ async def test_shares_by_hand_need_consent_for_code(digits: Site) -> None:
     assert [each.version for each in (await digits.stub.Deployments.SetTraffic(whole)).traffic] == [1]
 
 
+@on_every_database
 async def test_two_operators_at_once(digits: Site) -> None:
     """One wins, the other is told by whom it was forestalled."""
     first = await deploy(digits, 1)
@@ -236,6 +239,7 @@ async def test_two_operators_at_once(digits: Site) -> None:
     assert first.generation == 1
 
 
+@on_every_database
 async def test_the_same_key_gives_the_same_answer(digits: Site) -> None:
     call = digits.channel.unary_unary("/aiorch.admin.v1.Deployments/Deploy")
     request = pb.DeployRequest(model="digits", version=1, idempotency_key="k1").SerializeToString()

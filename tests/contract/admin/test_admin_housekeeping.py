@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from admin_site import Site, make_header, pack, refused
 from aiorch_proto.admin.v1 import registry_pb2 as pb
+from databases import on_every_database
 from sqlalchemy import select, update
 
 from aiorch_server.deployments.housekeeping import Housekeeping
@@ -41,6 +42,7 @@ async def run(site: Site, statement: Any) -> list[Any]:
     return await site.database.run(work)
 
 
+@on_every_database
 async def test_what_is_not_needed_any_more(site: Site) -> None:
     housekeeping = Housekeeping(site.database, site.store, site.uploads)
     for name in ("kept", "gone"):

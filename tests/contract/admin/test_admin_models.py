@@ -13,6 +13,7 @@ from admin_site import TIMEOUT_S, Site, refused, speaking_as, status_of
 from aiorch_proto.admin.v1 import audit_pb2
 from aiorch_proto.admin.v1 import registry_pb2 as pb
 from aiorch_proto.admin.v1.service import METHODS, AdminStub
+from databases import on_every_database
 
 from aiorch_server.registry import paging
 from aiorch_server.security.roles import Role
@@ -35,6 +36,7 @@ BAD_NAMES = [
 ]
 
 
+@on_every_database
 async def test_a_model_from_its_beginning_to_its_end(site: Site) -> None:
     made = await site.register("digits", description="reads digits", labels={"team": "vision"})
     assert (made.name, made.created_by, made.latest_version) == ("digits", "anybody", 0)
@@ -279,6 +281,7 @@ async def test_what_was_refused_may_be_tried_again_with_its_key(site: Site) -> N
     assert dict((await site.registry.SetAlias(alias)).aliases) == {"prod": 1}
 
 
+@on_every_database
 async def test_one_key_by_many_at_once(site: Site) -> None:
     """All get the one answer, and it is done once."""
     answers = await asyncio.gather(*[site.register("digits", idempotency_key="k1") for _ in range(10)])

@@ -17,6 +17,7 @@ import pytest
 from admin_site import TIMEOUT_S, Site, make_header, pack, refused, speaking_as, status_of, stream
 from aiorch_proto.admin.v1 import registry_pb2 as pb
 from aiorch_proto.admin.v1.service import AdminStub
+from databases import on_every_database
 
 from aiorch_server.registry.uploads import UploadBounds
 from aiorch_server.security.roles import Role
@@ -236,6 +237,7 @@ async def test_an_archive_that_leaves_its_folder(site: Site) -> None:
     assert await list_versions(site) == []
 
 
+@on_every_database
 async def test_an_upload_is_done_once(site: Site) -> None:
     """With its key, and by its id alone."""
     call = site.channel.stream_unary("/aiorch.admin.v1.ModelRegistry/UploadVersion")

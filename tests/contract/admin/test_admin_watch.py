@@ -10,6 +10,7 @@ import pytest
 from admin_site import TIMEOUT_S, Site, refused, speaking_as, status_of
 from aiorch_proto.admin.v1 import deployments_pb2, registry_pb2
 from aiorch_proto.admin.v1.service import AdminStub
+from databases import on_every_database
 
 from aiorch_server.frontends.admin import feed
 from aiorch_server.registry.events import append_event, forget_events
@@ -40,6 +41,7 @@ async def write(site: Site, count: int, model: str = "m", begin: int = 0) -> Non
     await site.database.run(work)
 
 
+@on_every_database
 async def test_what_happened_and_what_happens(site: Site) -> None:
     await site.upload("digits", create_model=True, aliases=["prod"])
     call = watch(site)
