@@ -68,7 +68,7 @@ def check_text(text: str, what: str, longest: int = LONGEST_TEXT) -> str:
 
 
 def fit_text(text: str, longest: int = LONGEST_TEXT) -> str:
-    r"""What somebody else wrote, such that databases can hold it, whatever it is: odd characters as \\x.., cut."""
+    """What somebody else wrote, such that databases can hold it, whatever it is: odd characters written out, cut."""
     fitting = text[: longest + 1].encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
     return fitting if len(fitting) <= longest else f"{fitting[: max(0, longest - 3)]}..."
 
