@@ -31,8 +31,11 @@ class Verdict:
 
 
 def find_tail(bad: int, total: int, rate: float) -> float:
-    """How likely ``bad`` or more of ``total`` are, if each is bad with probability ``rate``. Exact (binomial)."""
-    if bad <= 0:
+    """How likely ``bad`` or more of ``total`` are, if each is bad with probability ``rate``. Exact (binomial).
+
+    Of nothing anything may be said: counts that cannot be tell nothing.
+    """
+    if bad <= 0 or total <= 0:
         return 1.0
     if bad > total or rate <= 0.0:
         return 0.0

@@ -45,6 +45,7 @@ def test_the_tail_of_many_is_quick_and_finite() -> None:
     assert 0.0 < find_tail(10_100, 1_000_000, 0.01) < 0.5
     assert find_tail(3, 3, 0.0) == 0.0
     assert find_tail(0, 0, 0.0) == 1.0
+    assert find_tail(1, 0, 0.01) == find_tail(1, -3, 0.01) == 1.0, "counts that cannot be"
 
 
 def test_one_error_in_three_is_no_breach_but_failing_everything_is() -> None:
