@@ -13,10 +13,10 @@ from typing import Final
 
 from aiorch_server.deployments.desired import Wanted
 from aiorch_server.deployments.recorder import Recorder
-from aiorch_server.deployments.rollout import CANDIDATE, STABLE
 from aiorch_server.deployments.sampler import Sampler
 from aiorch_server.deployments.samples import name_step
 from aiorch_server.deployments.shadow import Comparer
+from aiorch_server.deployments.wish import CANDIDATE, STABLE
 from aiorch_server.errors import AiorchError, ServerStopping
 from aiorch_server.lifecycle.manager import LifecycleManager
 from aiorch_server.lifecycle.model import ON_DEMAND

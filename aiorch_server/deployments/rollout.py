@@ -24,16 +24,11 @@ from typing import Final
 
 from aiorch_server.deployments.gates import Verdict, judge
 from aiorch_server.deployments.samples import StepSamples, Window
+from aiorch_server.deployments.wish import DEFAULT_STEPS, Wish, find_share, plan_wish, wish_only, wish_step
 from aiorch_server.errors import InternalError, PreconditionFailed
-from aiorch_server.registry.records import CanaryStep, Rollout, RolloutPlan, RolloutState, Strategy, TrafficTarget
-from aiorch_server.routing import WHOLE
+from aiorch_server.registry.records import Rollout, RolloutPlan, RolloutState, Strategy
 
 S = RolloutState
-#: What a canary without steps does.
-DEFAULT_STEPS: Final = (CanaryStep(1.0, 60.0), CanaryStep(10.0, 60.0), CanaryStep(50.0, 60.0))
-#: The share of requests from which a few are recorded before a rollout, in hundredths of a percent.
-RECORDED: Final = 20
-STABLE, CANDIDATE = "stable", "candidate"
 #: Servers whose reasons are told.
 _MOST_TOLD: Final = 3
 _NO_SAMPLES: Final = StepSamples("")
@@ -107,17 +102,6 @@ COMMANDS: Mapping[Command, Mapping[RolloutState, RolloutState]] = MappingProxyTy
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What a rollout wants to run: the part of a Deployment that it decides about."""
-
-    loaded: tuple[int, ...] = ()
-    traffic: tuple[TrafficTarget, ...] = ()
-    is_sticky: bool = False
-    shadow: int = 0
-    sampled: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Observation:
     """What the servers made of the present wish.
 
@@ -144,25 +128,6 @@ class Move:
     rollout: Rollout
     wish: Wish
     text: str = ""
-
-
-def plan_wish(rollout: Rollout) -> Wish:
-    """What should run in the rollout's state; of one that has succeeded, the new version, unless it was a shadow."""
-    old, new, plan = rollout.from_version, rollout.to_version, rollout.plan
-    match rollout.state:
-        case S.PENDING:
-            return Wish((old,), (TrafficTarget(old, WHOLE, STABLE),), sampled=RECORDED)
-        case S.LOADING:
-            return _wish_loading(old, new)
-        case S.PAUSED if rollout.step_began_at is None:
-            return _wish_loading(old, new)
-        case S.RUNNING | S.PAUSED:
-            return _wish_step(plan, rollout.step, old, new)
-        case S.PROMOTING:
-            return _wish_only(new)
-        case S.SUCCEEDED:
-            return _wish_only(new)
-    return _wish_only(old)
 
 
 def begin(rollout: Rollout, *, is_urgent: bool = False) -> Move:
@@ -278,7 +243,7 @@ def _watch_paused(rollout: Rollout, seen: Observation, now: datetime) -> Move:
 
 
 def _judge(rollout: Rollout, seen: Observation, *, is_final: bool, is_given_up: bool = False) -> Verdict:
-    wish = _wish_step(rollout.plan, rollout.step, rollout.from_version, rollout.to_version)
+    wish = wish_step(rollout.plan, rollout.step, rollout.from_version, rollout.to_version)
     return judge(
         rollout.plan.gates,
         seen.window(rollout.from_version),
@@ -295,7 +260,7 @@ def _go(rollout: Rollout, state: RolloutState, reason: str, now: datetime) -> Mo
         raise InternalError(f"a rollout cannot go from {rollout.state.value} to {state.value}")
     gone = replace(rollout, state=state, reason=reason, ended_at=now if state.is_end else None)
     is_shadow_over = state is S.SUCCEEDED and rollout.state is S.RUNNING
-    wish = _wish_only(rollout.from_version) if is_shadow_over else plan_wish(gone)
+    wish = wish_only(rollout.from_version) if is_shadow_over else plan_wish(gone)
     return Move(gone, wish, f"{_describe(rollout)} is {state.value}: {reason}")
 
 
@@ -316,19 +281,6 @@ def _began(rollout: Rollout) -> datetime:
     return rollout.step_began_at or rollout.began_at
 
 
-def find_share(plan: RolloutPlan, step: int) -> int:
-    """The candidate's share of the requests in a step, in hundredths of a percent."""
-    match plan.strategy:
-        case Strategy.CANARY:
-            steps = plan.steps or DEFAULT_STEPS
-            return round(steps[min(step, len(steps) - 1)].percent * 100)
-        case Strategy.SHADOW:
-            return 0
-        case Strategy.AB:
-            return round(plan.candidate_percent * 100)
-    return WHOLE
-
-
 def _find_bake(plan: RolloutPlan, step: int) -> tuple[float, bool]:
     """How long a step lasts in seconds, and whether only a person ends it."""
     if plan.strategy is Strategy.CANARY:
@@ -336,29 +288,6 @@ def _find_bake(plan: RolloutPlan, step: int) -> tuple[float, bool]:
         return steps[min(step, len(steps) - 1)].bake_s, False
     is_endless = plan.strategy is Strategy.AB or (plan.strategy is Strategy.SHADOW and not plan.bake_s)
     return plan.bake_s, is_endless
-
-
-def _share(old: int, new: int, share: int) -> tuple[TrafficTarget, ...]:
-    return (TrafficTarget(old, WHOLE - share, STABLE), TrafficTarget(new, share, CANDIDATE))
-
-
-def _wish_only(version: int) -> Wish:
-    return Wish((version,), (TrafficTarget(version, WHOLE),)) if version else Wish()
-
-
-def _wish_loading(old: int, new: int) -> Wish:
-    return Wish((old, new), _share(old, new, 0), sampled=RECORDED) if old else _wish_only(new)
-
-
-def _wish_step(plan: RolloutPlan, step: int, old: int, new: int) -> Wish:
-    is_compared = plan.strategy is Strategy.SHADOW or plan.gates.min_agreement is not None
-    return Wish(
-        loaded=(old, new),
-        traffic=_share(old, new, find_share(plan, step)),
-        is_sticky=plan.strategy is Strategy.AB,
-        shadow=new if is_compared else 0,
-        sampled=round(plan.sample_percent * 100) if is_compared else 0,
-    )
 
 
 def describe_step(rollout: Rollout) -> str:

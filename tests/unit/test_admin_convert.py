@@ -12,7 +12,7 @@ from aiorch_proto.admin.v1 import registry_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiorch_server.deployments.rollout import DEFAULT_STEPS
+from aiorch_server.deployments.wish import DEFAULT_STEPS
 from aiorch_server.frontends.admin.convert_deployments import (
     decode_traffic,
     encode_deployment,

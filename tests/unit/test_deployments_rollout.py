@@ -19,9 +19,9 @@ from aiorch_server.deployments.rollout import (
     advance,
     begin,
     command,
-    plan_wish,
 )
 from aiorch_server.deployments.samples import StepSamples, Window
+from aiorch_server.deployments.wish import plan_wish
 from aiorch_server.errors import PreconditionFailed
 from aiorch_server.registry.records import CanaryStep, Gates, Rollout, RolloutPlan, RolloutState, Strategy
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from aiorch_proto.admin.v1 import deployments_pb2 as pb
 
-from aiorch_server.deployments.rollout import DEFAULT_STEPS
+from aiorch_server.deployments.wish import DEFAULT_STEPS
 from aiorch_server.frontends.admin.fields import (
     InvalidField,
     check_range,

@@ -13,7 +13,7 @@ from rollout_site import Fleet, PuppetBackend
 @pytest.fixture(autouse=True)
 def record_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few requests are enough to find one to warm with."""
-    monkeypatch.setattr("aiorch_server.deployments.rollout.RECORDED", 2_000)
+    monkeypatch.setattr("aiorch_server.deployments.wish.RECORDED", 2_000)
 
 
 @pytest.fixture
