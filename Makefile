@@ -10,7 +10,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check
 CORE := $(wildcard aiorch_server/_core/*.pyx aiorch_server/_core/*.pxd aiorch_server/include/*.h \
     backends/aiorch_backends/*/*.pyx backends/aiorch_backends/*/*.h) setup.py
 
-.PHONY: serve test test-sanitize leak-run fuzz lint compile debug models bench-micro bench-peers bench-memory \
+.PHONY: serve test test-sanitize leak-run fuzz chaos lint compile debug models bench-micro bench-peers bench-memory \
     bench-profile bench-rollout clean
 
 serve: $(CACHE)/examples $(CACHE)/compiled models
@@ -60,6 +60,12 @@ FUZZ_TARGETS ?= session,frames,landing,scan,text,batch,protobuf,response
 fuzz: $(CACHE)/test $(CACHE)/clang
 	$(PY) tests/fuzz/run.py --seconds $(FUZZ_SECONDS) --targets "$(FUZZ_TARGETS)" --results tests/fuzz/results.json
 	$(PY) tests/sanitize/report.py
+
+# kill -9 at so many moments for each database; the same SEED asks for the same, though threads run as they like
+ROUNDS ?= 50
+SEED ?= 1
+chaos: $(CACHE)/test $(CACHE)/compiled
+	$(PY) tests/chaos/run.py --rounds $(ROUNDS) --seed $(SEED) --results tests/chaos/results.json
 
 lint: $(CACHE)/test
 	$(VENV)/bin/ruff check .
