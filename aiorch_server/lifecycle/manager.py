@@ -203,8 +203,8 @@ class LifecycleManager:
         """Loads a model that is loaded on demand, or waits until others have: whether ``choose`` may now find it.
 
         False at once where it is not to be loaded so, or is loaded already. Until the caller awaits something else, it
-        is not evicted. Raises as ``Demand.bring``, RequestError for a bad version string, ModelLoadError where models would
-        wait for each other.
+        is not evicted. Raises as ``Demand.bring``, RequestError for a bad version string, ModelLoadError where models
+        would wait for each other.
         """
         model = self._find_offered(name, parse_version(version))
         if model is None or model.ready():
