@@ -140,6 +140,7 @@ $(CACHE)/test: pyproject.toml setup.py $(CACHE)/base
 	@command -v prometheus >/dev/null && command -v h2load >/dev/null && command -v curl >/dev/null \
 	    || deploy/install-packages prometheus nghttp2-client curl
 	@command -v espeak-ng >/dev/null || deploy/install-packages espeak-ng
+	@command -v rsync >/dev/null || deploy/install-packages rsync
 	@command -v redis-server >/dev/null || deploy/install-packages redis-server
 	@command -v mariadbd >/dev/null && ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 \
 	    || deploy/install-packages postgresql mariadb-server
