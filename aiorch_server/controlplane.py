@@ -17,12 +17,8 @@ from aiorch_server.errors import (
     UnsupportedRequest,
 )
 from aiorch_server.exchange import SharedRegions
-from aiorch_server.lifecycle.manager import (
-    UNKNOWN_LOAD_TEXT,
-    UNKNOWN_UNLOAD_TEXT,
-    LifecycleManager,
-    parse_version,
-)
+from aiorch_server.lifecycle.manager import LifecycleManager
+from aiorch_server.lifecycle.refusals import UNKNOWN_LOAD_TEXT, UNKNOWN_UNLOAD_TEXT, parse_version
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.observability.log_settings import LogSettings, LogValue
 from aiorch_server.observability.trace_settings import TraceSettings

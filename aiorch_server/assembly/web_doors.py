@@ -34,14 +34,14 @@ def build_metrics(
         return None
     from aiorch_server.frontends.metrics import MetricsServer
 
-    cache = planes.cache
+    cache, residents = planes.cache, planes.manager.residents
     return MetricsServer(
         planes.manager.servables,
         list_ledgers=list_ledgers,
         own=[
             telemetry.model_metrics,
             SampleCollector(planes.dataplane.samples.counts),
-            MemoryCollector(planes.manager.list_memory, lambda: planes.manager.evictions),
+            MemoryCollector(residents.ledger.list_charges, lambda: residents.evictions),
             *([] if cache is None else [CacheCollector(cache.read_use)]),
         ],
         host=config.metrics.host,

@@ -12,12 +12,10 @@ from aiorch_server.cache import ResponseCache
 from aiorch_server.config.server import ControlMode
 from aiorch_server.errors import (
     AiorchError,
-    BackendError,
     InternalError,
     LoadNotAllowed,
     ModelLoadError,
     ModelNotReady,
-    OverrideRefused,
     RequestError,
     ServerStopping,
     UnknownModel,
@@ -29,35 +27,27 @@ from aiorch_server.lifecycle.demand import DEFAULT_MAX_WAITING, Demand, DemandTe
 from aiorch_server.lifecycle.dependencies import Dependencies, list_requirements
 from aiorch_server.lifecycle.loader import Loader, Source
 from aiorch_server.lifecycle.model import STOPPING_TEXT, ManagedModel, Observer
+from aiorch_server.lifecycle.offers import Offers
+from aiorch_server.lifecycle.opening import Opener
+from aiorch_server.lifecycle.refusals import (
+    UNKNOWN_UNLOAD_TEXT,
+    explain_missing,
+    explain_missing_versions,
+    explain_unknown,
+    parse_version,
+)
 from aiorch_server.lifecycle.residents import MemoryTerms, Residents
 from aiorch_server.lifecycle.route import Route
 from aiorch_server.lifecycle.servable import Servable, ServableHandle
 from aiorch_server.lifecycle.threads import run_blocking
-from aiorch_server.lifecycle.version_policy import choose_aspired, find_missing
-from aiorch_server.repository import ModelRepository, ModelSnapshot, RepositoryModel
+from aiorch_server.lifecycle.version_policy import find_missing
+from aiorch_server.repository import ModelRepository, ModelSnapshot
 from aiorch_server.routing import Traffic
-from aiorch_server.security.roles import matches
 from aiorch_server.types import ModelIndexEntry, ModelState
 
 logger = logging.getLogger(__name__)
 
 NOT_ALLOWED_TEXT = "explicit model load / unload is not allowed if polling is enabled"
-UNKNOWN_LOAD_TEXT = "failed to load '{}', failed to poll from model repository"
-UNKNOWN_UNLOAD_TEXT = "failed to unload '{}', it is neither loaded nor in the model repository"
-_MAX_VERSION_DIGITS = 18
-
-
-def parse_version(text: str) -> int:
-    """The version that a request names: 0 for "" (the policy's choice). RequestError for what is no number > 0."""
-    if not text:
-        return 0
-    if text.isascii() and text.isdecimal() and len(text) <= _MAX_VERSION_DIGITS and int(text) > 0:
-        return int(text)
-    detail = "not within range" if text.isascii() and text.isdecimal() else "not a positive whole number"
-    raise RequestError(
-        f"failed to get model version from specified version string '{text[:100]}' (details: {detail}), version should "
-        "be an integral value > 0"
-    )
 
 
 class LifecycleManager:
@@ -87,6 +77,7 @@ class LifecycleManager:
         self._cache = cache
         self.control_mode = ControlMode(control_mode)
         self._repository = repository
+        self._opener = Opener(repository)
         self._loader = loader
         self._router = router
         self._load_models = tuple(load_models)
@@ -98,10 +89,11 @@ class LifecycleManager:
         self._routes: dict[str, Route] = {}
         self._traffic: dict[str, Traffic] = {}
         self._dependencies = Dependencies(self._models, self._traffic)
-        self._load_on_demand = tuple(load_on_demand)
-        self._residents = Residents(self._models, loader, self._evict, memory or MemoryTerms({}))
+        self._offers = Offers(self._models, load_on_demand)
+        #: What each loaded version has of the devices' memory.
+        self.residents = Residents(self._models, loader, self._evict, memory or MemoryTerms({}))
         waiting = DemandTerms(
-            is_serial=self._residents.ledger.has_budgets,
+            is_serial=self.residents.ledger.has_budgets,
             max_waiting=loader.default_queue_size or DEFAULT_MAX_WAITING,
             patience_s=loader.startup_timeout_s,
         )
@@ -110,7 +102,6 @@ class LifecycleManager:
         self._tasks: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
         self._polling = asyncio.Lock()
-        self._overrides = 0
         self._is_started = False
         self._is_stopping = False
         self._has_closed = False
@@ -152,7 +143,7 @@ class LifecycleManager:
         number, route = self._find_route(name, version)
         found = route.choose(number, key, correlation_id, chosen) if route is not None else None
         if found is None:
-            raise self._explain_missing(name, number)
+            raise explain_missing(name, number, self._models.get(name), self._routes.get(name))
         return found
 
     def find(self, name: str, version: str = "") -> Servable:
@@ -163,7 +154,7 @@ class LifecycleManager:
         number, route = self._find_route(name, version)
         servable = route.look(number) if route is not None else None
         if servable is None:
-            raise self._explain_missing(name, number)
+            raise explain_missing(name, number, self._models.get(name), self._routes.get(name))
         return servable
 
     def _find_route(self, name: str, version: str) -> tuple[int, Route | None]:
@@ -186,7 +177,7 @@ class LifecycleManager:
             parse_version(version)
         except RequestError as error:
             return error
-        return ServerStopping(STOPPING_TEXT) if self._has_closed else _explain_unknown(name)
+        return ServerStopping(STOPPING_TEXT) if self._has_closed else explain_unknown(name)
 
     def is_ready(self, name: str, version: str = "") -> bool:
         """Whether requests for that version should be sent; RequestError for a bad version string."""
@@ -196,7 +187,7 @@ class LifecycleManager:
         except ServerStopping:
             return False
         except (UnknownModel, UnknownVersion, ModelNotReady):
-            model = self._find_offered(name, parse_version(version))
+            model = self._offers.find(name, parse_version(version))
             return model is not None and model.is_loadable(asyncio.get_running_loop().time()) and not self._is_stopping
 
     async def bring(self, name: str, version: str = "", deadline_ns: int = 0) -> bool:
@@ -206,7 +197,7 @@ class LifecycleManager:
         is not evicted. Raises as ``Demand.bring``, RequestError for a bad version string, ModelLoadError where models
         would wait for each other.
         """
-        model = self._find_offered(name, parse_version(version))
+        model = self._offers.find(name, parse_version(version))
         if model is None or model.ready():
             return False
         if self._is_stopping:
@@ -220,23 +211,9 @@ class LifecycleManager:
             await self._demand.bring(model, deadline_ns, is_called=True)
         return True
 
-    def _find_offered(self, name: str, number: int) -> ManagedModel | None:
-        """The model that a request for this version (0: any) may load."""
-        model = self._models.get(name)
-        return model if model is not None and (number in model.offered or (model.offered and not number)) else None
-
     def servables(self) -> list[Servable]:
         """What serves or drains, by name and version."""
         return [servable for name in sorted(self._models) for servable in self._models[name].servables()]
-
-    def list_memory(self) -> list[tuple[str, int, Mapping[str, int]]]:
-        """Name and version of what is loaded, with the bytes it is counted with by device; any thread may call it."""
-        return self._residents.ledger.list_charges()
-
-    @property
-    def evictions(self) -> int:
-        """Models that had to make room for others so far."""
-        return self._residents.evictions
 
     def versions(self, name: str) -> list[int]:
         """The ready versions of a model, lowest first."""
@@ -292,7 +269,7 @@ class LifecycleManager:
                 raise
             logger.warning("%s", error)
         if needs_all:
-            names = [name for name in self._snapshots if not self._is_left_to_requests(name)]
+            names = [name for name in self._snapshots if not self._offers.are_left_to_requests(name)]
         else:
             names = list(dict.fromkeys(self._load_models))
         for name in names:
@@ -318,7 +295,7 @@ class LifecycleManager:
         if name in self._models:
             self._models[name].is_asked = True
             is_stored = config_override is None  # what else came with the request comes no second time
-            self._models[name].follow_demand(is_stored and self._is_to_be_demanded(name), self._models[name].seen)
+            self._models[name].follow_demand(is_stored and self._offers.cover(name), self._models[name].seen)
 
     async def unload(self, name: str, unload_dependents: bool = False) -> None:
         """Takes a model away and returns when it is drained; UnknownModel if it is neither loaded nor stored.
@@ -391,7 +368,7 @@ class LifecycleManager:
             jobs = []
             for name, snapshot in self._snapshots.items():
                 model = self._models.get(name)
-                if (model is None or model.seen != snapshot) and not self._is_left_to_requests(name):
+                if (model is None or model.seen != snapshot) and not self._offers.are_left_to_requests(name):
                     jobs.append(self._run(self._attempt(name)))
             for name, model in list(self._models.items()):
                 if name not in self._snapshots:
@@ -424,26 +401,8 @@ class LifecycleManager:
     async def _scan(self) -> None:
         former = self._snapshots
         self._snapshots = await run_blocking("scan repository", self._repository.scan)
-        if not self._load_on_demand:
-            return
-        for name in sorted(former.keys() | self._snapshots.keys()):
-            snapshot = self._snapshots.get(name)
-            if former.get(name) == snapshot or not self._is_to_be_demanded(name):
-                continue
-            model = self._models.get(name)
-            if model is None or (model.is_on_demand and not model.is_deployed):  # else an unload took it back
-                model = self._model(name)
-                model.follow_demand(True, snapshot)
-                if snapshot is None and model.is_resting and not (model.versions or model.waiters):
-                    del self._models[name]
-
-    def _is_to_be_demanded(self, name: str) -> bool:
-        return any(matches(pattern, name) for pattern in self._load_on_demand)
-
-    def _is_left_to_requests(self, name: str) -> bool:
-        """Whether nobody but requests has to load the model now."""
-        model = self._models.get(name)
-        return model is not None and model.is_on_demand and model.is_resting
+        for name in self._offers.list_changed(former, self._snapshots):
+            self._offers.follow(self._model(name), self._snapshots.get(name))
 
     async def _load_demanded(self, name: str) -> None:
         try:
@@ -476,7 +435,9 @@ class LifecycleManager:
         model = self._model(name)
         async with model.changing():
             try:
-                opened, aspired = await self._open(model, config_json, files, is_asked=is_asked)
+                opened, aspired = await self._opener.open(
+                    model, config_json, files, self._snapshots.get(name), is_asked=is_asked
+                )
             except AiorchError as error:
                 if is_new and is_asked and model.is_untouched():
                     self._models.pop(name, None)  # a request with a wrong name must leave no trace
@@ -503,7 +464,7 @@ class LifecycleManager:
             finally:
                 await run_blocking(f"release {name}", source.release)
             if missing := find_missing(opened.config.version_policy, opened.snapshot.versions):
-                text = _explain_missing_versions(name, missing)
+                text = explain_missing_versions(name, missing)
                 model.fail(text)
                 raise ModelLoadError(text)
 
@@ -518,7 +479,7 @@ class LifecycleManager:
             model.requires |= missing
             failures.update(await self._load_required(model))
         if config.ensemble_scheduling is None:
-            servable = await self._residents.load(source, version, fingerprint)
+            servable = await self.residents.load(source, version, fingerprint)
         else:
             servable = self._dependencies.build(source.model, version, fingerprint, limit, failures)
             if self._cache is not None and self._cache.is_shared:
@@ -536,7 +497,7 @@ class LifecycleManager:
                 if name not in self._models or not self._models[name].ready():
                     with self._dependencies.waiting(model.name, name):
                         await self._load(name, None, {}, is_asked=True)
-                    self._share_demand(model, self._models[name])
+                    self._offers.share(model, self._models[name])
             except AiorchError as error:
                 failures[name] = str(error)
             except Exception as error:
@@ -550,52 +511,11 @@ class LifecycleManager:
         model.is_waiting = model.seen is not None and not self._dependencies.are_met(model)
         return failures
 
-    def _share_demand(self, model: ManagedModel, step: ManagedModel) -> None:
-        """What was loaded for an ensemble alone goes with it, and comes back with it or by a request of its own."""
-        if model.is_on_demand and not (step.is_on_demand or step.is_asked or step.is_deployed):
-            step.follow_demand(True, step.seen)
-
     async def _evict(self, model: ManagedModel, reason: str) -> None:
         async with model.changing():
             is_asked = model.is_asked
             await model.unload(reason)
             model.is_asked = is_asked
-
-    async def _open(
-        self, model: ManagedModel, config_json: str | bytes | None, files: Mapping[str, bytes], *, is_asked: bool
-    ) -> tuple[RepositoryModel, dict[int, str]]:
-        """The model as the repository holds it now, and the fingerprint of each version that it wants served."""
-        name = model.name
-        # Whatever comes of it: only what changes after this look is tried again by itself.
-        model.seen = self._snapshots.get(name) if config_json is None else None
-        try:
-            opened = await run_blocking(
-                f"open {name}", lambda: self._repository.open(name, config_json, files), discard=RepositoryModel.close
-            )
-        except UnknownModel:
-            raise BackendError(UNKNOWN_LOAD_TEXT.format(name)) from None
-        except (ModelLoadError, RequestError) as error:
-            if config_json is not None:
-                text = f"failed to load '{name}', failed to poll from model repository: {error}"
-                raise OverrideRefused(text) from error
-            if isinstance(error, RequestError):
-                raise
-            raise ModelLoadError(f"load failed for model '{name}': {error}") from error
-        snapshot, policy = opened.snapshot, opened.config.version_policy
-        prefix = snapshot.fingerprint
-        if config_json is None:
-            model.seen = snapshot
-        else:
-            # Unlike anything in the repository, so that a later plain load goes back to what is stored.
-            self._overrides += 1
-            prefix = f"override {self._overrides}: {prefix}"
-        aspired = {v: f"{prefix}/{snapshot.versions[v]}" for v in choose_aspired(policy, snapshot.versions)}
-        if not aspired:
-            await run_blocking(f"close {name}", opened.close)
-            if not is_asked and not snapshot.versions:  # all versions were removed; a wrong policy removes nothing
-                await model.unload()
-            raise ModelLoadError(_explain_missing_versions(name, find_missing(policy, snapshot.versions)))
-        return opened, aspired
 
     async def _unload(self, model: ManagedModel, *, forget: bool = False) -> None:
         async with model.changing():
@@ -674,32 +594,3 @@ class LifecycleManager:
     def _check_own(self, name: str) -> None:
         if name in self._models and self._models[name].is_deployed:
             raise LoadNotAllowed(f"model '{name}' is deployed from the registry: it is changed by its deployment")
-
-    def _explain_missing(self, name: str, version: int) -> AiorchError:
-        """Why there is no route, in Triton's words (WIRE 3.4)."""
-        text = f"Request for unknown model: '{name}'"
-        model = self._models.get(name)
-        if model is None or not (model.versions or model.offered):
-            return _explain_unknown(name)
-        if not version:
-            if self._routes.get(name) is not None:
-                wanted = ", ".join(str(each.version) for each in self._traffic[name].shares if each.share)
-                return ModelNotReady(f"{text} version {wanted} is not at ready state")
-            return UnknownVersion(f"{text} has no available versions")
-        if version not in model.versions:
-            return UnknownVersion(f"{text} version {version} is not found")
-        return ModelNotReady(f"{text} version {version} is not at ready state")
-
-
-def _explain_unknown(name: str) -> UnknownModel:
-    return UnknownModel(f"Request for unknown model: '{name}' is not found")
-
-
-def _explain_missing_versions(name: str, missing: Sequence[int]) -> str:
-    if missing:
-        wanted = ", ".join(map(str, missing))
-        return f"load failed for model '{name}': version_policy asks for version {wanted}, which is not there"
-    text = f"load failed for model '{name}': it has no version folder (a folder named 1, 2, ...)"
-    return (
-        f"{text}; if it is a version itself, the repository is the folder above its model" if name.isdecimal() else text
-    )

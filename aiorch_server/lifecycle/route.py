@@ -19,7 +19,7 @@ class Route:
     where there is no Traffic; 0 if no version with a share is ready. ``before`` is the model's last route.
     """
 
-    __slots__ = ("_has_sequences", "_is_ensemble", "_traffic", "default", "name", "servables", "shares")
+    __slots__ = ("_has_sequences", "_is_ensemble", "_traffic", "default", "name", "servables", "shares", "wanted")
 
     def __init__(
         self, name: str, servables: Mapping[int, Servable], traffic: Traffic | None, before: Route | None = None
@@ -27,6 +27,8 @@ class Route:
         self.name = name
         self.servables = servables
         self.shares: Shares | None = None
+        #: The versions that have a share, ready or not.
+        self.wanted = () if traffic is None else tuple(each.version for each in traffic.shares if each.share)
         self._traffic = traffic
         self._has_sequences = any(each.sequencer is not None for each in servables.values())
         self._is_ensemble = any(each.ensemble is not None for each in servables.values())

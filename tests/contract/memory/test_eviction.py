@@ -9,7 +9,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from demand_site import BallastBackend, configure, running, write_ensemble, write_model
+from aiorch_proto.v2 import inference_pb2 as pb
+from aiorch_proto.v2.service import InferenceStub
+from demand_site import CONFIG, TIMEOUT_S, BallastBackend, configure, running, write_ensemble, write_model
 
 from aiorch_server.errors import MemoryBudgetExceeded
 
@@ -71,6 +73,34 @@ async def test_a_request_under_way_keeps_its_model_and_the_refusal_names_the_bud
         assert await long == -1.0
         await site.until(lambda: site.manager.is_ready("b"))
         assert await site.infer("b") == 1.0
+        assert site.ready() == ["b"]
+
+
+SEQUENCES = CONFIG.replace(
+    "instance_group", "sequence_batching { max_sequence_idle_microseconds: 60000000 } instance_group"
+)
+
+
+async def test_a_sequence_under_way_keeps_its_model(tmp_path: Path) -> None:
+    write_model(tmp_path, "a", mib=60, config=SEQUENCES)
+    write_model(tmp_path, "b", mib=60)
+    async with running(configure(tmp_path, budget_mib=100)) as site:
+        stub = InferenceStub(site.channel)
+
+        async def send(*, is_start: bool = False, is_end: bool = False) -> None:
+            request = pb.ModelInferRequest(model_name="a")
+            request.inputs.add(name="INPUT0", datatype="FP32", shape=[1, 1]).contents.fp32_contents.append(1)
+            request.parameters["sequence_id"].int64_param = 7
+            request.parameters["sequence_start"].bool_param = is_start
+            request.parameters["sequence_end"].bool_param = is_end
+            await stub.ModelInfer(request, timeout=TIMEOUT_S)
+
+        await send(is_start=True)
+        _, text = await site.refuse("b")
+        assert "'a:1' 60 MiB" in text
+        await send(is_end=True)
+        await site.until(lambda: site.manager.is_ready("b"))
+        await site.infer("b")
         assert site.ready() == ["b"]
 
 
