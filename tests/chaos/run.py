@@ -1,6 +1,7 @@
 """``make chaos``: kill -9 at many random moments, a database that stands still, a disk that gets full.
 
-Prints a table as it goes, writes JSON, and ends with 1 where something was lost, wrong or failed; the seed and a timeline tell how.
+Prints a table as it goes, writes JSON, and ends with 1 where something was lost, wrong or failed; the seed and a
+timeline tell how.
 """
 
 from __future__ import annotations
