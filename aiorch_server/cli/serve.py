@@ -56,7 +56,7 @@ def serve(
         typer.Option(help="A model that the first request for it loads; * for any characters; repeatable."),
     ] = None,
     memory_budget_bytes: Annotated[
-        int | None, typer.Option(help="What models may take of this process's memory; default 0: no bound.")
+        int | None, typer.Option(help="What models may take of this process's memory, 0: no bound; default 0.")
     ] = None,
     device_budget: Annotated[
         list[str] | None, typer.Option(help="What models may take of a device, such as cuda:0=8GiB; repeatable.")

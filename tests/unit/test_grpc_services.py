@@ -154,6 +154,10 @@ async def test_a_stream_whose_client_has_just_gone_ends_without_a_word(caplog: p
         time_remaining=lambda: None,
     )
     dataplane: Any = SimpleNamespace(is_decoupled=lambda *_: False, stream=stream)
-    controlplane: Any = SimpleNamespace(check_running=lambda text: None)
+
+    async def bring(name: str, version: str, *, deadline_ns: int) -> bool:
+        return False
+
+    controlplane: Any = SimpleNamespace(check_running=lambda text: None, bring=bring)
     await asyncio.wait_for(InferenceServicer(dataplane, controlplane).ModelStreamInfer(read(), context), TIMEOUT_S)
     assert not caplog.records
