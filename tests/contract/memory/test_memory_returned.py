@@ -93,6 +93,5 @@ def test_memory_is_given_back_on_unload(
     )
     taken = [before - after for before, after in zip(loaded, unloaded, strict=True)]
     assert sorted(taken)[ROUNDS // 2] > 90 * MIB  # nearly all of the weights; now and then a block stays for a round
-    assert min(taken) > 50 * MIB
-    # the first rounds bring the framework's libraries
-    assert unloaded[-1] < 1.06 * unloaded[1], unloaded
+    # the first rounds bring the framework's libraries; what is lost in each round is there in all later ones
+    assert min(unloaded[-5:]) < 1.06 * min(unloaded[1:4]), unloaded
