@@ -136,7 +136,7 @@ class Operator:
         except ClientError as error:
             told = f"{self.name}: {book.model}: {step} at {server.name}: {error.code.name}: {error.details}"
             if error.code is grpc.StatusCode.UNAVAILABLE:
-                if step.attempts == 1:
+                if "failed to connect" not in error.details:
                     self.counts["unacknowledged"] += 1
                     self._timeline.note(told)
                 if not server.has_excuse(began, time.monotonic()):
