@@ -318,6 +318,8 @@ def test_a_process_that_is_interrupted_leaves_the_rollout_running(server: Script
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # a shell's background jobs, and so their children, begin with it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + LIMIT_S
