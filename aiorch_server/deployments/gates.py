@@ -4,6 +4,9 @@ All three gates ask the same question: if the candidate were just at its limit, 
 so many be, or more? Below a level it is a breach. The gates are looked at again and again while a step lasts, and while
 it waits for samples, so the level is strict meanwhile: what shows early must be plain, such as a candidate that fails
 everything. Once, at the end of the step with all samples there, the usual level holds.
+
+Requests that are never answered are no failures that a model tells of, and callers may take theirs back whatever the
+version: they count against the candidate where it loses more of them than the stable version does.
 """
 
 from __future__ import annotations
@@ -18,16 +21,22 @@ EARLY_LEVEL = 0.001
 FINAL_LEVEL = 0.05
 #: Of answers, slower than their p99.
 _BEYOND_P99 = 0.01
+#: So many more of its requests than of the stable version's may a candidate lose where no error rate is given.
+_MORE_LOST = 0.01
+#: Nothing has come back for so long, or for so many times the slowest answer of either version: it hangs.
+STUCK_S = 10.0
+_STUCK_TIMES = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """``breach``: what was breached, in a sentence with numbers, "" if nothing. ``missing``: what there are not enough
-    samples of to say more, "" if there are.
+    samples of to say more, "" if there are. ``is_stuck``: what is missing are requests that do not come back.
     """
 
     breach: str = ""
     missing: str = ""
+    is_stuck: bool = False
 
 
 def find_tail(bad: int, total: int, rate: float) -> float:
@@ -76,13 +85,48 @@ def judge(
     missing = _find_missing(gates, stable, candidate, can_stable_grow, sampled)
     level = FINAL_LEVEL if is_given_up or (is_final and not missing) else EARLY_LEVEL
     for breach in (
+        _judge_stuck(stable, candidate, is_given_up),
         _judge_errors(gates, candidate, level),
+        _judge_lost(gates, stable, candidate, level),
         _judge_agreement(gates, candidate, level),
         _judge_latency(gates, stable, candidate, level),
     ):
         if breach:
             return Verdict(breach)
+    if candidate.stuck_s >= max(1.0, 2.0 * candidate.slowest_s):
+        return Verdict(missing=f"nothing has come back for {candidate.stuck_s} s of what is under way", is_stuck=True)
     return Verdict(missing=missing)
+
+
+def _judge_stuck(stable: Window, candidate: Window, is_given_up: bool) -> str:
+    if is_given_up and candidate.lost and not candidate.requests:
+        return f"none of its {candidate.lost} requests was answered"
+    if candidate.stuck_s < max(STUCK_S, _STUCK_TIMES * max(stable.slowest_s, candidate.slowest_s)):
+        return ""
+    return f"it hangs: nothing has come back for {candidate.stuck_s} s, with requests under way"
+
+
+def _judge_lost(gates: Gates, stable: Window, candidate: Window, level: float) -> str:
+    if gates.max_error_rate is None and gates.max_p99_ratio is None and gates.min_agreement is None:
+        return ""
+    more = _MORE_LOST if gates.max_error_rate is None else gates.max_error_rate
+    total, stable_total = candidate.lost + candidate.requests, stable.lost + stable.requests
+    limit = min(1.0, _bound_rate(stable.lost, stable_total, level) + more)
+    if find_tail(candidate.lost, total, limit) >= level:
+        return ""
+    return (
+        f"{candidate.lost} of {total} requests were not answered ({candidate.lost / total:.2%}; "
+        f"of the stable version's {stable.lost} of {stable_total})"
+    )
+
+
+def _bound_rate(bad: int, total: int, level: float) -> float:
+    """The largest rate that so many of so many are likely for (Wilson's bound); 1 with none to tell."""
+    if not total:
+        return 1.0
+    z, rate = (3.1 if level < FINAL_LEVEL else 1.65), bad / total
+    spread = z * math.sqrt(rate * (1.0 - rate) / total + z * z / (4.0 * total * total))
+    return min(1.0, (rate + z * z / (2.0 * total) + spread) / (1.0 + z * z / total))
 
 
 def _judge_errors(gates: Gates, candidate: Window, level: float) -> str:

@@ -222,7 +222,7 @@ def _advance_step(rollout: Rollout, seen: Observation, now: datetime) -> Move:
         return _stay(rollout, _tell_waiting(describe_step(rollout), seen))
     note = ""
     if verdict.missing:
-        if not is_given_up:
+        if not is_given_up or verdict.is_stuck:
             return _stay(rollout, f"{describe_step(rollout)} waits: {verdict.missing}{_tell_silent(seen)}")
         note = f"; went on after {plan.gates.max_wait_s:g} s although {verdict.missing}"
     if plan.strategy is Strategy.SHADOW:

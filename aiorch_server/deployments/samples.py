@@ -19,6 +19,10 @@ LONGEST_DISAGREEMENT = 300
 class Window:
     """Counts of one version over some time. ``latencies`` maps a duration in nanoseconds to how many answers took at
     most that long (and longer than the next smaller key says); ``requests`` are those and the ``errors`` of the model.
+
+    ``lost`` are those that were never answered: taken back by their callers, over their deadlines, or refused for want
+    of room. ``stuck_s``: for so long nothing has come back although requests are under way. ``slowest_s`` is what the
+    slowest answer took since the version was loaded.
     """
 
     requests: int = 0
@@ -26,6 +30,9 @@ class Window:
     latencies: Mapping[int, int] = field(default_factory=dict)
     compared: int = 0
     agreed: int = 0
+    lost: int = 0
+    stuck_s: int = 0
+    slowest_s: float = 0.0
 
     def __add__(self, other: Window) -> Window:
         latencies = dict(self.latencies)
@@ -37,6 +44,9 @@ class Window:
             latencies,
             self.compared + other.compared,
             self.agreed + other.agreed,
+            self.lost + other.lost,
+            max(self.stuck_s, other.stuck_s),
+            max(self.slowest_s, other.slowest_s),
         )
 
     def since(self, earlier: Window) -> Window:
@@ -48,6 +58,9 @@ class Window:
             {upper: count for upper, count in rest.items() if count > 0},
             self.compared - earlier.compared,
             self.agreed - earlier.agreed,
+            self.lost - earlier.lost,
+            self.stuck_s,
+            self.slowest_s,
         )
 
     @property
@@ -107,6 +120,9 @@ class StepSamples:
                         "latencies": {str(upper): count for upper, count in window.latencies.items()},
                         "compared": window.compared,
                         "agreed": window.agreed,
+                        "lost": window.lost,
+                        "stuck_s": window.stuck_s,
+                        "slowest_s": window.slowest_s,
                     }
                     for version, window in self.windows.items()
                 },
@@ -132,6 +148,10 @@ class StepSamples:
                 {int(upper): int(count) for upper, count in each["latencies"].items()},
                 int(each["compared"]),
                 int(each["agreed"]),
+                # what servers of the release before do not tell
+                int(each.get("lost", 0)),
+                int(each.get("stuck_s", 0)),
+                float(each.get("slowest_s", 0.0)),
             )
             for version, each in found["windows"].items()
         }

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import struct
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -41,7 +42,7 @@ SIGNATURE = ModelSignature(
 
 
 class PuppetBackend(Backend):
-    """Models whose artefact says how they behave: ``{"add": 1, "delay_ms": 5, "fail": true, "die": true, ...}``."""
+    """Models whose artefact says how they behave: ``{"add": 1, "delay_ms": 5, "fail": true, "hangs": true, ...}``."""
 
     name = "puppet"
     artefacts = ("puppet.json",)
@@ -51,6 +52,8 @@ class PuppetBackend(Backend):
     rows: ClassVar[Counter[tuple[str, int]]] = Counter()
     #: Set by tests: a hook for each load.
     on_load: ClassVar[Callable[[LoadContext], None] | None] = None
+    #: Set by tests: what hangs waits for it.
+    goes_on: ClassVar[threading.Event] = threading.Event()
 
     def inspect(self, context: LoadContext) -> ModelSignature:
         return SIGNATURE
@@ -79,6 +82,8 @@ class PuppetInstance(ModelInstance):
             PuppetBackend.rows[self._key] += len(values)
         if delay_ms := self._manners.get("delay_ms"):
             time.sleep(delay_ms / 1e3)
+        if is_real and self._manners.get("hangs"):
+            PuppetBackend.goes_on.wait(TIMEOUT_S)
         if is_real and self._manners.get("fail"):
             raise ModelExecutionError("the puppet said no")
         if is_real and self._rows > self._manners.get("dies_after", 1e18):
@@ -230,12 +235,12 @@ class Traffic:
         self._is_over = False
         self._tasks = [asyncio.create_task(self._run()) for _ in range(callers)]
 
-    async def ask(self, value: float = 1.0, key: str = "") -> tuple[str, float]:
+    async def ask(self, value: float = 1.0, key: str = "", timeout_s: float = TIMEOUT_S) -> tuple[str, float]:
         """The version that answered, and what."""
         data = struct.pack("<2f", value, value)
         message = encode_request(self.model, "", "", [("INPUT0", "FP32", (1, 2), data)])
         metadata = (("aiorch-route-key", key),) if key else ()
-        answer = await self._call(message, metadata=metadata, timeout=TIMEOUT_S)
+        answer = await self._call(message, metadata=metadata, timeout=timeout_s)
         _, version, _, ((_, _, _, data),) = decode_response(answer)
         return version, struct.unpack("<2f", data)[0]
 

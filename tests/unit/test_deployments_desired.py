@@ -82,11 +82,17 @@ class Counted:
 
     def __init__(self) -> None:
         self.durations: dict[int, int] = {}
-        self.errors = 0
+        self.errors = self.cancelled = self.rejected = 0
+        self.signature = SimpleNamespace(is_decoupled=False)
         self.scheduler: Any = SimpleNamespace(
             durations=lambda: dict(self.durations),
-            counters=lambda: SimpleNamespace(failures={"BACKEND": self.errors}),
+            counters=lambda: SimpleNamespace(failures=self.failures),
+            in_flight=0,
         )
+
+    @property
+    def failures(self) -> dict[str, int]:
+        return {"BACKEND": self.errors, "CANCELED": self.cancelled, "REJECTED": self.rejected}
 
     def serve(self, count: int, errors: int = 0) -> None:
         self.durations[100] = self.durations.get(100, 0) + count
@@ -104,8 +110,9 @@ def test_a_step_counts_from_its_beginning_over_reloads() -> None:
     sampler.note(2, "")
     sampler.note(2, "differs")
     found = sampler.read(servables)
-    assert found.windows[1] == Window(101, 1, {100: 100}), "it gets no requests: its whole life counts"
-    assert found.windows[2] == Window(7, 2, {100: 5}, 2, 1)
+    quick = {"slowest_s": 1e-7}
+    assert found.windows[1] == Window(101, 1, {100: 100}, **quick), "it gets no requests: its whole life counts"
+    assert found.windows[2] == Window(7, 2, {100: 5}, 2, 1, **quick)
     assert found.disagreements == ("differs",)
     again = Counted()
     again.serve(3)
@@ -116,7 +123,36 @@ def test_a_step_counts_from_its_beginning_over_reloads() -> None:
     sampler.begin("first", servables)
     assert sampler.read(servables).windows[2].requests == 11
     sampler.begin("second", servables)
-    assert sampler.read(servables) == StepSamples("second", {1: Window(), 2: Window()})
-    assert sampler.read({}).windows == {1: Window(), 2: Window()}
+    assert sampler.read(servables) == StepSamples("second", {1: Window(**quick), 2: Window(**quick)})
+    assert sampler.read({}).windows == {1: Window(**quick), 2: Window(**quick)}
     sampler.begin("", {})
     assert not sampler.read({}).windows
+
+
+def test_what_is_lost_and_for_how_long_nothing_comes_back() -> None:
+    now_s = 100.0
+    sampler, model = Sampler(lambda: now_s), Counted()
+    servables: Any = {2: model}
+    model.cancelled = 5
+    model.scheduler.in_flight = 3
+    sampler.begin("step", servables)
+    now_s += 4.0
+    assert sampler.read(servables).windows[2].stuck_s == 4
+    model.cancelled, model.rejected = 7, 1
+    now_s += 4.0
+    found = sampler.read(servables).windows[2]
+    assert (found.lost, found.requests, found.stuck_s) == (3, 0, 8), "who gives up is no sign of life"
+    model.serve(1)
+    assert sampler.read(servables).windows[2].stuck_s == 0
+    now_s += 4.0
+    assert sampler.read(servables).windows[2].stuck_s == 4
+    model.scheduler.in_flight = 0
+    assert sampler.read(servables).windows[2].stuck_s == 0, "nothing is under way"
+    now_s += 4.0
+    assert sampler.read(servables).windows[2].stuck_s == 0
+    model.scheduler.in_flight = 1
+    assert sampler.read(servables).windows[2].stuck_s == 0
+    now_s += 4.0
+    fresh = Counted()
+    fresh.scheduler.in_flight = 1
+    assert sampler.read({2: fresh}).windows[2].stuck_s == 0, "it was loaded anew"  # type: ignore[dict-item]

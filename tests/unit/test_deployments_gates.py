@@ -122,3 +122,35 @@ def test_more_errors_never_help(
     if judged(gates, Window(), Window(requests, errors, {}, compared, agreed), **options).breach:
         worse = Window(requests, min(errors + 1, requests), {}, compared, max(0, agreed - 1))
         assert judged(gates, Window(), worse, **options).breach
+
+
+def test_lost_requests_count_where_the_stable_version_loses_fewer() -> None:
+    gates = Gates(max_error_rate=0.01, min_samples=100)
+    stable, lossy = Window(1000, lost=2), Window(1000, lost=200)
+    assert "30 of 130 requests were not answered (23.08%; of the stable version's 2 of 1002)" in judged(
+        gates, stable, Window(100, lost=30)
+    ).breach  # fmt: skip
+    assert not judged(gates, lossy, Window(100, lost=20)).breach, "callers that give up soon give up on both"
+    assert not judged(gates, stable, Window(100, lost=1), is_final=True).breach
+    assert not judged(gates, Window(), Window(100, lost=30)).breach, "there is nothing to compare with"
+    assert not judged(Gates(), stable, Window(100, lost=30)).breach, "nobody asked for a gate"
+
+
+def test_nothing_answered_is_a_breach_when_no_more_is_waited_for() -> None:
+    gates = Gates(max_error_rate=0.01)
+    assert not judged(gates, Window(), Window(lost=3), is_final=True).breach
+    found = judged(gates, Window(), Window(lost=3), is_final=True, is_given_up=True)
+    assert found.breach == "none of its 3 requests was answered"
+    assert not judged(gates, Window(), Window(), is_final=True, is_given_up=True).breach, "nobody asked it anything"
+
+
+def test_what_does_not_come_back_is_waited_for_and_then_a_breach() -> None:
+    assert judged(Gates(), Window(), Window(5, stuck_s=10)).breach.startswith(
+        "it hangs: nothing has come back for 10 s"
+    )
+    waiting = judged(Gates(), Window(), Window(5, stuck_s=9), is_final=True, is_given_up=True)
+    assert waiting.is_stuck and not waiting.breach
+    slow = Window(5, slowest_s=20.0)
+    assert not judged(Gates(), slow, Window(stuck_s=79)).breach, "the model takes its time, as it always did"
+    assert judged(Gates(), slow, Window(stuck_s=80)).breach
+    assert not judged(Gates(), Window(), Window(5, stuck_s=3, slowest_s=2.0)).is_stuck

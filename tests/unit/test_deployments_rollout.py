@@ -337,3 +337,14 @@ def test_commands_that_come_too_late_name_the_state() -> None:
             command(ended, verb, NOW, actor="ada")
     with pytest.raises(PreconditionFailed, match="it cannot promote from there"):
         command(rollout(state=S.ROLLING_BACK), Command.PROMOTE, NOW, actor="ada")
+
+
+def test_requests_that_do_not_come_back_are_waited_for_longer_than_max_wait() -> None:
+    running = drive(rollout(gates=Gates(max_error_rate=0.01, min_samples=100, max_wait_s=5.0)), until=S.RUNNING)[-1]
+    late = NOW + timedelta(hours=1)
+    stuck = advance(running.rollout, seen(new=Window(3, stuck_s=4)), late)
+    assert stuck.rollout.state is S.RUNNING and "waits: nothing has come back for 4 s" in stuck.rollout.reason
+    hung = advance(stuck.rollout, seen(new=Window(3, stuck_s=10)), late)
+    assert hung.rollout.state is S.ROLLING_BACK and "it hangs" in hung.rollout.reason
+    well = advance(stuck.rollout, seen(new=Window(3)), late)
+    assert well.rollout.step == 1, "few samples alone are no reason to wait for ever"

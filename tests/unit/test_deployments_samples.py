@@ -14,7 +14,13 @@ from aiorch_server.registry.records import Rollout, RolloutPlan, RolloutState
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 counts = st.integers(0, 10**9)
 windows = st.builds(
-    Window, counts, counts, st.dictionaries(st.integers(1, 2**42), st.integers(1, 10**6), max_size=8), counts, counts
+    Window,
+    counts,
+    counts,
+    st.dictionaries(st.integers(1, 2**42), st.integers(1, 10**6), max_size=8),
+    counts,
+    counts,
+    counts,
 )
 
 
@@ -53,3 +59,14 @@ def test_steps_have_names_of_their_own() -> None:
     rollout = Rollout("r", "m", 1, 2, RolloutPlan(), RolloutState.RUNNING, NOW, "me", step_began_at=NOW)
     names = {name_step(rollout), name_step(replace(rollout, step=1)), name_step(replace(rollout, step_began_at=None))}
     assert len(names) == 3
+
+
+def test_how_long_nothing_came_back_is_the_longest_of_all_servers() -> None:
+    texts = [StepSamples("s", {1: Window(stuck_s=stuck, slowest_s=stuck / 2)}).to_json() for stuck in (3, 9, 0)]
+    assert merge("s", texts).windows[1] == Window(stuck_s=9, slowest_s=4.5)
+
+
+def test_what_a_server_of_the_release_before_tells_is_taken() -> None:
+    window = '{"requests":2,"errors":1,"latencies":{"5":1},"compared":0,"agreed":0}'
+    text = f'{{"step":"s","windows":{{"1":{window}}},"disagreements":[]}}'
+    assert merge("s", [text]).windows == {1: Window(2, 1, {5: 1})}

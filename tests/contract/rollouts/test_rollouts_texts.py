@@ -53,7 +53,8 @@ def test_differences_that_no_database_holds() -> None:
 class Idle:
     """A servable that has answered nothing."""
 
-    scheduler = SimpleNamespace(counters=lambda: SimpleNamespace(failures={}), durations=dict)
+    signature = SimpleNamespace(is_decoupled=False)
+    scheduler = SimpleNamespace(counters=lambda: SimpleNamespace(failures={}), durations=dict, in_flight=0)
 
 
 def test_reasons_of_many_servers_are_not_all_told() -> None:
