@@ -1,6 +1,7 @@
 """One deployed model on this server: brought to what is wanted, and what became of it told.
 
 The order keeps every request served: a version is loaded and warm before it has a share, and has none before it goes.
+Shares among what is loaded change at once: no load that is under way holds up who is taken out of the traffic.
 """
 
 from __future__ import annotations
@@ -78,6 +79,10 @@ class DeployedModel:
         self.wanted = wanted
         self._settled.clear()
         self._news.set()
+        if not self._manager.is_own(self.name):
+            self._manager.withhold(self.name, wanted is None)
+            if wanted is not None:
+                self._share(wanted)
 
     def look(self) -> None:
         """Whether all that should serve still does: what has died meanwhile is loaded again, after a while."""
@@ -148,7 +153,7 @@ class DeployedModel:
         except Exception as error:
             logger.exception("'%s' could not be brought to what is deployed", self.name)
             self._problem = f"unexpected {type(error).__name__}"
-        if wanted is not None:
+        if wanted is not None and wanted is self.wanted:
             self._tried = frozenset(wanted.deployment.loaded)
             self._observed = wanted.deployment.generation
         if not self._news.is_set():
@@ -172,14 +177,21 @@ class DeployedModel:
         proven = set(deployment.loaded) - _list_candidates(wanted)
         if not ready and proven:  # or a candidate that is loaded first has all requests meanwhile
             await self._load(wanted, proven, set(), is_asked=is_asked)
-        await self._load(wanted, set(deployment.loaded), kept, is_asked=is_asked)
+        if self.wanted is wanted:
+            await self._load(wanted, set(deployment.loaded), kept, is_asked=is_asked)
+        if self.wanted is not wanted:  # its shares hold already, and these would take them back
+            return
         fresh = [version for version in self._manager.ready(self.name) if version not in ready]
         if ready:
             for version in fresh:
                 count = await self._recorder.warm(version)
                 logger.info("'%s' version %d: warm with %d recorded requests", self.name, version, count)
+        if self.wanted is not wanted:
+            return
         if self._share(wanted) and kept:
             await self._load(wanted, set(deployment.loaded), set(), is_asked=False)
+        if self.wanted is not wanted:
+            return
         self._measure(wanted)
         if wanted.rollout is not None and wanted.rollout.state is RolloutState.PENDING:
             await self._recorder.fill(self._count_answers)

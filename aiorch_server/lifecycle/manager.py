@@ -65,6 +65,7 @@ class LifecycleManager(ModelDirectory):
         self._drain_timeout_s = drain_timeout_s
         self._observe = observe or (lambda entry: None)
         self._prepare = prepare or (lambda servable: None)
+        self._withheld: set[str] = set()
         self._dependencies = Dependencies(self._models, self._traffic)
         self._tasks = ChangeTasks(lambda: self._is_stopping)
         self._changes = Changes(
@@ -194,6 +195,16 @@ class LifecycleManager(ModelDirectory):
             model.follow_demand(False, None)
             await self._tasks.run(self._changes.unload(model, forget=True))
             model.is_deployed = False
+        self._withheld.discard(name)
+
+    def withhold(self, name: str, is_withheld: bool = True) -> None:
+        """Gives a model no more requests, at once, whatever is being done with it; ``withdraw`` waits for that.
+
+        What is under way is answered. Holds until it is taken back, or ``withdraw`` is done.
+        """
+        if is_withheld != (name in self._withheld):
+            (self._withheld.add if is_withheld else self._withheld.discard)(name)
+            self._publish()
 
     def set_traffic(self, name: str, traffic: Traffic | None) -> None:
         """Says where requests to a model go that name no version; None: to the highest one that is ready.
@@ -272,7 +283,7 @@ class LifecycleManager(ModelDirectory):
         if not self._has_closed:
             self._dependencies.follow()
             for name, model in self._models.items():
-                if ready := model.ready():
+                if (ready := model.ready()) and name not in self._withheld:
                     for servable in ready.values():
                         self._prepare(servable)
                     routes[name] = Route(name, ready, self._traffic.get(name), self._routes.get(name))
