@@ -339,7 +339,7 @@ class _NamedRefusals:
             return
         if not str(error).startswith(("[request id: ", "in ensemble '")):
             text = f"[request id: {self._request.id or '<id_unknown>'}] {error}"
-            raise type(error)(text) from error.__cause__
+            raise error.restate(text) from error.__cause__
 
 
 def _decode(answer: memoryview, request_id: str, parameters: Mapping[str, Parameter]) -> InferenceResponse:

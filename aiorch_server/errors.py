@@ -45,7 +45,7 @@ No error here knows a web framework, and none is ever told apart by its text.
 from __future__ import annotations
 
 import enum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class Code(enum.IntEnum):
@@ -75,6 +75,14 @@ class AiorchError(Exception):
 
     code: ClassVar[Code] = Code.UNKNOWN
     retryable: ClassVar[bool] = False
+
+    def restate(self, text: str) -> Self:
+        """The same error in other words: class, cause and whatever else it knows stay."""
+        restated = type(self).__new__(type(self))
+        restated.__dict__.update(self.__dict__)
+        restated.args = (text,)
+        restated.__cause__ = self.__cause__
+        return restated
 
 
 class RequestError(AiorchError):

@@ -74,7 +74,7 @@ class Secured:
         metadata = [("authorization", f"Bearer {key_of(caller)}")] if caller is not None else []
         metadata += more.get("metadata", [])
         call = self.channel.unary_stream(path)(message, metadata=metadata, timeout=TIMEOUT_S)
-        answers = []
+        answers, trailing = [], {}
         try:
             async for answer in call:
                 answers.append(answer)
@@ -83,8 +83,8 @@ class Secured:
                     break
             code, text = ("OK", "") if path.endswith("/Watch") else (await call.code(), await call.details())
         except grpc.aio.AioRpcError as error:
-            code, text = error.code(), error.details()
-        return Answer(getattr(code, "name", str(code)), str(text), b"".join(answers))
+            code, text, trailing = error.code(), error.details(), dict(error.trailing_metadata())
+        return Answer(getattr(code, "name", str(code)), str(text), b"".join(answers), trailing)
 
     async def infer(self, caller: str | NewKey | None, model: str = "own-one", **more: Any) -> Answer:
         return await self.call(INFER, encode_values([1.0, 2.0], model), caller, **more)

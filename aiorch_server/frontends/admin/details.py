@@ -31,7 +31,7 @@ KEY: Final = "grpc-status-details-bin"
 #: Clients refuse header lists over 8 KiB; the text is among them twice, once percent-encoded, and these are in base64.
 MAX_TEXT_BYTES: Final = 1024
 MAX_DETAILS_BYTES: Final = 2560
-_RETRY_S: Final = 1
+_RETRY_NS: Final = 1_000_000_000
 _WORD: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
@@ -93,7 +93,8 @@ def _list_details(error: Exception, text: str, model: str) -> list[Message]:
         details.append(rpc.BadRequest(field_violations=[rpc.BadRequest.FieldViolation(description=text)]))
     if isinstance(error, CapacityError) and error.retryable:
         retry = rpc.RetryInfo()
-        retry.retry_delay.FromSeconds(_RETRY_S)
+        known_ns = error.retry_after_ns if isinstance(error, QuotaExceeded) else 0
+        retry.retry_delay.FromNanoseconds(known_ns or _RETRY_NS)
         details.append(retry)
     return details
 

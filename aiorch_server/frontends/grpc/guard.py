@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from aiorch_server.errors import AiorchError, Code, InternalError, NotAuthenticated
 from aiorch_server.frontends.grpc.methods import RpcMethod
-from aiorch_server.frontends.grpc.status import describe_error, to_status
+from aiorch_server.frontends.grpc.status import abort_call, describe_error, to_status
 from aiorch_server.security.access import Access, current_access
 from aiorch_server.security.authenticator import Credentials
 from aiorch_server.security.gate import Gate
@@ -29,7 +29,7 @@ Refuse = Callable[[str, AiorchError, Any], Awaitable[Any]]
 
 async def refuse_call(path: str, error: AiorchError, context: Any) -> Any:
     """Ends the call with the status and text of ``error``."""
-    return await context.abort(*describe_error(error))
+    await abort_call(error, context)
 
 
 class GuardedServer:

@@ -21,7 +21,7 @@ from aiorch_server.frontends.grpc import convert
 from aiorch_server.frontends.grpc.methods import RpcMethod, add_methods
 from aiorch_server.frontends.grpc.regions import SharedMemoryRpcs
 from aiorch_server.frontends.grpc.settings import SettingRpcs
-from aiorch_server.frontends.grpc.status import describe_error
+from aiorch_server.frontends.grpc.status import abort_call, describe_error
 from aiorch_server.frontends.grpc.stream import SequenceOrder, Turn, run_stream
 from aiorch_server.frontends.grpc.unary import (
     build_unary_method,
@@ -169,7 +169,7 @@ class InferenceServicer(SharedMemoryRpcs, SettingRpcs):
         except _CallOver:
             return
         except _StreamFailed as failed:
-            await context.abort(*describe_error(failed.error))
+            await abort_call(failed.error, context)
 
     async def _stream(
         self, request: pb.ModelInferRequest, deadline_ns: int, is_decoupled: bool

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from aiorch_server.errors import RequestCancelled, RequestError
 from aiorch_server.frontends.grpc import convert
 from aiorch_server.frontends.grpc.methods import RpcMethod
-from aiorch_server.frontends.grpc.status import describe_error
+from aiorch_server.frontends.grpc.status import abort_call
 from aiorch_server.tracing import Incoming, receive
 
 #: gRPC's timeouts reach 11,000 years; 30 of them fit into 64 bits of nanoseconds and are as good.
@@ -39,9 +39,8 @@ def build_unary_method(
             serialized: bytes = response.SerializeToString()
             return serialized
         except Exception as error:
-            code, text = describe_error(error)
-        await context.abort(code, text)
-        raise AssertionError("abort returned")
+            failure = error
+        return await abort_call(failure, context)
 
     return RpcMethod(request_streaming=False, response_streaming=False, unary_unary=answer)
 
@@ -51,9 +50,8 @@ async def parse_or_abort(message_class: Any, message: bytes, context: Any) -> An
     try:
         return convert.parse_message(message_class, message)
     except RequestError as error:
-        code, text = describe_error(error)
-    await context.abort(code, text)
-    raise AssertionError("abort returned")
+        failure = error
+    return await abort_call(failure, context)
 
 
 async def own_cancellation_only(awaitable: Awaitable[_Result]) -> _Result:

@@ -119,7 +119,7 @@ class Served:
             text = str(error)
             if not text.startswith(_NO_ID):
                 raise
-            raise type(error)(text.removeprefix(_NO_ID)) from error.__cause__
+            raise error.restate(text.removeprefix(_NO_ID)) from error.__cause__
 
 
 async def find_model(catalogue: ModelCatalogue, wanted: Wanted, *, is_run: bool = True, deadline_ns: int = 0) -> Served:
