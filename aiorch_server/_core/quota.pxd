@@ -76,6 +76,7 @@ cdef bint admit_request(QuotaState *quota, Request *request, int64_t now_ns) noe
 
 cdef class Quota:
     cdef QuotaState *state
+    cdef object __weakref__
 
 
 # One request of the Python plane, as a context manager.

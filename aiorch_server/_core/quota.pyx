@@ -124,6 +124,17 @@ cdef void give_back(QuotaState *quota, int64_t rows) noexcept nogil:
     pthread_mutex_unlock(&quota.lock)
 
 
+cdef bint is_as_new(QuotaState *quota, int64_t now_ns) noexcept nogil:
+    cdef bint found
+    pthread_mutex_lock(&quota.lock)
+    # Who holds a reference beside the object could take from it later: a pass, or a request in flight.
+    found = (aiorch_add_reference(&quota.references, 0) == 1
+             and (quota.requests.per_s == 0 or quota.requests.full_at_ns <= now_ns)
+             and (quota.rows.per_s == 0 or quota.rows.full_at_ns <= now_ns))
+    pthread_mutex_unlock(&quota.lock)
+    return found
+
+
 cdef void write_refusal(const QuotaState *quota, const QuotaRefusal *refusal, char *text) noexcept nogil:
     cdef int64_t retry_ms = (refusal.retry_after_ns + 999999) // 1000000
     if refusal.bound == BOUND_IN_FLIGHT:
@@ -235,6 +246,12 @@ cdef class Quota:
             raise QuotaExceeded((<bytes> text).decode("utf-8", "replace"), refusal.retry_after_ns)
         admission.quota, admission.rows = self.state, rows
         return admission
+
+    def is_as_new(self, int64_t now_ns):
+        """Whether another object in its place would not be noticed: buckets full, and nobody counts with it but by this
+        object.
+        """
+        return is_as_new(self.state, now_ns)
 
     def counters(self):
         """A consistent ``QuotaCounters`` snapshot."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Final
+from weakref import WeakValueDictionary
 
 from aiorch_server._core import Quota
+from aiorch_server.errors import QuotaExceeded
 
 #: The tenant that stands for each one that has no bounds of its own.
 EACH: Final = "*"
-#: Tenants that are counted at a time; those that were not seen for longest are forgotten.
+#: Tenants that are counted at a time; those whose buckets are full again are forgotten, the longest unseen first.
 MAX_TENANTS: Final = 10_000
+#: Of how many it is found out whether they can be forgotten, for one that comes; and when it may come again.
+_MOST_LOOKED_AT: Final = 64
+_PAUSE_NS: Final = 1_000_000_000
 #: What the core takes; longer names and other rates would be refused there.
 MAX_TENANT_BYTES: Final = 128
 MIN_PER_S: Final = 0.001
@@ -39,21 +46,29 @@ class QuotaBounds:
 
 
 class QuotaBook:
-    """The quotas by tenant; ``fixed`` bounds hold where no other ones are given by ``replace``. On one event loop."""
+    """The quotas by tenant; ``fixed`` bounds hold where no other ones are given by ``replace``. On one event loop.
 
-    def __init__(self, fixed: Iterable[QuotaBounds] = ()) -> None:
+    A tenant has one quota for as long as anybody counts with it or its buckets are not full again: neither other bounds
+    nor other tenants, however many, give it a fresh one. ``clock`` gives nanoseconds of the monotonic clock.
+    """
+
+    def __init__(self, fixed: Iterable[QuotaBounds] = (), *, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self._fixed = {each.tenant: each for each in fixed}
         self._bounds = dict(self._fixed)
-        self._quotas: OrderedDict[str, Quota] = OrderedDict()
+        self._clock = clock
+        #: Those that are kept, the ones that were not seen for longest first; and these with all that calls still hold.
+        self._kept: OrderedDict[str, Quota] = OrderedDict()
+        self._quotas: WeakValueDictionary[str, Quota] = WeakValueDictionary()
 
     def replace(self, bounds: Iterable[QuotaBounds]) -> None:
-        """From now on these hold before the fixed ones; what is in flight goes on being counted."""
+        """From now on these hold before the fixed ones; what is in flight goes on being counted.
+
+        Also for those who hold a quota already: a tenant that has no bounds any more is let through by it.
+        """
         self._bounds = {**self._fixed, **{each.tenant: each for each in bounds}}
         for tenant, quota in list(self._quotas.items()):
-            found = self._find_bounds(tenant)
-            if found is None:
-                del self._quotas[tenant]
-            elif (quota.requests_per_s, quota.rows_per_s, quota.max_in_flight) != _list_bounds(found):
+            found = self._find_bounds(tenant) or QuotaBounds(tenant)
+            if (quota.requests_per_s, quota.rows_per_s, quota.max_in_flight) != _list_bounds(found):
                 quota.set(
                     requests_per_s=found.requests_per_s,
                     rows_per_s=found.rows_per_s,
@@ -61,24 +76,35 @@ class QuotaBook:
                 )
 
     def find(self, tenant: str) -> Quota | None:
-        """The tenant's quota, None where it has no bounds."""
-        quota = self._quotas.get(tenant)
-        if quota is not None:
-            self._quotas.move_to_end(tenant)
-            return quota
+        """The tenant's quota, None where it has no bounds; QuotaExceeded where too many tenants are counted now."""
         bounds = self._find_bounds(tenant)
         if bounds is None:
             return None
-        quota = Quota(
-            tenant,
-            requests_per_s=bounds.requests_per_s,
-            rows_per_s=bounds.rows_per_s,
-            max_in_flight=bounds.max_in_flight,
-        )
-        self._quotas[tenant] = quota
-        if len(self._quotas) > MAX_TENANTS:
-            self._quotas.popitem(last=False)
+        quota = self._quotas.get(tenant)
+        if tenant in self._kept:
+            self._kept.move_to_end(tenant)
+            return quota
+        self._make_room()
+        if quota is None:
+            quota = self._quotas[tenant] = Quota(
+                tenant,
+                requests_per_s=bounds.requests_per_s,
+                rows_per_s=bounds.rows_per_s,
+                max_in_flight=bounds.max_in_flight,
+            )
+        self._kept[tenant] = quota
         return quota
+
+    def _make_room(self) -> None:
+        if len(self._kept) < MAX_TENANTS:
+            return
+        now_ns = self._clock()
+        for tenant, quota in list(itertools.islice(self._kept.items(), _MOST_LOOKED_AT)):
+            if quota.is_as_new(now_ns):
+                del self._kept[tenant]
+                return
+            self._kept.move_to_end(tenant)
+        raise QuotaExceeded(f"{MAX_TENANTS} tenants with quotas call this server at a time; try again", _PAUSE_NS)
 
     def _find_bounds(self, tenant: str) -> QuotaBounds | None:
         found = self._bounds.get(tenant) or self._bounds.get(EACH)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aiorch_server._core import Admission, Quota
+from aiorch_server._core import Admission, Passes, Quota
 from aiorch_server.errors import Code, ModelExecutionError, QueueFull, QuotaExceeded, ServerStopping
 
 SECOND_NS = 1_000_000_000
@@ -300,3 +300,25 @@ def test_many_threads() -> None:
     assert admitted == counters.admitted == 500
     assert counters.refused_requests + counters.refused_in_flight == 12 * 400 - 500
     assert counters.in_flight == 0
+
+
+# --------------------------------------------------------------------------------------------- whether it can be left
+def test_what_another_object_could_take_the_place_of() -> None:
+    quota = Quota("a", requests_per_s=10, rows_per_s=100)
+    assert quota.is_as_new(START_NS)
+    admission = quota.admit(50, START_NS)
+    assert not quota.is_as_new(START_NS)
+    later_ns = START_NS + SECOND_NS
+    assert not quota.is_as_new(later_ns), "one is in flight"
+    admission.release()
+    assert quota.is_as_new(later_ns) and not quota.is_as_new(START_NS + SECOND_NS // 2 - 1)
+    quota.set()
+    assert quota.is_as_new(START_NS), "without bounds there is nothing to fill"
+
+
+def test_a_pass_holds_it() -> None:
+    passes, quota = Passes(), Quota("a", requests_per_s=10)
+    assert passes.add(b"Bearer x", "m", expires_ns=2**62, generation=passes.generation, quota=quota)
+    assert not quota.is_as_new(START_NS)
+    passes.clear()
+    assert quota.is_as_new(START_NS)
