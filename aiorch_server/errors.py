@@ -39,7 +39,8 @@
     `- InternalError           we must act: a fault of this server
 
 ``code`` carries gRPC's number (https://grpc.io/docs/guides/status-codes/); doors translate it with one table each.
-No error here knows a web framework, and none is ever told apart by its text.
+No error here knows a web framework, and none is ever told apart by its text. Callers see ``told`` where there is one,
+else the text.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class AiorchError(Exception):
 
     code: ClassVar[Code] = Code.UNKNOWN
     retryable: ClassVar[bool] = False
+    #: What callers are told where the text is for operators alone, because it names places they need not know of.
+    told: str = ""
 
     def restate(self, text: str) -> Self:
         """The same error in other words: class, cause and whatever else it knows stay."""
@@ -231,11 +234,17 @@ class QuotaExceeded(CapacityError):
 class RegistryUnavailable(CapacityError):
     """The registry's database or artefact store cannot be reached; what is served goes on being served."""
 
+    told = "the registry is away; nothing was changed, try again"
+
 
 class OutcomeUnknown(RegistryUnavailable):
     """The database went away while a change was written; repeating is safe with the same idempotency key alone."""
 
     retryable = False
+    told = (
+        "the registry went away while a change was being written; it is not known whether it was made: look, or repeat "
+        "the call with the same idempotency key"
+    )
 
 
 class IdentityUnavailable(CapacityError):

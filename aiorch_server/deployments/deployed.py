@@ -247,7 +247,7 @@ class DeployedModel:
         except ServerStopping:
             raise
         except AiorchError as error:
-            self._problem = str(error)
+            self._problem = error.told or str(error)
             logger.error("%s", error)
 
     async def _withdraw(self) -> None:

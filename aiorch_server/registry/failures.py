@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -22,6 +22,7 @@ _NO_TABLE_NUMBER: Final = 1146
 #: By class of SQLSTATE: insufficient resources, operator intervention, system error, a connection's end, wrong login.
 _AWAY_CLASSES: Final = ("53", "57", "58", "08", "28", "3D")
 _LONGEST_REASON = 300
+_Error = TypeVar("_Error", bound=AiorchError)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -44,20 +45,34 @@ def explain(error: BaseException, url: DatabaseUrl, *, is_committing: bool) -> A
     cause = _find_cause(error)
     state, number = _read_state(cause), _read_number(cause)
     reason = _shorten(url.hide(str(cause)))
+    where = f"the registry's database {url}"
     if isinstance(error, PoolTimeout) or is_transient(error) or state in _BUSY_STATES or number == _BUSY_NUMBER:
-        return RegistryUnavailable(f"the registry's database {url} is busy; nothing was changed, try again: {reason}")
+        return _tell(
+            RegistryUnavailable(f"{where} is busy; nothing was changed, try again: {reason}"),
+            "the registry is busy; nothing was changed, try again",
+        )
     if state == _NO_TABLE_STATE or number == _NO_TABLE_NUMBER or "no such table" in reason:
-        return RegistryUnavailable(f"the registry's database {url} has no tables: run `aiorch registry upgrade`")
+        return _tell(
+            RegistryUnavailable(f"{where} has no tables: run `aiorch registry upgrade`"),
+            "the registry is away: its tables are not set up; nothing was changed",
+        )
     is_away = is_lost(error) or isinstance(error, OperationalError | InterfaceError) or state[:2] in _AWAY_CLASSES
     if is_away or "file is not a database" in reason:
-        return RegistryUnavailable(f"the registry's database {url} cannot be used, and nothing was changed: {reason}")
-    return InternalError(f"the registry's database {url} refused a statement ({type(cause).__name__}): {reason}")
+        return _tell(
+            RegistryUnavailable(f"{where} cannot be used, and nothing was changed: {reason}"),
+            "the registry is away: its database cannot be used; nothing was changed, try again",
+        )
+    return _tell(
+        InternalError(f"{where} refused a statement ({type(cause).__name__}): {reason}"),
+        "internal error in the registry; the server's log says more",
+    )
 
 
 def explain_silence(url: DatabaseUrl, limit_s: float) -> RegistryUnavailable:
     """The error for a database that does not answer."""
-    text = f"the registry's database {url} did not answer within {limit_s:g} s; nothing was changed"
-    return RegistryUnavailable(text)
+    said = f"did not answer within {limit_s:g} s; nothing was changed"
+    error = RegistryUnavailable(f"the registry's database {url} {said}")
+    return _tell(error, f"the registry is away: its database {said}, try again")
 
 
 def explain_unknown(url: DatabaseUrl) -> OutcomeUnknown:
@@ -66,6 +81,12 @@ def explain_unknown(url: DatabaseUrl) -> OutcomeUnknown:
         f"the registry's database {url} broke off while a change was being written; it is not known whether it was "
         "made: look, or repeat the call with the same idempotency key"
     )
+
+
+def _tell(error: _Error, told: str) -> _Error:
+    """``error`` with what callers are told of it: they need not know where the database is, and who uses it."""
+    error.told = told
+    return error
 
 
 def _find_cause(error: BaseException) -> BaseException:

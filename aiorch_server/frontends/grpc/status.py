@@ -7,6 +7,7 @@ import sys
 from typing import Any, Final, NoReturn
 
 from aiorch_server.errors import AiorchError, Code, QuotaExceeded
+from aiorch_server.frontends.telling import tell
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def describe_error(error: Exception) -> tuple[Any, str]:
     ``asyncio.CancelledError`` is no ``Exception``: it never gets here and must not be caught for it.
     """
     if isinstance(error, AiorchError):
-        return to_status(error.code), bound_text(str(error))
+        return to_status(error.code), bound_text(tell(error))
     logger.error("unexpected error in an RPC", exc_info=error)
     return to_status(Code.INTERNAL), "internal error"
 

@@ -34,6 +34,7 @@ from aiorch_server.frontends.rest.settings import SettingRoutes
 from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
 from aiorch_server.frontends.rest.tensor_json import name_json_type
 from aiorch_server.frontends.restriction import AccessRules
+from aiorch_server.frontends.telling import tell
 from aiorch_server.frontends.unpacking import UnpackBudget
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class ControlRoutes:
                 self._access.check((group,), request.scope["headers"])
                 return await endpoint(request)
             except AiorchError as error:
-                return Response(error_body(str(error)), status_of(error), headers_of(error), "application/json")
+                return Response(error_body(tell(error)), status_of(error), headers_of(error), "application/json")
             except Exception:
                 logger.exception("%s %s failed on a fault of this server", request.method, request.url.path)
                 fault = InternalError("internal error while serving the request; the server's log says more")

@@ -22,6 +22,7 @@ from aiorch_server.frontends.rest.body import (
 from aiorch_server.frontends.rest.infer_json import count_json_bytes, measure_json, parse_infer, render_infer
 from aiorch_server.frontends.rest.planes import InferencePlane, RestLimits
 from aiorch_server.frontends.rest.status import error_body, headers_of, status_of
+from aiorch_server.frontends.telling import tell
 from aiorch_server.frontends.unpacking import UnpackBudget
 from aiorch_server.tracing import Incoming
 from aiorch_server.tracing import receive as receive_headers
@@ -161,7 +162,7 @@ def describe_failure(error: Exception) -> tuple[int, bytes, list[tuple[bytes, by
         logger.error("inference over REST failed on a fault of this server", exc_info=error)
         error = InternalError("internal error while serving the request; the server's log says more")
     more = ((key.encode("ascii"), value.encode("ascii")) for key, value in headers_of(error).items())
-    return status_of(error), error_body(str(error)), [JSON, *more]
+    return status_of(error), error_body(tell(error)), [JSON, *more]
 
 
 async def respond(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:

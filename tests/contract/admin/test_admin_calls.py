@@ -203,7 +203,7 @@ async def test_errors_have_details(
     ]
     for call in calls:
         raised, details = await refused(call)
-        assert (raised.code().name, raised.details()) == (code, str(error))
+        assert (raised.code().name, raised.details()) == (code, getattr(error, "told", "") or str(error))
         info = details.pop("ErrorInfo")
         assert (info.reason, dict(info.metadata)) == (reason, {"model": "m"})
         assert details == expected
