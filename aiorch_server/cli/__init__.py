@@ -42,11 +42,12 @@ _PANELS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "abort": "rollout",
             "history": "rollout",
             "watch": "rollout",
+            "objective": "objective",
         },
         _REGISTRY: {"model": "model", "access": "access", "audit": "audit", "registry": "registry"},
     }
 )
-_GROUPS: Final = frozenset({"model", "access", "audit"})
+_GROUPS: Final = frozenset({"model", "access", "audit", "objective"})
 COMMANDS: Final = tuple(name for panel in _PANELS.values() for name in panel)
 
 

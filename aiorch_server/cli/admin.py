@@ -114,7 +114,7 @@ def _judge(error: ClientError) -> ExitCode:
 
 
 def _explain(error: ClientError, client: AdminClient, options: dict[str, Any]) -> str:
-    if error.code is grpc.StatusCode.UNIMPLEMENTED:
+    if error.code is grpc.StatusCode.UNIMPLEMENTED and not error.reason:  # with one, the admin API itself says so
         return NO_REGISTRY
     if error.code is grpc.StatusCode.UNAUTHENTICATED:
         return f"{error.details}; give a token or API key with --token-file FILE or AIORCH_TOKEN"

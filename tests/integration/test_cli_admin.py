@@ -300,6 +300,48 @@ def test_access_and_audit(server: ScriptedAdmin) -> None:
     assert "the audit log is broken at entry 3: entry 3 was changed" in broken.stderr
 
 
+def test_objectives(server: ScriptedAdmin) -> None:
+    code, document = run_json(server, "objective", "set", "digits", "--p99", "50ms", "--max-instances", "4")
+    assert (code, document["objective"]["percentile"], document["objective"]["latency_us"]) == (0, 99.0, 50_000)
+    assert list(server.requests["SetObjective"][0].update_mask.paths) == ["percentile", "latency_us", "max_instances"]
+    run(server, "objective", "set", "digits", "--percentile", "99.9", "--latency", "0.2s", "--error-budget", "0.1%")
+    run(server, "objective", "set", "digits", "--priority", "-1")
+    shown = run(server, "objective", "show", "digits").stdout
+    for part in ("99.9 % of requests within 200 ms", "0.1 %", "at most 4", "priority", "-1"):
+        assert part in shown, shown
+    assert run_json(server, "objective", "show", "digits")[1]["objective"]["error_budget"] == 0.001
+    explained = run(server, "objective", "explain", "digits").stdout
+    assert "instances" in explained and "1 -> 2" in explained and "p99 was 61 ms" in explained
+    text = "this server has no optimizer: nothing moves the knobs"
+    server.refusals["Explain"].extend([Refusal(STATUS.UNIMPLEMENTED, text, "UNSUPPORTED_REQUEST")] * 2)
+    code, document = run_json(server, "objective", "explain", "digits")
+    assert (code, document["error"]["text"], document["error"]["code"]) == (1, text, "UNIMPLEMENTED")
+    assert "registry" not in run(server, "objective", "explain", "digits").stderr
+    missing = run(server, "objective", "show", "other")
+    assert missing.exit_code == 1 and "aiorch objective set other --p99 50ms" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ((), "nothing to set"),
+        (("--p99", "50"), "--p99 50: expected a time with its unit, such as 50ms, 500us or 1.5s"),
+        (("--p99", "fast"), "--p99 fast: expected a time"),
+        (("--p99", "-5ms"), "expected a time"),
+        (("--p99", "infs"), "expected a time"),
+        (("--p99", "0.1us"), "a microsecond or more"),
+        (("--p99", "5ms", "--p95", "2ms"), "--p95 and --p99: a model has one latency objective"),
+        (("--p99", "5ms", "--latency", "2ms"), "one latency objective"),
+        (("--error-budget", "150%"), "--error-budget 150%: expected a part of the requests, such as 0.001 or 0.1%"),
+        (("--error-budget", "x"), "expected a part"),
+    ],
+)
+def test_a_wrong_objective_is_told(server: ScriptedAdmin, options: tuple[str, ...], text: str) -> None:
+    code, document = run_json(server, "objective", "set", "digits", *options)
+    assert code == 2 and text in document["error"]["text"], document
+    assert not server.requests["SetObjective"]
+
+
 def test_a_process_that_is_interrupted_leaves_the_rollout_running(server: ScriptedAdmin, artefact: Path) -> None:
     """Also: the command as its own process pushes and waits."""
     command = [sys.executable, "-m", "aiorch_server.cli"]

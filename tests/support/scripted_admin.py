@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from aiorch_proto.admin.v1 import access_pb2, audit_pb2, deployments_pb2, registry_pb2
+from aiorch_proto.admin.v1 import access_pb2, audit_pb2, deployments_pb2, registry_pb2, tuning_pb2
 from aiorch_proto.admin.v1.service import METHODS
 from google.rpc import error_details_pb2, status_pb2
 
@@ -66,6 +66,7 @@ class ScriptedAdmin:
         self.on_received: Callable[[int], object] = lambda received: None
         self.answers: dict[str, Any] = {}
         self.deployments: dict[str, deployments_pb2.Deployment] = {}
+        self.objectives: dict[str, tuning_pb2.Objective] = {}
         #: What GetRollout gives in turn; the last one again and again.
         self.rollouts: deque[deployments_pb2.Rollout] = deque()
         #: What each watch gives, then how it ends; None: it stays open until the test ends.
@@ -379,3 +380,24 @@ class ScriptedAdmin:
         if request.known_hash == "bad":
             return audit_pb2.VerifyAuditResponse(entries=7, broken_at=3, reason="entry 3 was changed")
         return audit_pb2.VerifyAuditResponse(is_intact=True, entries=7, head_hash="ab")
+
+    # Tuning
+
+    def GetObjective(self, request: Any, context: Any) -> Any:
+        if request.model not in self.objectives:
+            Refusal(STATUS.NOT_FOUND, f"model '{request.model}' has no objective", "NOT_FOUND_ERROR").abort(context)
+        return self.objectives[request.model]
+
+    def SetObjective(self, request: Any, context: Any) -> Any:
+        given = request.objective
+        kept = self.objectives.setdefault(given.model, tuning_pb2.Objective(model=given.model))
+        for path in request.update_mask.paths:
+            setattr(kept, path, getattr(given, path))
+        return kept
+
+    def Explain(self, request: Any, context: Any) -> Any:
+        objective = self.objectives.get(request.model)
+        explanation = tuning_pb2.Explanation(model=request.model, objective=objective, knobs={"instances": 2.0})
+        decision = explanation.decisions.add(knob="instances", before=1, after=2, reason="p99 was 61 ms")
+        decision.time.FromSeconds(1_700_000_000)
+        return explanation

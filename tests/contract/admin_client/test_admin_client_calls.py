@@ -14,6 +14,7 @@ from aiorch_client.admin import (
     CanaryStep,
     DeploymentState,
     Gates,
+    Objective,
     Role,
     RolloutPlan,
     RolloutState,
@@ -115,6 +116,31 @@ def test_access_and_audit(server: ScriptedAdmin, client: AdminClient) -> None:
     assert (entry.number, entry.outcome, entry.time) == (7, "OK", None)
     assert client.verify_audit().is_intact
     assert client.verify_audit(known_number=3, known_hash="bad").broken_at == 3
+
+
+def test_objectives(server: ScriptedAdmin, client: AdminClient) -> None:
+    with pytest.raises(NotFoundError, match="has no objective"):
+        client.get_objective("digits")
+    made = client.set_objective("digits", percentile=99.0, latency_us=50_000, priority=0)
+    assert made == Objective("digits", percentile=99.0, latency_us=50_000) == client.get_objective("digits")
+    assert list(server.requests["SetObjective"][0].update_mask.paths) == ["percentile", "latency_us", "priority"]
+    assert client.set_objective("digits", min_instances=2, error_budget=0.01).latency_us == 50_000
+    with pytest.raises(RequestError, match="nothing to set"):
+        client.set_objective("digits")
+    assert len(server.requests["SetObjective"]) == 2
+    explanation = client.explain("digits")
+    assert (explanation.knobs, explanation.objective) == ({"instances": 2.0}, client.get_objective("digits"))
+    (decision,) = explanation.decisions
+    assert (decision.knob, decision.before, decision.after, decision.reason) == ("instances", 1, 2, "p99 was 61 ms")
+    assert decision.time == datetime.fromtimestamp(1_700_000_000, UTC)
+    assert client.explain("other").objective is None
+
+
+def test_a_server_without_an_optimizer_explains_nothing(server: ScriptedAdmin, client: AdminClient) -> None:
+    server.refusals["Explain"].append(Refusal(STATUS.UNIMPLEMENTED, "this server has no optimizer", "UNSUPPORTED"))
+    with pytest.raises(RequestError, match="no optimizer") as raised:
+        client.explain("digits")
+    assert (raised.value.code, raised.value.reason) == (STATUS.UNIMPLEMENTED, "UNSUPPORTED")
 
 
 def test_a_change_keeps_its_key_over_repetitions(server: ScriptedAdmin, client: AdminClient) -> None:
@@ -236,6 +262,8 @@ async def test_asyncio(server: ScriptedAdmin) -> None:
         await client.delete_model("a")
         assert len({request.idempotency_key for request in server.requests["DeleteModel"]}) == 1
         assert (await client.who_am_i()).principal == "ann"
+        assert (await client.set_objective("b", latency_us=7)) == await client.get_objective("b")
+        assert (await client.explain("b")).objective == Objective("b", latency_us=7)
         server.rollouts.extend((make_rollout("RUNNING"), make_rollout("SUCCEEDED")))
         assert (await client.wait("r1", look_s=0.01)).state is RolloutState.SUCCEEDED
         away = Refusal(STATUS.UNAVAILABLE, "the server is stopping")
@@ -263,13 +291,14 @@ def test_both_clients_have_the_same_calls() -> None:
 
 
 def test_every_method_of_the_api_can_be_called() -> None:
-    from aiorch_client.admin import access_calls, deployment_calls, push, registry_calls
+    from aiorch_client.admin import access_calls, deployment_calls, push, registry_calls, tuning_calls
 
-    sources = "".join(map(inspect.getsource, (access_calls, deployment_calls, registry_calls, push)))
+    modules = (access_calls, deployment_calls, registry_calls, push, tuning_calls)
+    sources = "".join(map(inspect.getsource, modules))
     sources += '"Deployments.WatchEvents"'
     left = [
         method.path
         for method in METHODS.values()
         if f'"{method.service.rpartition(".")[2]}.{method.name}"' not in sources
     ]
-    assert left == [path for path in METHODS if ".Tuning/" in path]
+    assert left == []

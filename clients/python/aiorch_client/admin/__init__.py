@@ -38,6 +38,7 @@ from aiorch_client.admin.deployment_types import (
     VersionReport,
     VersionStatus,
 )
+from aiorch_client.admin.tuning_types import Decision, Explanation, Objective
 from aiorch_client.admin.types import ArtefactFile, Model, ModelVersion, Provenance, TensorSignature, Upload
 
 __all__ = [
@@ -48,14 +49,17 @@ __all__ = [
     "AuditCheck",
     "AuditEntry",
     "CanaryStep",
+    "Decision",
     "Deployment",
     "DeploymentState",
     "Event",
+    "Explanation",
     "Gates",
     "Identity",
     "Model",
     "ModelVersion",
     "NewApiKey",
+    "Objective",
     "Permission",
     "Provenance",
     "Quota",

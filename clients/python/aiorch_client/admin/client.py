@@ -5,9 +5,10 @@ from __future__ import annotations
 from aiorch_client.admin.access_methods import AccessMethods
 from aiorch_client.admin.deployment_methods import DeploymentMethods
 from aiorch_client.admin.registry_methods import RegistryMethods
+from aiorch_client.admin.tuning_methods import TuningMethods
 
 
-class AdminClient(RegistryMethods, DeploymentMethods, AccessMethods):
+class AdminClient(RegistryMethods, DeploymentMethods, AccessMethods, TuningMethods):
     """Registers, deploys and rolls out models at one server, and says who may; threads may share it.
 
     Arguments as of ``Client``. Calls raise ``ClientError`` (see ``aiorch_client.errors``), whose ``reason`` is the

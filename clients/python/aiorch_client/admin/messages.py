@@ -34,6 +34,7 @@ from aiorch_client.admin.deployment_types import (
     VersionReport,
     VersionStatus,
 )
+from aiorch_client.admin.tuning_types import Decision, Explanation, Objective
 from aiorch_client.admin.types import ArtefactFile, Model, ModelVersion, Provenance, TensorSignature, Upload
 from aiorch_client.errors import RequestError
 
@@ -329,6 +330,31 @@ def decode_audit_entry(message: Any) -> AuditEntry:
 def decode_audit_check(message: audit_pb2.VerifyAuditResponse) -> AuditCheck:
     """Whether the chain holds."""
     return AuditCheck(message.is_intact, message.entries, message.broken_at, message.head_hash, message.reason)
+
+
+def decode_objective(message: Any) -> Objective:
+    """What a model should keep to."""
+    return Objective(
+        model=message.model,
+        percentile=message.percentile,
+        latency_us=message.latency_us,
+        error_budget=message.error_budget,
+        min_instances=message.min_instances,
+        max_instances=message.max_instances,
+        max_batch_size=message.max_batch_size,
+        priority=message.priority,
+        instance_cost=message.instance_cost,
+    )
+
+
+def decode_explanation(message: Any) -> Explanation:
+    """Why knobs stand where they stand."""
+    decisions = (
+        Decision(_read_time(each, "time"), each.knob, each.before, each.after, each.reason, each.effect)
+        for each in message.decisions
+    )
+    objective = decode_objective(message.objective) if message.HasField("objective") else None
+    return Explanation(message.model, objective, dict(message.knobs), tuple(decisions))
 
 
 def write_time(time: datetime, message: Any) -> None:

@@ -1,0 +1,47 @@
+"""Objectives, blocking."""
+
+from __future__ import annotations
+
+from aiorch_client.admin import tuning_calls
+from aiorch_client.admin.connection import AdminConnection
+from aiorch_client.admin.tuning_types import Explanation, Objective
+
+
+class TuningMethods(AdminConnection):
+    """The calls of the service Tuning."""
+
+    def get_objective(self, model: str, *, timeout_s: float | None = None) -> Objective:
+        """What a model should keep to; NotFoundError where it has no objective."""
+        return self._call(tuning_calls.get_objective(model), timeout_s)
+
+    def set_objective(
+        self,
+        model: str,
+        *,
+        percentile: float | None = None,
+        latency_us: int | None = None,
+        error_budget: float | None = None,
+        min_instances: int | None = None,
+        max_instances: int | None = None,
+        max_batch_size: int | None = None,
+        priority: int | None = None,
+        instance_cost: float | None = None,
+        timeout_s: float | None = None,
+    ) -> Objective:
+        """Changes what is not None, 0 takes it away; RequestError where nothing is given."""
+        call = tuning_calls.set_objective(
+            model,
+            percentile=percentile,
+            latency_us=latency_us,
+            error_budget=error_budget,
+            min_instances=min_instances,
+            max_instances=max_instances,
+            max_batch_size=max_batch_size,
+            priority=priority,
+            instance_cost=instance_cost,
+        )
+        return self._call(call, timeout_s)
+
+    def explain(self, model: str, *, timeout_s: float | None = None) -> Explanation:
+        """Why the knobs stand where they stand; RequestError (UNIMPLEMENTED) from a server without an optimizer."""
+        return self._call(tuning_calls.explain(model), timeout_s)
