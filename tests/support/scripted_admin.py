@@ -71,6 +71,8 @@ class ScriptedAdmin:
         self.rollouts: deque[deployments_pb2.Rollout] = deque()
         #: What each watch gives, then how it ends; None: it stays open until the test ends.
         self.watches: deque[tuple[list[deployments_pb2.Event], Refusal | None]] = deque()
+        #: The number of the last event, as each watch is told; None: by a server that does not tell.
+        self.last_event: int | None = None
         self.closing = threading.Event()
         self.server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", 8 << 20)])
         for service in {method.service for method in METHODS.values()}:
@@ -322,6 +324,9 @@ class ScriptedAdmin:
         return deployments_pb2.ListRolloutsResponse(rollouts=self.rollouts)
 
     def WatchEvents(self, request: Any, context: Any) -> Iterator[Any]:
+        if self.last_event is not None:
+            position = self.last_event if request.after == -1 else request.after
+            context.send_initial_metadata((("aiorch-events-after", str(position)),))
         events, end = self.watches.popleft() if self.watches else ([], None)
         yield from events
         if end is not None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: A server that was silent for so long does not count any more.
 HEARD_S: Final = 30.0
+#: Initial metadata of a watch: the number behind which it begins.
+POSITION_KEY: Final = "aiorch-events-after"
 
 
 class DeploymentsServicer:
@@ -149,7 +151,7 @@ class DeploymentsServicer:
         return pb.ListRolloutsResponse(rollouts=map(encode_rollout, page.items), next_page_token=page.token)
 
     async def WatchEvents(self, request: Any, context: Any) -> AsyncIterator[pb.Event]:
-        """What happened and what happens. The headers are sent at once: from then on the caller misses nothing."""
+        """What happened and what happens. The headers are sent at once, with where it begins: the caller misses nothing."""
         caller = Caller.current()
         if request.model:
             caller.require_model(request.model)
@@ -158,7 +160,7 @@ class DeploymentsServicer:
         who = caller.name if caller.access.permission is not None else ""
         events = self._feed.watch(position, request.model, caller.sees, who)
         try:
-            await context.send_initial_metadata(())
+            await context.send_initial_metadata(((POSITION_KEY, str(position)),))
             async for event in events:
                 yield encode_event(event)
         finally:

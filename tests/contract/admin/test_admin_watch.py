@@ -67,6 +67,16 @@ async def test_what_happened_and_what_happens(site: Site) -> None:
     again.cancel()
 
 
+async def test_where_a_watch_begins_is_told_at_once(site: Site) -> None:
+    await write(site, 3)
+    calls = [watch(site, after=after) for after in (-1, 1, 0)]
+    async with asyncio.timeout(TIMEOUT_S):
+        told = [dict(await call.initial_metadata())["aiorch-events-after"] for call in calls]
+    assert told == ["3", "1", "0"]
+    for call in calls:
+        call.cancel()
+
+
 async def test_only_what_comes(site: Site) -> None:
     await write(site, 5)
     call = watch(site, after=-1)

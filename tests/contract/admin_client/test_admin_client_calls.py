@@ -242,6 +242,36 @@ def test_a_watch_goes_on_behind_the_last_event(server: ScriptedAdmin, client: Ad
         next(client.watch(patience_s=0.2))
 
 
+def test_a_watch_from_now_on_keeps_its_place_before_its_first_event(
+    server: ScriptedAdmin, client: AdminClient
+) -> None:
+    """What happens between a lost connection and the next one must be seen."""
+    away = Refusal(STATUS.UNAVAILABLE, "the server is stopping")
+    server.last_event = 7
+    server.watches.extend([([], away), ([], away), ([make_event(9)], None)])
+    watch = client.watch()
+    assert next(watch).number == 9
+    assert [request.after for request in server.requests["WatchEvents"]] == [-1, 7, 7]
+    watch.close()
+    server.last_event = None  # of an older server, nothing better is known
+    server.watches.extend([([], away), ([make_event(11)], None)])
+    watch = client.watch()
+    assert next(watch).number == 11
+    assert [request.after for request in server.requests["WatchEvents"][3:]] == [-1, -1]
+    watch.close()
+
+
+async def test_an_asyncio_watch_from_now_on_keeps_its_place(server: ScriptedAdmin) -> None:
+    away = Refusal(STATUS.UNAVAILABLE, "the server is stopping")
+    server.last_event = 7
+    server.watches.extend([([], away), ([make_event(9)], None)])
+    async with AsyncAdminClient(server.url) as client:
+        watch = client.watch()
+        assert (await anext(watch)).number == 9
+        assert [request.after for request in server.requests["WatchEvents"]] == [-1, 7]
+        await watch.aclose()  # type: ignore[attr-defined]
+
+
 def test_closing_ends_a_watch(server: ScriptedAdmin, client: AdminClient) -> None:
     server.watches.append(([make_event(1)], None))
     watch = client.watch()

@@ -126,9 +126,8 @@ class DeploymentMethods(AdminConnection):
     def watch(self, model: str = "", *, after: int = ONLY_NEW, patience_s: float = PATIENCE_S) -> Iterator[Event]:
         """What happens to a model, or to all: from behind event ``after`` on, 0: from the oldest, -1: from now on.
 
-        Goes on without end; connects anew where the connection is lost, behind the last event it has given (with -1 and
-        none given yet, what happened in between is not seen). Raises where the server refuses, or stays away for longer
-        than ``patience_s``.
+        Goes on without end; connects anew where the connection is lost, behind the last event it has given, so that
+        nothing is left out. Raises where the server refuses, or stays away for longer than ``patience_s``.
         """
         watch = Watch(self._layer, model, after, patience_s)
         while True:
@@ -136,6 +135,7 @@ class DeploymentMethods(AdminConnection):
             error: ClientError | None = None
             call = self._find(WATCH)(watch.request, metadata=self._metadata)
             try:
+                watch.begin(call.initial_metadata())
                 for message in call:
                     yield watch.take(message)
             except grpc.RpcError as rpc_error:

@@ -18,6 +18,8 @@ from aiorch_client.steps import Pause, Steps
 WATCH: Final = "Deployments.WatchEvents"
 #: ``after`` for events that come from now on.
 ONLY_NEW: Final = -1
+#: Initial metadata of a watch: the number behind which it begins.
+_POSITION_KEY: Final = "aiorch-events-after"
 #: Between two looks at a rollout.
 LOOK_S: Final = 0.5
 #: How long a watch tries to connect anew before it gives up.
@@ -39,6 +41,12 @@ class Watch:
     def request(self) -> Any:
         """Asks for what was not seen yet."""
         return pb.WatchEventsRequest(model=self._model, after=self._after)
+
+    def begin(self, metadata: Any) -> None:
+        """The initial metadata came: a watch from now on has its place from here, before its first event."""
+        told = next((value for key, value in metadata or () if key == _POSITION_KEY), "")
+        if self._after == ONLY_NEW and told.isascii() and told.isdecimal():
+            self._after = int(told)
 
     def take(self, message: Any) -> Event:
         """The event in a message; a later connection begins behind it."""

@@ -124,6 +124,7 @@ class AsyncDeploymentMethods(AsyncAdminConnection):
             error: ClientError | None = None
             call = self._find(WATCH)(watch.request, metadata=self._metadata)
             try:
+                watch.begin(await self._answer(call.initial_metadata()))
                 while (message := await self._answer(call.read())) is not grpc.aio.EOF:
                     yield watch.take(message)
             except grpc.RpcError as rpc_error:
