@@ -89,6 +89,10 @@ def read_page(
     if after is not None and not isinstance(after, key.type.python_type):
         raise RequestError(_WRONG)
     rows: list[Row[Any]] = []
+
+    def write_after(count: int) -> str:
+        return write_token(_key_of(rows[count - 1], key), *scope)
+
     weight = 0
     while True:
         part = query if after is None else query.where(key < after if is_descending else key > after)
@@ -99,10 +103,10 @@ def read_page(
                 continue
             weight += 0 if weigh is None else weigh(row)
             if len(rows) == wanted or (rows and weight > HEAVIEST):
-                return Page(tuple(build(rows)), write_token(_key_of(rows[-1], key), *scope))
+                return Page(tuple(build(rows)), write_after(len(rows)), write_after)
             rows.append(row)
         if len(found) <= wanted:
-            return Page(tuple(build(rows)))
+            return Page(tuple(build(rows)), token_after=write_after)
         after = _key_of(found[-1], key)
 
 

@@ -6,7 +6,7 @@ The shapes of proto/aiorch/admin/v1, which says what each field means.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Generic, TypeVar
@@ -259,7 +259,11 @@ class Event:
 
 @dataclass(frozen=True)
 class Page(Generic[Item]):
-    """Some of a list; ``token`` asks for what follows, "" where nothing does."""
+    """Some of a list; ``token`` asks for what follows, "" where nothing does.
+
+    ``token_after`` gives the token for what follows the first so many items, for whoever takes only these.
+    """
 
     items: tuple[Item, ...]
     token: str = ""
+    token_after: Callable[[int], str] = field(default=lambda count: "", repr=False, compare=False)

@@ -9,6 +9,7 @@ from aiorch_proto.admin.v1 import access_pb2 as pb
 
 from aiorch_server.frontends.admin.caller import Caller
 from aiorch_server.frontends.admin.fields import InvalidField, check_range, choose_paths, encode_time, read_time
+from aiorch_server.frontends.admin.pages import encode_page
 from aiorch_server.registry import access
 from aiorch_server.security.api_keys import make_key
 from aiorch_server.security.identity import RoleBinding
@@ -50,7 +51,7 @@ class AccessServicer:
     def ListRoleBindings(self, session: Session, request: Any, caller: Caller) -> pb.ListRoleBindingsResponse:
         """A page of the registry's bindings; those of the server's settings are not among them."""
         page = access.list_grants(session, request.principal, size=request.page_size, token=request.page_token)
-        return pb.ListRoleBindingsResponse(bindings=map(_encode_grant, page.items), next_page_token=page.token)
+        return encode_page(pb.ListRoleBindingsResponse(), "bindings", page, _encode_grant)
 
     def GrantRole(self, session: Session, request: Any, caller: Caller) -> pb.RoleBinding:
         """Gives a role; again changes nothing."""
@@ -86,7 +87,7 @@ class AccessServicer:
     def ListApiKeys(self, session: Session, request: Any, caller: Caller) -> pb.ListApiKeysResponse:
         """A page of the registry's keys, without what is secret of them."""
         page = access.list_api_keys(session, request.principal, size=request.page_size, token=request.page_token)
-        return pb.ListApiKeysResponse(keys=map(_encode_key, page.items), next_page_token=page.token)
+        return encode_page(pb.ListApiKeysResponse(), "keys", page, _encode_key)
 
     def RevokeApiKey(self, session: Session, request: Any, caller: Caller) -> pb.RevokeApiKeyResponse:
         """From now on the key opens nothing; again changes nothing."""
@@ -102,7 +103,7 @@ class AccessServicer:
     def ListQuotas(self, session: Session, request: Any, caller: Caller) -> pb.ListQuotasResponse:
         """A page of the quotas that were set."""
         page = access.list_quotas(session, size=request.page_size, token=request.page_token)
-        return pb.ListQuotasResponse(quotas=map(_encode_quota, page.items), next_page_token=page.token)
+        return encode_page(pb.ListQuotasResponse(), "quotas", page, _encode_quota)
 
     def SetQuota(self, session: Session, request: Any, caller: Caller) -> pb.Quota:
         """Sets the bounds that the mask names, and leaves the others as they were."""

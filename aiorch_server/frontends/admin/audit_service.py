@@ -8,6 +8,7 @@ from aiorch_proto.admin.v1 import audit_pb2 as pb
 
 from aiorch_server.frontends.admin.caller import Caller
 from aiorch_server.frontends.admin.fields import InvalidField, encode_time, read_time
+from aiorch_server.frontends.admin.pages import encode_page
 from aiorch_server.registry.audit import AuditEntry, query_audit
 from aiorch_server.registry.audit_check import verify_audit
 
@@ -34,7 +35,7 @@ class AuditServicer:
             size=request.page_size,
             token=request.page_token,
         )
-        return pb.QueryAuditResponse(entries=map(_encode, page.items), next_page_token=page.token)
+        return encode_page(pb.QueryAuditResponse(), "entries", page, _encode)
 
     async def VerifyAudit(self, request: Any, context: Any) -> pb.VerifyAuditResponse:
         """Computes the whole chain anew."""

@@ -17,6 +17,7 @@ from aiorch_server.frontends.admin.convert_deployments import decode_traffic, en
 from aiorch_server.frontends.admin.convert_rollouts import decode_plan, encode_rollout
 from aiorch_server.frontends.admin.feed import EventFeed
 from aiorch_server.frontends.admin.fields import InvalidField, show, within
+from aiorch_server.frontends.admin.pages import encode_page
 from aiorch_server.registry import deployments, models, rollouts
 from aiorch_server.registry.names import check_model_name
 from aiorch_server.registry.records import Deployment, ServerStatus
@@ -79,14 +80,16 @@ class DeploymentsServicer:
             model: tuple(found)
             for model, found in groupby(read_server_statuses(session, within_s=HEARD_S), lambda each: each.model)
         }
-        response = pb.ListDeploymentsResponse(next_page_token=page.token)
-        for deployment in page.items:
+
+        def encode(deployment: Deployment) -> pb.Deployment:
             message = _encode(session, deployment, statuses.get(deployment.model, ()), wants_rollouts)
-            if mask.paths:
-                mask.MergeMessage(message, response.deployments.add())
-            else:
-                response.deployments.append(message)
-        return response
+            if not mask.paths:
+                return message
+            masked = pb.Deployment()
+            mask.MergeMessage(message, masked)
+            return masked
+
+        return encode_page(pb.ListDeploymentsResponse(), "deployments", page, encode)
 
     def Scale(self, session: Session, request: Any, caller: Caller) -> pb.Deployment:
         """Changes the number of instances."""
@@ -148,10 +151,10 @@ class DeploymentsServicer:
         """A page of a model's rollouts, the newest first."""
         _require(session, request.model, caller)
         page = rollouts.list_rollouts(session, request.model, size=request.page_size, token=request.page_token)
-        return pb.ListRolloutsResponse(rollouts=map(encode_rollout, page.items), next_page_token=page.token)
+        return encode_page(pb.ListRolloutsResponse(), "rollouts", page, encode_rollout)
 
     async def WatchEvents(self, request: Any, context: Any) -> AsyncIterator[pb.Event]:
-        """What happened and what happens. The headers are sent at once, with where it begins: the caller misses nothing."""
+        """What happened and what happens. The headers are sent at once, with where it begins: nothing is missed."""
         caller = Caller.current()
         if request.model:
             caller.require_model(request.model)

@@ -11,6 +11,7 @@ from aiorch_server.frontends.admin.caller import Caller
 from aiorch_server.frontends.admin.convert_models import encode_model, encode_version
 from aiorch_server.frontends.admin.fields import choose_paths
 from aiorch_server.frontends.admin.model_events import tell, tell_alias, tell_registered
+from aiorch_server.frontends.admin.pages import encode_page
 from aiorch_server.registry import models, versions
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class ModelRegistryServicer:
             name_prefix=request.name_prefix,
             is_visible=caller.sees,
         )
-        return pb.ListModelsResponse(models=map(encode_model, page.items), next_page_token=page.token)
+        return encode_page(pb.ListModelsResponse(), "models", page, encode_model)
 
     def DeleteModel(self, session: Session, request: Any, caller: Caller) -> pb.DeleteModelResponse:
         """Takes a model without versions away."""
@@ -82,7 +83,7 @@ class ModelRegistryServicer:
     def ListVersions(self, session: Session, request: Any, caller: Caller) -> pb.ListVersionsResponse:
         """A page of a model's versions."""
         page = versions.list_versions(session, request.model, size=request.page_size, token=request.page_token)
-        return pb.ListVersionsResponse(versions=map(encode_version, page.items), next_page_token=page.token)
+        return encode_page(pb.ListVersionsResponse(), "versions", page, encode_version)
 
     def DeleteVersion(self, session: Session, request: Any, caller: Caller) -> pb.DeleteVersionResponse:
         """Takes a version away that nothing uses."""

@@ -14,6 +14,8 @@ from sqlalchemy import text
 
 from aiorch_server.frontends.admin.registry_access import RegistryAccess
 from aiorch_server.registry import access
+from aiorch_server.registry.audit import append_audit
+from aiorch_server.registry.session import Session
 from aiorch_server.security.api_keys import ApiKeyAuthenticator
 from aiorch_server.security.authenticator import Credentials
 from aiorch_server.security.quotas import QuotaBook
@@ -187,6 +189,21 @@ async def test_the_audit_log(site: Site) -> None:
         audit_pb2.QueryAuditRequest(model="a\0b"),
     ):
         assert (await status_of(stub.QueryAudit(request)))[0] == "INVALID_ARGUMENT"
+
+
+async def test_a_page_of_the_audit_log_fits_what_clients_receive(site: Site) -> None:
+    def write(session: Session) -> None:
+        for number in range(400):
+            append_audit(session, principal="ann", method=f"/a/{number}", outcome="OK", detail="x" * 15_000)
+
+    await site.database.run(write)
+    found, token = [], ""
+    while token or not found:
+        page = await site.stub.Audit.QueryAudit(audit_pb2.QueryAuditRequest(page_size=1000, page_token=token))
+        assert page.ByteSize() < 4 << 20
+        found += [each.method for each in page.entries]
+        token = page.next_page_token
+    assert found == [f"/a/{number}" for number in reversed(range(400))]
 
 
 async def test_objectives(site: Site) -> None:

@@ -217,6 +217,21 @@ async def test_versions_in_pages(site: Site) -> None:
     assert ([each.version for each in page.versions], page.next_page_token) == ([1], "")
 
 
+async def test_a_page_fits_what_clients_receive(site: Site) -> None:
+    """4 MiB, unless a client says otherwise; a version's signature alone may have two."""
+    tensors = [{"name": f"{n:0>1000}", "datatype": "FP32"} for n in range(1000)]
+    for _ in range(5):
+        await site.upload("digits", create_model=True, provenance={"inputs": tensors})
+    found, token, sizes = [], "", []
+    while token or not found:
+        page = await site.registry.ListVersions(pb.ListVersionsRequest(model="digits", page_token=token))
+        found += [each.version for each in page.versions]
+        token = page.next_page_token
+        sizes.append((page.ByteSize() < 4 << 20, len(page.versions)))
+    assert found == [5, 4, 3, 2, 1]
+    assert sizes == [(True, 3), (True, 2)]
+
+
 async def test_a_mask_says_what_is_changed(site: Site) -> None:
     await site.register("digits", description="old", labels={"a": "1"})
     request = pb.UpdateModelRequest(

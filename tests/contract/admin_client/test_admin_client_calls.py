@@ -242,9 +242,7 @@ def test_a_watch_goes_on_behind_the_last_event(server: ScriptedAdmin, client: Ad
         next(client.watch(patience_s=0.2))
 
 
-def test_a_watch_from_now_on_keeps_its_place_before_its_first_event(
-    server: ScriptedAdmin, client: AdminClient
-) -> None:
+def test_a_watch_from_now_on_keeps_its_place_before_its_first_event(server: ScriptedAdmin, client: AdminClient) -> None:
     """What happens between a lost connection and the next one must be seen."""
     away = Refusal(STATUS.UNAVAILABLE, "the server is stopping")
     server.last_event = 7
