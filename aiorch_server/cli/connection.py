@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 import typer
@@ -16,7 +17,8 @@ from aiorch_server.config.load import TOKEN_VARIABLE, read_token_variable
 DEFAULT_URL = "127.0.0.1:8001"
 CONNECT_S = 5.0
 
-Url = Annotated[str, typer.Option("--url", "-u", help="Where the server's gRPC listens: host:port.")]
+URL_HELP = "Where the server's gRPC listens: host:port."
+Url = Annotated[str, typer.Option("--url", "-u", help=URL_HELP)]
 TimeoutSecs = Annotated[float, typer.Option("--timeout-secs", min=0.001, max=86_400, help="Longest time of one call.")]
 UseTls = Annotated[bool, typer.Option("--tls", help="Connect with TLS; implied by the other TLS options.")]
 TlsRoot = Annotated[Path | None, typer.Option("--tls-root-cert", help="PEM of authorities to trust, not the system's.")]
@@ -70,10 +72,17 @@ def read_token(path: Path | None) -> str | None:
 
 
 @contextmanager
-def open_client(url: str, *, timeout_s: float, tls: TlsConfig | None, token: str | None) -> Iterator[Client]:
+def open_client(
+    url: str,
+    *,
+    timeout_s: float,
+    tls: TlsConfig | None,
+    token: str | None,
+    metadata: Mapping[str, str | bytes] = MappingProxyType({}),
+) -> Iterator[Client]:
     """A connected client; UnreachableError where nobody answers."""
     try:
-        made = Client(url, tls=tls, token=token, timeout_s=timeout_s)
+        made = Client(url, tls=tls, token=token, metadata=metadata, timeout_s=timeout_s)
     except RequestError as error:  # nothing was sent yet: the address or the files are wrong
         raise UsageError(error.details) from error
     with made as client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import grpc
@@ -13,13 +14,13 @@ from rich.text import Text
 
 from aiorch_server.cli.connection import (
     DEFAULT_URL,
+    URL_HELP,
     ClientOutput,
     TimeoutSecs,
     TlsCert,
     TlsKey,
     TlsRoot,
     TokenFile,
-    Url,
     UseTls,
     make_tls,
     open_client,
@@ -27,22 +28,39 @@ from aiorch_server.cli.connection import (
 )
 from aiorch_server.cli.deployed import describe_all, find_deployments, show_deployment
 from aiorch_server.cli.following import tabulate_deployments
-from aiorch_server.cli.output import STATE_STYLES, Json, write_reasons
+from aiorch_server.cli.output import STATE_STYLES, Json, UsageError, write_reasons
+from aiorch_server.cli.readiness import Door, check_ready, find_door
 
 
 def status(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Only its deployment, with the rollout.")] = "",
-    url: Url = DEFAULT_URL,
+    url: Annotated[str, typer.Option("--url", "-u", show_default=DEFAULT_URL, help=URL_HELP)] = "",
     timeout_secs: TimeoutSecs = 10.0,
     tls: UseTls = False,
     tls_root_cert: TlsRoot = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     token_file: TokenFile = None,
+    ready: Annotated[
+        bool, typer.Option("--ready", help="Only whether it takes requests: exit code 0, or 1 with the reason.")
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="With --ready and without --url: the server of this file; else of AIORCH_CONFIG, AIORCH_..."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Shows a server, its models, their statistics and deployments; or the deployment of one model."""
     output = ClientOutput(json)
+    if ready or config is not None:
+        with output.guard():
+            if model or not ready or (url and config is not None):
+                raise UsageError("--ready asks for the whole server, by --url or by --config; --config is for it alone")
+            given = make_tls(tls, tls_root_cert, tls_cert, tls_key)
+            token = read_token(token_file)
+            check_ready(output, Door(url, given, token) if url else find_door(config, given), timeout_secs)
+        return
+    url = url or DEFAULT_URL
     if model:
         show_deployment(
             model=model,
