@@ -33,7 +33,7 @@ USER 10001
 WORKDIR /home/aiorch
 VOLUME /models
 EXPOSE 8000 8001 8002
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD aiorch status --ready || exit 1
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["aiorch", "status", "--ready"]
 # Inside a container loopback would reach nobody: publish the ports where they should be seen. --insecure, because there
 # are no certificates and callers yet: whoever reaches a published port may do everything. docs/security.md has the rest.
 ENTRYPOINT ["aiorch", "serve", "--insecure", "--grpc-address", "0.0.0.0", "--http-address", "0.0.0.0", "--metrics-address", "0.0.0.0"]
