@@ -324,3 +324,30 @@ def test_lists_that_are_too_long() -> None:
         check_texts(pb.DeployRequest(plan=plan))
     with pytest.raises(InvalidField, match="labels: has 1001 items"):
         check_texts(registry_pb2.RegisterModelRequest(labels={str(number): "" for number in range(1001)}))
+
+
+@pytest.mark.parametrize("state", [state for state in records.RolloutState if not state.is_end])
+def test_a_deployment_is_not_ready_while_a_rollout_is_under_way(state: records.RolloutState) -> None:
+    """Also where all servers have done what is wanted of them now: more is to come."""
+    now = datetime.now(UTC)
+    deployment = records.Deployment("m", 2, 1, now, "me", loaded=(1,))
+    rollout = records.Rollout("r1", "m", 1, 2, RolloutPlan(), state, now, "ada", "step 1 of 3")
+    message = encode_deployment(deployment, [server("a", 2, (1, "READY", ""))], rollout)
+    assert message.state == pb.DEPLOYMENT_STATE_PROGRESSING
+    assert message.reason == f"rollout r1 to version 2 is {state.value}: step 1 of 3"
+    candidate = records.Deployment("m", 2, 1, now, "me", loaded=(1, 2))
+    failing = [server("a", 2, (1, "READY", ""), (2, "UNAVAILABLE", "no legs"))]
+    message = encode_deployment(candidate, failing, rollout)
+    assert message.state == pb.DEPLOYMENT_STATE_PROGRESSING, "the rollout decides about its candidate"
+    failing = [server("a", 2, (1, "UNAVAILABLE", "no legs"), (2, "READY", ""))]
+    message = encode_deployment(candidate, failing, rollout)
+    assert message.state == pb.DEPLOYMENT_STATE_DEGRADED, "what serves does not any more"
+
+
+@pytest.mark.parametrize("state", [state for state in records.RolloutState if state.is_end])
+def test_a_deployment_is_ready_after_a_rollout(state: records.RolloutState) -> None:
+    now = datetime.now(UTC)
+    rollout = records.Rollout("r1", "m", 1, 2, RolloutPlan(), state, now, "ada")
+    deployment = records.Deployment("m", 2, 1, now, "me", loaded=(1,))
+    message = encode_deployment(deployment, [server("a", 2, (1, "READY", ""))], rollout)
+    assert message.state == pb.DEPLOYMENT_STATE_READY

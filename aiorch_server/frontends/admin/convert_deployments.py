@@ -51,7 +51,12 @@ def encode_deployment(
 
 
 def _judge(deployment: Deployment, servers: Sequence[ServerStatus], rollout: Rollout | None) -> tuple[Any, str]:
-    """How the servers' reports add up; what fails weighs more than what takes its time."""
+    """How the servers' reports add up; what fails weighs more than what takes its time.
+
+    While a rollout is under way the deployment progresses. Whether its candidate serves is the rollout's to judge,
+    where another version serves meanwhile.
+    """
+    under_way = rollout if rollout is not None and not rollout.state.is_end else None
     if not deployment.loaded:
         told = f": {rollout.reason}" if rollout is not None and rollout.reason else ""
         return pb.DEPLOYMENT_STATE_DEGRADED, f"no version is deployed{told}"
@@ -62,7 +67,9 @@ def _judge(deployment: Deployment, servers: Sequence[ServerStatus], rollout: Rol
         for version in deployment.loaded:
             status = seen.get(version)
             where = f"version {version} on {server.server}"
-            if status is not None and status.state not in _SETTLED and not deployment.is_on_demand and status.reason:
+            has_failed = status is not None and status.state not in _SETTLED and bool(status.reason)
+            is_tried = under_way is not None and under_way.from_version and version == under_way.to_version
+            if status is not None and has_failed and not is_tried and not deployment.is_on_demand:
                 return pb.DEPLOYMENT_STATE_DEGRADED, f"{where} is {status.state}: {status.reason}"
             if status is not None and status.state == _READY and status.reason and is_done:  # of another configuration
                 return pb.DEPLOYMENT_STATE_DEGRADED, f"{where}: {status.reason}"
@@ -72,6 +79,10 @@ def _judge(deployment: Deployment, servers: Sequence[ServerStatus], rollout: Rol
             behind = behind or (
                 f"{server.server} has done generation {server.observed_generation} of {deployment.generation}"
             )
+    if under_way is not None:
+        told = f": {under_way.reason}" if under_way.reason else ""
+        text = f"rollout {under_way.id} to version {under_way.to_version} is {under_way.state.value}{told}"
+        return pb.DEPLOYMENT_STATE_PROGRESSING, text
     if behind or not servers:
         return pb.DEPLOYMENT_STATE_PROGRESSING, behind or "no server has reported yet"
     return pb.DEPLOYMENT_STATE_READY, ""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 HEARD_S: Final = 30.0
 #: Initial metadata of a watch: the number behind which it begins.
 POSITION_KEY: Final = "aiorch-events-after"
+#: Fields that a rollout has a say in.
+_OF_ROLLOUTS: Final = ("rollout", "state", "reason")
 
 
 class DeploymentsServicer:
@@ -75,7 +77,7 @@ class DeploymentsServicer:
         page = deployments.list_deployments(
             session, size=request.page_size, token=request.page_token, is_visible=caller.sees
         )  # fmt: skip
-        wants_rollouts = not mask.paths or any(path.partition(".")[0] == "rollout" for path in mask.paths)
+        wants_rollouts = not mask.paths or any(path.partition(".")[0] in _OF_ROLLOUTS for path in mask.paths)
         statuses = {
             model: tuple(found)
             for model, found in groupby(read_server_statuses(session, within_s=HEARD_S), lambda each: each.model)

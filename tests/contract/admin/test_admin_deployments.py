@@ -52,6 +52,34 @@ async def finish(site: Site) -> None:
     await site.database.run(work)
 
 
+async def test_a_deployment_is_not_ready_before_its_rollout_has_ended(digits: Site) -> None:
+    """However the answer is asked for: servers have done all that is wanted of them when a rollout is just begun."""
+    stub = digits.stub.Deployments
+
+    async def tell(generation: int, *versions: int) -> None:
+        seen = [VersionStatus(each, "READY") for each in versions]
+        status = ServerStatus("one", "digits", generation, tuple(seen), None)  # type: ignore[arg-type]
+        await digits.database.run(lambda session: report(session, "one", [status]))
+
+    await deploy(digits, 1)
+    await finish(digits)
+    found = await stub.GetDeployment(pb.GetDeploymentRequest(model="digits"))
+    await tell(found.generation, 1)
+    found = await stub.GetDeployment(pb.GetDeploymentRequest(model="digits"))
+    assert found.state == pb.DEPLOYMENT_STATE_READY
+    made = await deploy(digits, 2)
+    assert made.state == pb.DEPLOYMENT_STATE_PROGRESSING
+    await tell(made.generation, 1)
+    listed = (await stub.ListDeployments(pb.ListDeploymentsRequest(read_mask={"paths": ["state"]}))).deployments[0]
+    asked = (await stub.GetDeployment(pb.GetDeploymentRequest(model="digits"))).state
+    assert (asked, listed.state) == (pb.DEPLOYMENT_STATE_PROGRESSING,) * 2
+    await finish(digits)
+    found = await stub.GetDeployment(pb.GetDeploymentRequest(model="digits"))
+    await tell(found.generation, 2)
+    found = await stub.GetDeployment(pb.GetDeploymentRequest(model="digits"))
+    assert found.state == pb.DEPLOYMENT_STATE_READY
+
+
 @on_every_database
 async def test_a_deployment_from_its_beginning_to_its_end(digits: Site) -> None:
     stub = digits.stub.Deployments
