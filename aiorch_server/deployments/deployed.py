@@ -76,6 +76,9 @@ class DeployedModel:
         """From now on this is wanted; None: nothing, and the model is gone when ``settle`` returns."""
         if wanted is not None and self.wanted is not None and wanted.mark == self.wanted.mark:
             return
+        former = self.wanted
+        if wanted is not None and former is not None and wanted.deployment.rollout != former.deployment.rollout:
+            self._tried = frozenset()  # what failed before is tried again
         self.wanted = wanted
         self._settled.clear()
         self._news.set()

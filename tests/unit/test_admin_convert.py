@@ -351,3 +351,10 @@ def test_a_deployment_is_ready_after_a_rollout(state: records.RolloutState) -> N
     deployment = records.Deployment("m", 2, 1, now, "me", loaded=(1,))
     message = encode_deployment(deployment, [server("a", 2, (1, "READY", ""))], rollout)
     assert message.state == pb.DEPLOYMENT_STATE_READY
+
+
+def test_what_failed_before_says_nothing_of_what_is_wanted_now() -> None:
+    deployment = records.Deployment("m", 2, 1, datetime.now(UTC), "me", loaded=(1,))
+    message = encode_deployment(deployment, [server("a", 1, (1, "UNAVAILABLE", "no legs"))])
+    assert message.state == pb.DEPLOYMENT_STATE_PROGRESSING
+    assert message.reason == "version 1 on a is UNAVAILABLE, of generation 1: no legs"

@@ -69,7 +69,10 @@ def _judge(deployment: Deployment, servers: Sequence[ServerStatus], rollout: Rol
             where = f"version {version} on {server.server}"
             has_failed = status is not None and status.state not in _SETTLED and bool(status.reason)
             is_tried = under_way is not None and under_way.from_version and version == under_way.to_version
-            if status is not None and has_failed and not is_tried and not deployment.is_on_demand:
+            if status is not None and has_failed and not is_done:
+                told = f"{status.state}, of generation {server.observed_generation}: {status.reason}"
+                behind = behind or f"{where} is {told}"
+            elif status is not None and has_failed and not is_tried and not deployment.is_on_demand:
                 return pb.DEPLOYMENT_STATE_DEGRADED, f"{where} is {status.state}: {status.reason}"
             if status is not None and status.state == _READY and status.reason and is_done:  # of another configuration
                 return pb.DEPLOYMENT_STATE_DEGRADED, f"{where}: {status.reason}"

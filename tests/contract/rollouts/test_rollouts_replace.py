@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 from rollout_site import Fleet, PuppetBackend, requests, until
 
+from aiorch_server.backend import LoadContext
 from aiorch_server.deployments import service
+from aiorch_server.deployments.desired import Wanted
+from aiorch_server.deployments.reconciler import Reconciler
 from aiorch_server.deployments.rollout import Command
-from aiorch_server.errors import Conflict, PreconditionFailed, UnknownVersion
+from aiorch_server.errors import Conflict, ModelLoadError, PreconditionFailed, UnknownVersion
 from aiorch_server.registry.deployments import get_deployment
 from aiorch_server.registry.records import CanaryStep, RolloutPlan, RolloutState, Strategy, TrafficTarget
 
@@ -89,6 +92,35 @@ async def test_a_first_version_that_does_not_load(fleet: Fleet) -> None:
     good = await fleet.push()
     assert (await fleet.wait((await fleet.deploy(good)).id)).state is S.SUCCEEDED
     assert server.manager.versions("m") == [2]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_a_second_try_is_a_try(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, is_first: bool) -> None:
+    """Also where the server never saw what was wanted between the two: the old failure says nothing about the new."""
+    want, failing = Reconciler._want, [True]
+
+    def skip(self: Reconciler, found: dict[str, Wanted]) -> None:
+        has_ended = any(each.rollout is None for each in found.values())
+        if not (failing[0] and self._models and has_ended):
+            want(self, found)
+
+    def refuse(context: LoadContext) -> None:
+        if context.model_version == version and failing[0]:
+            raise ModelLoadError("the disk is full")
+
+    server = await fleet.start()
+    if not is_first:
+        await fleet.serve_first()
+    version = await fleet.push()
+    monkeypatch.setattr(Reconciler, "_want", skip)
+    monkeypatch.setattr(PuppetBackend, "on_load", refuse)
+    rollout = await fleet.wait((await fleet.deploy(version)).id)
+    assert rollout.state is S.FAILED and "the disk is full" in rollout.reason
+    again = await fleet.deploy(version)
+    failing[0] = False
+    rollout = await fleet.wait(again.id)
+    assert rollout.state is S.SUCCEEDED, rollout.reason
+    await until(lambda: server.manager.versions("m") == [version])
 
 
 async def test_deploying_what_is_deployed_does_nothing_and_says_so(fleet: Fleet) -> None:
