@@ -7,19 +7,22 @@ from collections.abc import Callable
 from typing import Final
 
 from aiorch_server.deployments.compare import compare
-from aiorch_server.errors import AiorchError, BackendError, CapacityError, NotFoundError
+from aiorch_server.errors import AiorchError, CapacityError, NotFoundError, RequestCancelled
 from aiorch_server.registry.records import Gates
 from aiorch_server.routing import Replay, Sample
 
 #: A copy that takes longer than this is given up, and not compared.
 PATIENCE_S: Final = 10.0
+#: Says nothing about a version: it had no room, was on its way out, or the caller went away.
+_NEUTRAL: Final = (CapacityError, NotFoundError, RequestCancelled)
 
 
 class Comparer:
     """An observer of samples of one model: ``note`` gets "" for answers that agree, else what differs.
 
-    Whichever of the two versions answered, the other one gets a copy, whose answer goes to nobody. What is refused for
-    want of room, or because a version is on its way out, says nothing about the candidate and is left out.
+    Whichever of the two versions answered, the other one gets a copy, whose answer goes to nobody. One that answers
+    what the other refuses does not agree with it. What both refuse is left out, as is what is refused for want of room,
+    or because a version is on its way out.
     """
 
     def __init__(self, stable: int, candidate: int, gates: Gates, note: Callable[[str], None]) -> None:
@@ -34,17 +37,17 @@ class Comparer:
         if version not in (self._stable, self._candidate):
             return
         is_stable = version == self._stable
-        if sample.answer is None and (is_stable or not isinstance(sample.error, BackendError)):
+        if isinstance(sample.error, _NEUTRAL):
             return
         other = self._candidate if is_stable else self._stable
         which = f"request '{sample.request.id}'" if sample.request.id else "a request"
         deadline_ns = time.monotonic_ns() + int(PATIENCE_S * 1e9)
         try:
             copied = await replay(sample.request, other, deadline_ns=deadline_ns)
-        except (CapacityError, NotFoundError):
+        except _NEUTRAL:
             return
         except AiorchError as error:
-            if is_stable:
+            if sample.answer is not None:
                 self._note(f"{which}: version {other} failed: {error}")
             return
         if sample.answer is None:
