@@ -9,17 +9,16 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
-from aiorch_server.deployments.rollout import Observation, advance
+from aiorch_server.deployments.rollout import Observation, abandon, advance
 from aiorch_server.deployments.samples import merge, name_step
 from aiorch_server.deployments.writing import write_move
 from aiorch_server.errors import AiorchError, Conflict, RegistryUnavailable
 from aiorch_server.registry.deployments import find_deployment
 from aiorch_server.registry.leases import Lease, acquire_lease, check_lease, release_lease
-from aiorch_server.registry.records import Deployment, Rollout, RolloutState, ServerStatus
+from aiorch_server.registry.records import Deployment, Rollout, ServerStatus
 from aiorch_server.registry.rollouts import get_rollout, put_rollout, read_open_rollouts
 from aiorch_server.registry.servers import read_server_statuses, read_servers
 from aiorch_server.registry.session import Session
@@ -151,8 +150,7 @@ class Driver:
             return True
         deployment = find_deployment(session, rollout.model)
         if deployment is None:
-            reason = "its deployment is gone"
-            put_rollout(session, replace(rollout, state=RolloutState.ABORTED, reason=reason, ended_at=now))
+            put_rollout(session, abandon(rollout, "its deployment is gone", now))
             return True
         heard = read_servers(session)
         statuses = {each.server: each for each in read_server_statuses(session, rollout.model)}

@@ -54,12 +54,13 @@ TRANSITIONS: Mapping[tuple[RolloutState, RolloutState], str] = MappingProxyType(
         (S.PROMOTING, S.SUCCEEDED): "only the new version is left, on all servers",
         (S.PROMOTING, S.FAILED): "the candidate does not serve, and there was nothing before it",
         (S.ROLLING_BACK, S.ROLLED_BACK): "only the old version is left, on all servers",
+        (S.ROLLING_BACK, S.ABORTED): "the model was taken out of service meanwhile",
         **{
             (state, end): meaning
             for state in (S.PENDING, S.LOADING, S.RUNNING, S.PAUSED, S.PROMOTING)
             for end, meaning in (
                 (S.ROLLING_BACK, "back to the old version"),
-                (S.ABORTED, "a person ended it with the old version"),
+                (S.ABORTED, "a person ended it with the old version, or took the model out of service"),
             )
         },
     }
@@ -189,6 +190,12 @@ def command(rollout: Rollout, verb: Command, now: datetime, *, actor: str, reaso
     return _go(rollout, target, text, now)
 
 
+def abandon(rollout: Rollout, reason: str, now: datetime) -> Rollout:
+    """A rollout whose deployment was taken away: nothing is left that could be wanted."""
+    _check_step(rollout.state, S.ABORTED)
+    return replace(rollout, state=S.ABORTED, reason=reason, ended_at=now)
+
+
 def _advance_loading(rollout: Rollout, seen: Observation, now: datetime) -> Move:
     if seen.failures:
         return _go(rollout, S.FAILED, _tell_failures(rollout, seen), now)
@@ -256,12 +263,16 @@ def _judge(rollout: Rollout, seen: Observation, *, is_final: bool, is_given_up: 
 
 
 def _go(rollout: Rollout, state: RolloutState, reason: str, now: datetime) -> Move:
-    if (rollout.state, state) not in TRANSITIONS:
-        raise InternalError(f"a rollout cannot go from {rollout.state.value} to {state.value}")
+    _check_step(rollout.state, state)
     gone = replace(rollout, state=state, reason=reason, ended_at=now if state.is_end else None)
     is_shadow_over = state is S.SUCCEEDED and rollout.state is S.RUNNING
     wish = wish_only(rollout.from_version) if is_shadow_over else plan_wish(gone)
     return Move(gone, wish, f"{_describe(rollout)} is {state.value}: {reason}")
+
+
+def _check_step(before: RolloutState, after: RolloutState) -> None:
+    if (before, after) not in TRANSITIONS:
+        raise InternalError(f"a rollout cannot go from {before.value} to {after.value}")
 
 
 def _stay(rollout: Rollout, reason: str) -> Move:

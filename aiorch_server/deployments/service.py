@@ -76,7 +76,7 @@ def undeploy(session: Session, model: str, *, actor: str, expected_generation: i
     found = rollouts.find_open_rollout(session, model)
     if found is not None:
         reason = f"{actor}: undeploy"
-        ended = replace(found, state=RolloutState.ABORTED, reason=reason, ended_at=read_clock(session))
+        ended = machine.abandon(found, reason, read_clock(session))
         rollouts.put_rollout(session, ended)
         _tell(session, "rollout.ended", f"rollout {found.id} of '{model}' is aborted: {reason}", actor, ended)
     deployments.withdraw(session, model)

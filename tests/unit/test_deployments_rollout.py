@@ -16,13 +16,14 @@ from aiorch_server.deployments.rollout import (
     Command,
     Move,
     Observation,
+    abandon,
     advance,
     begin,
     command,
 )
 from aiorch_server.deployments.samples import StepSamples, Window
 from aiorch_server.deployments.wish import plan_wish
-from aiorch_server.errors import PreconditionFailed
+from aiorch_server.errors import InternalError, PreconditionFailed
 from aiorch_server.registry.records import CanaryStep, Gates, Rollout, RolloutPlan, RolloutState, Strategy
 
 S = RolloutState
@@ -348,3 +349,15 @@ def test_requests_that_do_not_come_back_are_waited_for_longer_than_max_wait() ->
     assert hung.rollout.state is S.ROLLING_BACK and "it hangs" in hung.rollout.reason
     well = advance(stuck.rollout, seen(new=Window(3)), late)
     assert well.rollout.step == 1, "few samples alone are no reason to wait for ever"
+
+
+@pytest.mark.parametrize("state", [state for state in S if not state.is_end])
+def test_a_deployment_that_is_taken_away_ends_its_rollout_as_the_table_says(state: S) -> None:
+    ended = abandon(rollout(state=state), "ada: undeploy", NOW)
+    assert (ended.state, ended.reason, ended.ended_at) == (S.ABORTED, "ada: undeploy", NOW)
+    assert (state, S.ABORTED) in TRANSITIONS
+
+
+def test_what_has_ended_is_not_ended_again() -> None:
+    with pytest.raises(InternalError, match="cannot go from succeeded to aborted"):
+        abandon(rollout(state=S.SUCCEEDED), "ada: undeploy", NOW)
