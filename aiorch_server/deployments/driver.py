@@ -156,7 +156,7 @@ class Driver:
         statuses = {each.server: each for each in read_server_statuses(session, rollout.model)}
         seen = observe(rollout, deployment, statuses, heard, now, silent_s=self._silent_s)
         move = advance(rollout, seen, now)
-        write_move(session, rollout, move, deployment, actor=self._server)
+        write_move(session, rollout, move, deployment, actor=self._server, is_driver=True)
         return bool(move.text)
 
 

@@ -12,10 +12,13 @@ from aiorch_server.registry.rollouts import put_rollout
 from aiorch_server.registry.session import Session
 
 
-def write_move(session: Session, before: Rollout, move: Move, deployment: Deployment, *, actor: str) -> Deployment:
+def write_move(
+    session: Session, before: Rollout, move: Move, deployment: Deployment, *, actor: str, is_driver: bool = False
+) -> Deployment:
     """Gives the deployment as it is now; nothing is written where nothing moved.
 
     ``before`` and ``deployment`` were read in this transaction: writers follow each other, so they are still so.
+    ``actor`` did it, as the event tells; if that ``is_driver``, the deployment goes on naming who asked for it.
     """
     after = move.rollout
     if after == before:
@@ -23,7 +26,8 @@ def write_move(session: Session, before: Rollout, move: Move, deployment: Deploy
     put_rollout(session, after)
     wished = follow(deployment, move)
     if wished != deployment:
-        deployment = put_deployment(session, wished, actor=actor, expected_generation=deployment.generation)
+        asked = deployment.updated_by if is_driver else actor
+        deployment = put_deployment(session, wished, actor=asked, expected_generation=deployment.generation)
     if move.text:
         append_event(
             session,

@@ -19,6 +19,7 @@ from aiorch_server.frontends.admin.convert_deployments import encode_deployment
 from aiorch_server.registry.clock import read_clock
 from aiorch_server.registry.database import Database
 from aiorch_server.registry.deployments import get_deployment
+from aiorch_server.registry.events import read_events
 from aiorch_server.registry.manifests import make_manifest
 from aiorch_server.registry.records import (
     ArtefactFile,
@@ -28,6 +29,7 @@ from aiorch_server.registry.records import (
     RolloutPlan,
     RolloutState,
     ServerStatus,
+    Strategy,
     TrafficTarget,
     VersionStatus,
 )
@@ -59,7 +61,7 @@ def drive(database: Database, seen: Observation | None = None) -> Deployment:
     def work(session: Any) -> Deployment:
         while (found := find_open_rollout(session, "m")) is not None:
             move = advance(found, seen or Observation(n_servers=1), read_clock(session))
-            write_move(session, found, move, get_deployment(session, "m"), actor="driver")
+            write_move(session, found, move, get_deployment(session, "m"), actor="driver", is_driver=True)
         return get_deployment(session, "m")
 
     return database.run_blocking(work)
@@ -115,3 +117,17 @@ def test_what_serves_but_not_as_it_is_wanted_is_told() -> None:
     assert STATE(found.state) == "DEPLOYMENT_STATE_DEGRADED" and "no room" in found.reason
     late = encode_deployment(wanted, tell(replace(ready, reason=reason), generation=6))
     assert STATE(late.state) == "DEPLOYMENT_STATE_PROGRESSING", "it may be of what was wanted before"
+
+
+def test_a_deployment_names_who_asked_and_not_who_drove(database: Database) -> None:
+    ask(database, service.deploy, version=1)
+    drive(database)
+    ask(database, service.deploy, version=2)
+    promoted = drive(database)
+    assert (promoted.version, promoted.updated_by) == (2, "ada")
+    ask(database, service.deploy, version=3, plan=RolloutPlan(Strategy.CANARY))
+    database.run_blocking(lambda s: service.direct(s, "m", Command.PROMOTE, actor="bob"))
+    promoted = drive(database)
+    assert (promoted.version, promoted.updated_by) == (3, "bob"), "who asked last"
+    texts = database.run_blocking(read_events)
+    assert {event.actor for event in texts} == {"ada", "bob", "driver"}, "events tell who did it"
