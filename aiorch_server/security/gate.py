@@ -109,6 +109,7 @@ class Gate:
         self._passes = passes
         self._source = source
         self._source_generation: int | None = None
+        self._looking_at_source = asyncio.Lock()
         self._clock = clock
         self._remembered: OrderedDict[bytes, _Remembered] = OrderedDict()
         self._generation = 0
@@ -188,8 +189,16 @@ class Gate:
     async def look(self) -> None:
         """Looks once, at the source and at all authenticators; forgets what was decided where anything has changed."""
         looks = [self._look(each.expects, each.refresh()) for each in self._authenticators]
-        if any(await asyncio.gather(self._look("the roles of the registry", self._look_at_source()), *looks)):
+        _, *have_changed = await asyncio.gather(self.note_change(), *looks)
+        if any(have_changed):
             self.forget()
+
+    async def note_change(self) -> bool:
+        """Looks at the source alone, at once: what was changed there before this was called holds when it returns.
+
+        Where the source cannot be read, what was decided before is forgotten with the next look that succeeds.
+        """
+        return await self._look("the roles of the registry", self._look_at_source())
 
     async def close(self) -> None:
         """Closes the authenticators; what they raise is logged."""
@@ -213,13 +222,18 @@ class Gate:
     async def _look_at_source(self) -> bool:
         if self._source is None:
             return False
-        generation = await self._source.read_generation()
+        async with self._looking_at_source:  # an earlier look must not bring older rules than a later one
+            return await self._read_source(self._source)
+
+    async def _read_source(self, source: RoleSource) -> bool:
+        generation = await source.read_generation()
         if generation == self._source_generation:
             return False
         try:
-            bindings, quotas = await self._source.read_rules()
+            bindings, quotas = await source.read_rules()
             self._policy.replace(bindings)
             self._quotas.replace(quotas)
+            self.forget()
         except CapacityError:
             raise
         except Exception:

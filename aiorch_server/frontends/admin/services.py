@@ -59,7 +59,13 @@ class AdminServices:
         self._on_commit = on_commit
         self._housekeeping: Housekeeping | None = None
         self._feed = EventFeed(database)
-        self._transactions = Transactions(database, server=server, on_commit=self._tell)
+        self._transactions = Transactions(
+            database,
+            server=server,
+            on_commit=self._tell,
+            # Looked up with each change.
+            settle_access=None if gate is None else lambda: gate.note_change(),
+        )
         self._uploads = UploadService(self._transactions, bounds.lifetime_s)
         self._servicers: dict[str, Any] = {
             "ModelRegistry": ModelRegistryServicer(self._uploads),

@@ -34,6 +34,8 @@ _MAX_ITEMS: Final = 50
 _MAX_DETAIL: Final = 16_000
 _KEY: Final = "idempotency_key"
 _SECRET: Final = "secret"
+#: Methods that change who may do what.
+_ACCESS: Final = "/aiorch.admin.v1.Access/"
 _Result = TypeVar("_Result")
 #: (session, request, caller) -> response
 Operation = Callable[["Session", Any, Caller], Any]
@@ -48,10 +50,19 @@ class Transactions:
     """Runs operations in the database; on one event loop.
 
     ``server`` is this server's name in the audit log, ``on_commit`` is called on the loop after each change.
+    ``settle_access`` is awaited after each change of who may do what, before it is answered.
     """
 
-    def __init__(self, database: Database, *, server: str, on_commit: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        server: str,
+        on_commit: Callable[[], None],
+        settle_access: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
         self.database = database
+        self._settle_access = settle_access
         self._server = server
         self._on_commit = on_commit
         self._running: set[asyncio.Task[Any]] = set()
@@ -89,7 +100,13 @@ class Transactions:
             self.audit(session, method, caller, find_model(request), "OK", detail)
             return answer
 
-        return await self.finish(self.database.run(work))
+        async def run() -> bytes:
+            answer = await self.database.run(work)
+            if self._settle_access is not None and method.path.startswith(_ACCESS):
+                await self._settle_access()
+            return answer
+
+        return await self.finish(run())
 
     async def finish(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         """What ``work`` gives; it goes on where the caller leaves, and ``on_commit`` is called when it is done."""
