@@ -1,12 +1,14 @@
 """Calls as functions over a transaction: what is asked, what is changed, and what is written down about it.
 
 A change is one transaction: the answer to an earlier call with the same idempotency key is looked for, the change is
-made, its events, its audit entry and its answer are kept. A change that is refused leaves an audit entry of its own.
+made, its events, its audit entry and its answer are kept. A change that is refused leaves an audit entry, of its own or
+of many (refusals.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -19,6 +21,7 @@ from google.protobuf.message import Message
 from aiorch_server.errors import AiorchError, RegistryUnavailable, ServerStopping
 from aiorch_server.frontends.admin.caller import Caller
 from aiorch_server.frontends.admin.details import find_code, find_model
+from aiorch_server.frontends.admin.refusals import Refusals, Refused
 from aiorch_server.registry.audit import append_audit
 from aiorch_server.registry.idempotency import find_answer, keep_answer
 
@@ -32,6 +35,8 @@ logger = logging.getLogger(__name__)
 _MAX_TEXT: Final = 500
 _MAX_ITEMS: Final = 50
 _MAX_DETAIL: Final = 16_000
+#: And of a refused one.
+MAX_REFUSED: Final = 2_000
 _KEY: Final = "idempotency_key"
 _SECRET: Final = "secret"
 #: Methods that change who may do what.
@@ -67,6 +72,7 @@ class Transactions:
         self._on_commit = on_commit
         self._running: set[asyncio.Task[Any]] = set()
         self._is_closed = False
+        self._refusals = Refusals(self._write_refusal)
 
     def bind(self, method: Method, operation: Operation) -> Callable[[Any, Any], Awaitable[Any]]:
         """The method as it is registered with a door, over what does it in a transaction."""
@@ -127,7 +133,7 @@ class Transactions:
         """Writes down that a change was refused; the log of the server tells where not even that was possible."""
         if not is_change(method) or request is None:
             return
-        await self.refuse_as(method, find_model(request), write_detail(request), error)
+        await self.refuse_as(method, find_model(request), write_detail(request, MAX_REFUSED), error)
 
     async def refuse_as(
         self, method: Method, model: str, detail: str, error: Exception, caller: Caller | None = None
@@ -135,34 +141,32 @@ class Transactions:
         """As ``refuse``, for a change that is told by ``detail``; ``caller`` None: the one of this task."""
         if isinstance(error, RegistryUnavailable):
             return  # nothing was done, and nothing can be written down
-        who, outcome = caller or Caller.current(), find_code(error).name
+        refused = Refused((caller or Caller.current()).name, method.path, find_code(error).name)
+        if self._refusals.has_line(refused, model):
+            with contextlib.suppress(AiorchError):
+                await self._write_refusal(refused, model, detail)
 
-        def work(session: Session) -> None:
-            self.audit(session, method, who, model, outcome, detail)
-
+    async def _write_refusal(self, refused: Refused, model: str, detail: str) -> None:
         try:
-            await self.database.run(work)
+            await self.database.run(lambda session: self._append(session, refused, model, detail))
         except AiorchError as problem:
             logger.warning(
                 "%s by '%s' was refused with %s, and the audit log was not written: %s",
-                method.path, who.name, outcome, problem,
+                refused.method, refused.principal, refused.outcome, problem,
             )  # fmt: skip
+            raise
 
     def audit(self, session: Session, method: Method, caller: Caller, model: str, outcome: str, detail: str) -> None:
         """Adds an entry to the audit log in this transaction."""
-        append_audit(
-            session,
-            principal=caller.name,
-            method=method.path,
-            outcome=outcome,
-            model=model,
-            detail=detail,
-            server=self._server,
-        )
+        self._append(session, Refused(caller.name, method.path, outcome), model, detail)
+
+    def _append(self, session: Session, call: Refused, model: str, detail: str) -> None:
+        append_audit(session, **call._asdict(), model=model, detail=detail, server=self._server)
 
     async def close(self, limit_s: float) -> None:
         """Takes no more changes, and waits for those under way; what is not done then is given up, and not made."""
         self._is_closed = True
+        await self._refusals.close(limit_s)
         if self._running:
             _, late = await asyncio.wait(set(self._running), timeout=limit_s)
             for task in late:
@@ -180,12 +184,12 @@ def write_request(method: Method, request: Any, *left_out: str) -> bytes:
     return told
 
 
-def write_detail(request: Any) -> str:
+def write_detail(request: Any, max_characters: int = _MAX_DETAIL) -> str:
     """A request as JSON for the audit log: without its key, long texts and lists cut."""
     fields: dict[str, Any] = _cut(request)
     fields.pop(_KEY, None)
     text = json.dumps(fields, separators=(",", ":"))
-    if len(text) <= _MAX_DETAIL:
+    if len(text) <= max_characters:
         return text
     short = {name: value for name, value in fields.items() if not isinstance(value, dict | list)}
     left_out = sorted(fields.keys() - short.keys())

@@ -29,7 +29,7 @@ from aiorch_server.frontends.admin.caller import Caller
 from aiorch_server.frontends.admin.convert_models import encode_version
 from aiorch_server.frontends.admin.fields import InvalidField, encode_time
 from aiorch_server.frontends.admin.model_events import tell, tell_alias, tell_registered
-from aiorch_server.frontends.admin.transactions import Transactions, serialize, write_detail
+from aiorch_server.frontends.admin.transactions import MAX_REFUSED, Transactions, serialize, write_detail
 from aiorch_server.frontends.admin.upload_header import (
     UPLOAD_VERSION,
     Announced,
@@ -151,7 +151,9 @@ class UploadService:
             return await self._finish(upload, announced)
         except Exception as error:
             if header is not None:
-                await self._transactions.refuse_as(UPLOAD_VERSION, header.model, write_detail(header), error)
+                await self._transactions.refuse_as(
+                    UPLOAD_VERSION, header.model, write_detail(header, MAX_REFUSED), error
+                )
             raise
 
     async def _begin(self, announced: Announced) -> tuple[bytes, Upload | None]:
