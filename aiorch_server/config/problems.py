@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
@@ -16,6 +17,14 @@ Model = TypeVar("Model", bound=BaseModel)
 _LONGEST_FOUND = 80
 #: Settings whose values are not told, nor those below them.
 _SECRETS = frozenset({"password", "url", "sha256", "restricted_protocols", "restricted_apis"})
+HIDDEN = "something that is not shown"
+#: What keys, tokens and passwords look like, also where they were written for something else: their known beginnings,
+#: a URL with a password, digits within a word, and long words of many kinds of characters.
+_SECRET_LIKE = re.compile(
+    r"aio_[A-Za-z0-9]|eyJ[\w-]{6}|-----BEGIN|\b(?:sk|ghp|gho|glpat|xox[a-z])[-_]|\bAKIA[A-Z0-9]{8}|\bBearer\s|://[^/\s]*:[^/\s]*@"
+    r"|[A-Za-z]\d+[A-Za-z]+\d|[A-Za-z]\d+[A-Za-z]{1,3}\d*[A-Za-z]*\d|[A-Fa-f0-9]{32}|[$!#%&^~+=|]"
+)
+_LONG_WORD = re.compile(r"[A-Za-z0-9+/=_-]{20,}")
 _MOST_TOLD = 50
 #: Finding the words for a problem takes time, and nobody reads more.
 _MOST_COLLECTED = 2 * _MOST_TOLD
@@ -66,9 +75,28 @@ def format_path(location: Location) -> str:
 
 
 def format_found(value: object) -> str:
-    """A short rendering of a value that was found."""
+    """A short rendering of a value that was found; none of what may be a secret that was written in a wrong place."""
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if looks_secret(value):
+        return HIDDEN
     text = repr(value)
     return text if len(text) <= _LONGEST_FOUND else text[: _LONGEST_FOUND - 3] + "..."
+
+
+def looks_secret(value: object) -> bool:
+    """Whether a value, or any part of it, may be a key, a token or a password."""
+    if isinstance(value, Mapping):
+        return any(looks_secret(each) for pair in value.items() for each in pair)
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(map(looks_secret, value))
+    if isinstance(value, bytes | bytearray | memoryview):
+        return True
+    if not isinstance(value, str):
+        return False
+    if _SECRET_LIKE.search(value):
+        return True
+    return any(any(map(str.isdigit, word)) and any(map(str.isalpha, word)) for word in _LONG_WORD.findall(value))
 
 
 def is_secret(location: Iterable[int | str]) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from aiorch_server.config.problems import format_found
+
 
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader without what hides mistakes (doubled keys) or grows without bound (aliases of aliases)."""
@@ -23,7 +25,7 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a plain name", key.start_mark)
             if key.value in seen:
-                text = f"key '{key.value}' is written more than once"
+                text = f"key {format_found(key.value)} is written more than once"
                 raise yaml.constructor.ConstructorError(None, None, text, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -39,7 +41,10 @@ def read_yaml(text: str, source: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        raise ValueError(f"{place}: {error.problem or error.context}") from None
+        problem = error.problem or error.context or "cannot be read"
+        if "tag" in problem:  # it is named there, and a password may begin as one does
+            problem = "tags (!name) are not read here; write such a value in quotes"
+        raise ValueError(f"{place}: {problem}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: {str(error).splitlines()[0]}") from None
     except RecursionError:
