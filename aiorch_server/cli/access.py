@@ -97,8 +97,8 @@ def create_key(
     made = client.create_key(principal, tenant=tenant, description=description, expires_at=until)
     if not made.secret:
         raise UsageError(
-            f"key {made.key.id} was made, but the answer with it was lost: revoke it (aiorch access key revoke "
-            f"{made.key.id}) and make another"
+            f"key {made.key.id} was made, but the answer with it was lost: revoke it "
+            f"({output.write_command('access', 'key', 'revoke', made.key.id)}) and make another"
         )
     told = f"key {made.key.id} of {principal}; keep it, it is not shown again:"
     output.show({"key": describe(made.key), "secret": made.secret}, told, made.secret)

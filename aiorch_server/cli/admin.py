@@ -64,7 +64,7 @@ def admin_command(function: Callable[..., None]) -> Callable[..., None]:
 
     def run(**options: Any) -> None:
         connection = {each.name: options.pop(each.name) for each in _OPTIONS}
-        output = ClientOutput(connection.pop("json"))
+        output = ClientOutput(connection.pop("json"), connection)
         with output.guard(), open_admin(**connection) as client, _explaining(client, options):
             function(client, output, **options)
 

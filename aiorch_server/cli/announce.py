@@ -33,9 +33,11 @@ _NUMBERS = ("max_batch_size", "instances")
 #: The largest tensor that a line to paste writes out.
 _MAX_PASTED = 64
 _NO_MODELS = "no models: a repository holds a folder per model with a folder per version, as in my_model/1/model.onnx"
-_NOTHING_DEPLOYED = "no models: aiorch model push NAME FILE puts one into the registry, aiorch deploy NAME serves it"
+_NOTHING_DEPLOYED = "no models: {} model push NAME FILE{} puts one into the registry, {} deploy NAME{} serves it"
 #: What makes a request a sequence of its own: first and last.
 _PLACE = {"sequence_id": 1, "sequence_start": True, "sequence_end": True}
+#: Where commands look for a server unless they are told.
+_DEFAULT_ADDRESS = "127.0.0.1:8001"
 _DTYPES = {"FP16": "float16", "BF16": "float32", "FP32": "float32", "FP64": "float64", "BOOL": "bool"}
 
 
@@ -120,7 +122,13 @@ class Announcer:
         document = {"event": "ready", "addresses": dict(addresses), "models": rows}
         where = "\nserving: " + "  ".join(f"{door} {address}" for door, address in addresses.items()) + "\n"
         examples = write_examples(addresses, models, has_tls=has_tls)
-        table = self._paint(write_table(rows)) if rows else _NOTHING_DEPLOYED if has_registry else _NO_MODELS
+        table = (
+            self._paint(write_table(rows))
+            if rows
+            else _write_nothing_deployed(addresses, has_tls)
+            if has_registry
+            else _NO_MODELS
+        )
         # Whoever sits at the terminal has seen the log scroll by; elsewhere each reason stands in it once.
         reasons = [] if self._status is None else write_reasons(rows)
         self._output.show(document, table, *reasons, where, *examples)
@@ -141,6 +149,14 @@ class Announcer:
         """The server has answered what was under way and gone."""
         self.end()
         self._output.show({"event": "stopped"}, "stopped")
+
+
+def _write_nothing_deployed(addresses: Mapping[str, str], has_tls: bool) -> str:
+    address = addresses.get("grpc", _DEFAULT_ADDRESS)
+    way = "" if address == _DEFAULT_ADDRESS else f" --url {address}"
+    way += " --tls-root-cert ROOT.pem" if has_tls else ""
+    program = _name_program("aiorch")
+    return _NOTHING_DEPLOYED.format(program, way, program, way)
 
 
 def write_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from aiorch_client import Client, ClientError, RequestError, TlsConfig, UnreachableError
@@ -16,6 +17,15 @@ from aiorch_server.config.load import TOKEN_VARIABLE, read_token_variable
 
 DEFAULT_URL = "127.0.0.1:8001"
 CONNECT_S = 5.0
+#: What another command needs to find the same server.
+_WAY = {
+    "url": "--url",
+    "tls": "--tls",
+    "tls_root_cert": "--tls-root-cert",
+    "tls_cert": "--tls-cert",
+    "tls_key": "--tls-key",
+    "token_file": "--token-file",
+}
 
 URL_HELP = "Where the server's gRPC listens: host:port."
 Url = Annotated[str, typer.Option("--url", "-u", help=URL_HELP)]
@@ -31,7 +41,21 @@ TokenFile = Annotated[
 
 
 class ClientOutput(Output):
-    """The output of a command that calls a server."""
+    """The output of a command that calls a server; ``way``: the options of ``admin_command`` by which it found it."""
+
+    def __init__(self, is_json: bool, way: Mapping[str, Any] = MappingProxyType({})) -> None:
+        super().__init__(is_json)
+        self._way = way
+
+    def write_command(self, *words: str) -> str:
+        """A command for the same server, to be pasted into a shell."""
+        way: list[str] = []
+        for name, value in self._way.items():
+            if name in _WAY and value is True:
+                way.append(_WAY[name])
+            elif name in _WAY and value and (name, value) != ("url", DEFAULT_URL):
+                way += (_WAY[name], str(value))
+        return shlex.join(("aiorch", *words, *way))
 
     @contextmanager
     def guard(self) -> Iterator[None]:

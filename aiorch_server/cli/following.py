@@ -37,9 +37,9 @@ def follow(client: AdminClient, output: ClientOutput, deployment: Deployment, wa
         with show:
             ended = client.wait(rollout, timeout_s=wait_secs, on_look=show.update)
     except KeyboardInterrupt:
-        raise CommandError(_say_goes_on(rollout), ExitCode.INTERRUPTED) from None
+        raise CommandError(f"interrupted; {_say_goes_on(output, rollout)}", ExitCode.INTERRUPTED) from None
     except UnavailableError as error:
-        text = f"{error.details}; {_say_goes_on(rollout)}"
+        text = f"{error.details}; {_say_goes_on(output, rollout)}"
         raise CommandError(text, ExitCode.REFUSED, error.code.name, error.reason) from None
     finish(output, ended)
 
@@ -56,7 +56,7 @@ def _follow_deployment(client: AdminClient, output: ClientOutput, model: str, wa
     try:
         ready = client.wait_ready(model, timeout_s=wait_secs)
     except KeyboardInterrupt:
-        text = f"interrupted; the deployment goes on: aiorch status {model} shows it"
+        text = f"interrupted; the deployment goes on: {output.write_command('status', model)} shows it"
         raise CommandError(text, ExitCode.INTERRUPTED) from None
     output.show({"deployment": describe(ready)}, *render_deployment(ready))
     if ready.state is DeploymentState.DEGRADED:
@@ -67,12 +67,9 @@ def _write_end(rollout: Rollout) -> str:
     return f"{rollout.state.value}{f', {rollout.reason}' if rollout.reason else ''}"
 
 
-def _say_goes_on(rollout: Rollout) -> str:
-    model = rollout.model
-    return (
-        f"rollout {rollout.id} goes on: aiorch status {model} shows it, aiorch abort {model} goes back to version "
-        f"{rollout.from_version}"
-    )
+def _say_goes_on(output: ClientOutput, rollout: Rollout) -> str:
+    status, abort = (output.write_command(verb, rollout.model) for verb in ("status", "abort"))
+    return f"rollout {rollout.id} goes on: {status} shows it, {abort} goes back to version {rollout.from_version}"
 
 
 class RolloutView:

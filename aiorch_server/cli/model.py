@@ -122,7 +122,11 @@ def list_models(
         latest = model.latest_version or ""
         created = show_time(model.created_at)
         add_row(table, model.name, latest, _write_aliases(model), model.description, created, model.created_by)
-    text = "no models" + (f" that begin with '{prefix}'" if prefix else "; aiorch model push MODEL PATH makes one")
+    text = "no models" + (
+        f" that begin with '{prefix}'"
+        if prefix
+        else f"; {output.write_command('model', 'push', 'MODEL', 'PATH')} makes one"
+    )
     output.show({"models": [describe(model) for model in models]}, table if models else text)
 
 

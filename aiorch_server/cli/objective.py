@@ -36,7 +36,7 @@ def show(client: AdminClient, output: ClientOutput, model: ModelName) -> None:
         objective = client.get_objective(check_model_name(model))
     except NotFoundError as error:
         if error.reason == _WITHOUT:
-            error.details += f"; aiorch objective set {model} --p99 50ms gives it one"
+            error.details += f"; {output.write_command('objective', 'set', model, '--p99', '50ms')} gives it one"
         raise
     _show(output, objective)
 

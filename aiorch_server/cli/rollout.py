@@ -44,7 +44,7 @@ def _tell(client: AdminClient, output: ClientOutput, rollout: Rollout, wait: boo
         with view:
             ended = client.wait(rollout, timeout_s=_WAIT_S, on_look=view.update)
     except KeyboardInterrupt:
-        text = f"interrupted; it goes on: aiorch status {rollout.model} shows it"
+        text = f"interrupted; it goes on: {output.write_command('status', rollout.model)} shows it"
         raise CommandError(text, ExitCode.INTERRUPTED) from None
     is_going_back = rollout.state in (RolloutState.ROLLING_BACK, RolloutState.ROLLED_BACK)
     finish(output, ended, RolloutState.ROLLED_BACK if is_going_back else RolloutState.SUCCEEDED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from scripted_admin import STATUS, Refusal, ScriptedAdmin
 from typer.testing import CliRunner
 
 from aiorch_server.cli import build_app
+from aiorch_server.cli.connection import ClientOutput
 
 APP = build_app()
 LIMIT_S = 30
@@ -221,7 +223,8 @@ def test_waiting_shows_the_way_and_ends_as_the_rollout_does(server: ScriptedAdmi
     server.rollouts[0].state = deployments_pb2.ROLLOUT_STATE_RUNNING
     result = run(server, "deploy", "digits", "--wait", "--wait-secs", "1")
     assert result.exit_code == 1
-    assert "has not ended within 1 s" in result.stderr and "aiorch abort digits" in result.stderr
+    assert "has not ended within 1 s" in result.stderr
+    assert f"aiorch abort digits --url {server.url} goes back" in result.stderr
 
 
 def test_times_of_a_strategy_without_steps(server: ScriptedAdmin, artefact: Path) -> None:
@@ -229,6 +232,17 @@ def test_times_of_a_strategy_without_steps(server: ScriptedAdmin, artefact: Path
     assert run(server, "deploy", "digits", "--strategy", "blue-green", "--bake-secs", "5").exit_code == 0
     plan = server.requests["Deploy"][0].plan
     assert (plan.bake_time.seconds, len(plan.steps)) == (5, 0)
+
+
+def test_commands_that_are_told_find_the_same_server(tmp_path: Path) -> None:
+    way = {"url": "[::1]:9", "tls": True, "tls_root_cert": tmp_path / "a b", "tls_key": None, "timeout_secs": 3.0}
+    output = ClientOutput(False, {**way, "token_file": Path("t"), "json": False})
+    told = output.write_command("status", "digits")
+    assert shlex.split(told) == [
+        *("aiorch", "status", "digits", "--url", "[::1]:9", "--tls", "--tls-root-cert", f"{tmp_path}/a b"),
+        *("--token-file", "t"),
+    ]
+    assert ClientOutput(False, {"url": "127.0.0.1:8001"}).write_command("history") == "aiorch history"
 
 
 def test_waiting_for_a_rollback(server: ScriptedAdmin) -> None:
@@ -246,6 +260,7 @@ def test_waiting_for_a_rollback(server: ScriptedAdmin) -> None:
 def test_the_history_of_all_models(server: ScriptedAdmin, artefact: Path) -> None:
     """The call is for one model: more of them are put together here, the newest first."""
     assert run_json(server, "history") == (0, {"rollouts": []})
+    assert f"aiorch model push MODEL PATH --url {server.url} makes one" in run(server, "model", "list").stdout
     for name in ("digits", "letters"):
         run(server, "model", "push", name, artefact)
     server.rollouts.extend((make_rollout("SUCCEEDED"), make_rollout("ABORTED")))
@@ -318,7 +333,8 @@ def test_objectives(server: ScriptedAdmin) -> None:
     assert (code, document["error"]["text"], document["error"]["code"]) == (1, text, "UNIMPLEMENTED")
     assert "registry" not in run(server, "objective", "explain", "digits").stderr
     missing = run(server, "objective", "show", "other")
-    assert missing.exit_code == 1 and "aiorch objective set other --p99 50ms" in missing.stderr
+    command = f"aiorch objective set other --p99 50ms --url {server.url} gives it one"
+    assert missing.exit_code == 1 and command in missing.stderr
 
 
 @pytest.mark.parametrize(
@@ -374,6 +390,6 @@ def test_a_process_that_is_interrupted_leaves_the_rollout_running(server: Script
         waiting.kill()
         waiting.wait(LIMIT_S)
     assert waiting.returncode == 130, err
-    assert "rollout r1 goes on: aiorch status digits shows it" in err
+    assert f"interrupted; rollout r1 goes on: aiorch status digits --url {server.url} shows it" in err
     assert "Traceback" not in err
     assert not server.requests["Abort"]

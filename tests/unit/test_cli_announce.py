@@ -121,7 +121,10 @@ def test_an_empty_repository_is_told_what_it_should_hold(capsys):
 
 def test_where_there_is_a_registry_the_way_into_it_is_told(capsys):
     Announcer(Output(is_json=False)).on_ready(ADDRESSES, [], has_tls=False, has_registry=True)
-    assert "aiorch model push" in capsys.readouterr().out
+    assert "aiorch model push NAME FILE puts" in capsys.readouterr().out
+    elsewhere = {"grpc": "127.0.0.1:9001"}
+    Announcer(Output(is_json=False)).on_ready(elsewhere, [], has_tls=True, has_registry=True)
+    assert "aiorch deploy NAME --url 127.0.0.1:9001 --tls-root-cert ROOT.pem serves" in capsys.readouterr().out
 
 
 def test_columns_are_as_wide_as_they_must_be():
