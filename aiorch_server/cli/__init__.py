@@ -13,6 +13,9 @@ from types import MappingProxyType
 from typing import Annotated, Final
 
 import typer
+from typer.core import TyperCommand
+
+from aiorch_server.cli.sections import SectionedCommand
 
 _SERVING: Final = "Serve and ask"
 _ROLLOUTS: Final = "Deploy and roll out"
@@ -48,6 +51,8 @@ _PANELS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     }
 )
 _GROUPS: Final = frozenset({"model", "access", "audit", "objective"})
+#: So many options that their help has sections.
+_LONG: Final = frozenset({"serve"})
 COMMANDS: Final = tuple(name for panel in _PANELS.values() for name in panel)
 
 
@@ -69,7 +74,8 @@ def build_app(commands: Iterable[str] = COMMANDS) -> typer.Typer:
                 if name in _GROUPS:
                     app.add_typer(found.group, name=name, rich_help_panel=panel)
                 else:
-                    app.command(name, rich_help_panel=panel)(getattr(found, name))
+                    shape = SectionedCommand if name in _LONG else TyperCommand
+                    app.command(name, cls=shape, rich_help_panel=panel)(getattr(found, name))
     return app
 
 

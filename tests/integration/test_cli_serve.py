@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -15,6 +16,10 @@ import numpy as np
 import pytest
 from aiorch_client import Client
 from tritonclient.grpc import InferenceServerClient
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from aiorch_server.cli import build_app
 
 COMMAND = [sys.executable, "-m", "aiorch_server.cli", "serve"]
 LIMIT_S = 60
@@ -191,3 +196,14 @@ def test_who_reads_nothing_holds_nothing_up(options):
                 client.load_model("echo", client_timeout=LIMIT_S)
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT_S) == 0
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_the_help_names_each_option_in_full(columns):
+    done = CliRunner().invoke(build_app(), ["serve", "--help"], env={"COLUMNS": columns, "TERM": "dumb"})
+    names = set(re.findall(r"--[a-z0-9][a-z0-9-]*", done.stdout))
+    command = get_command(build_app(["serve"])).commands["serve"]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert done.exit_code == 0 and known <= names and "…" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= int(columns)
+    assert re.search(r"\n\ngRPC:\n +--allow-grpc", done.stdout)
