@@ -197,6 +197,10 @@ class ControlPlane:
         self.check_running("Server not ready")
         return keep_seen(self._manager.index(ready_only))
 
+    def waiting_versions(self, name: str) -> tuple[int, ...]:
+        """The versions of a model that the next request for it would load."""
+        return self._manager.waiting_versions(name) if permit(name) else ()
+
     async def load_model(
         self, name: str, config_json: str | bytes | None = None, files: Mapping[str, bytes] | None = None
     ) -> None:

@@ -154,6 +154,13 @@ class ModelDirectory:
         """The rows of one model, none if it is not managed."""
         return self._models[name].index() if name in self._models else []
 
+    def waiting_versions(self, name: str) -> tuple[int, ...]:
+        """The versions of a model that the next request for it would load."""
+        model = self._models.get(name)
+        if model is None or not model.is_resting or not model.is_loadable(asyncio.get_running_loop().time()):
+            return ()
+        return tuple(sorted(model.offered))
+
     def ready(self, name: str) -> Mapping[int, Servable]:
         """The ready versions of a model."""
         return self._models[name].ready() if name in self._models else {}

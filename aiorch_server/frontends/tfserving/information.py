@@ -17,7 +17,7 @@ from aiorch_server.frontends.tfserving.models import (
     resolve_version,
 )
 from aiorch_server.frontends.tfserving.tensors import NUMBERS
-from aiorch_server.types import ModelSignature, ModelState, TensorSpec
+from aiorch_server.types import ModelIndexEntry, ModelSignature, ModelState, TensorSpec
 
 PREDICT_METHOD: Final = "tensorflow/serving/predict"
 _SIGNATURE_DEF: Final = "signature_def"
@@ -69,9 +69,18 @@ def encode_metadata(model: Served) -> serving_pb2.GetModelMetadataResponse:
 
 
 def find_status(catalogue: ModelCatalogue, wanted: Wanted) -> serving_pb2.GetModelStatusResponse:
-    """The answer of GetModelStatus, the highest version first; ServableNotFound if there is nothing to tell."""
+    """The answer of GetModelStatus, the highest version first; ServableNotFound if there is nothing to tell.
+
+    A version that the next request loads is at its START: known, and nothing was done about it yet.
+    """
     asked = resolve_version(catalogue, wanted)
-    entries = [each for each in catalogue.repository_index(False) if each.name == wanted.name and each.version]
+    waiting = set(map(str, catalogue.waiting_versions(wanted.name)))
+    entries = [
+        each
+        for each in catalogue.repository_index(False)
+        if each.name == wanted.name and each.version and each.version not in waiting
+    ]
+    entries += [ModelIndexEntry(wanted.name, version, ModelState.UNKNOWN) for version in waiting]
     if asked:
         entries = [each for each in entries if each.version == asked]
     if not entries:

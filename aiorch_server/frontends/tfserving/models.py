@@ -70,6 +70,10 @@ class ModelCatalogue(Protocol):
         """What is managed or stored, and in which state."""
         ...
 
+    def waiting_versions(self, name: str) -> Sequence[int]:
+        """The versions of a model that the next request for it would load."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:

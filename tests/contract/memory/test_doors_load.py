@@ -114,6 +114,31 @@ async def test_a_stream_keeps_the_order_of_what_waited_for_the_load(tmp_path: Pa
         assert values == [value + 2.0 for value in range(50)]
 
 
+async def test_tensorflow_serving_tells_what_a_request_would_load_as_its_start(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_model(tmp_path, name, mib=60)
+    config = configure(tmp_path, budget_mib=100, http={"host": "127.0.0.1", "port": 0})
+    async with running(config) as site:
+        address = f"http://127.0.0.1:{site.application.http_port}"
+        async with httpx.AsyncClient(base_url=address, timeout=TIMEOUT_S) as web:
+
+            async def ask(path: str) -> tuple[int, list[tuple[str, str, str]]]:
+                answer = await web.get(f"/v1/models/{path}")
+                rows = answer.json().get("model_version_status", [])
+                return answer.status_code, [
+                    (each["version"], each["state"], each["status"]["error_code"]) for each in rows
+                ]
+
+            assert await ask("a") == (200, [("1", "START", "OK")])
+            assert await ask("a/versions/1") == (200, [("1", "START", "OK")])
+            assert (await ask("a/versions/2"))[0] == (await ask("c"))[0] == 404
+            assert BallastBackend.loads == {}, "who only asks loads nothing"
+            await site.infer("a")
+            assert await ask("a") == (200, [("1", "AVAILABLE", "OK")])
+            await site.infer("b")  # evicts a
+            assert await ask("a") == (200, [("1", "START", "OK")])
+
+
 async def test_metrics_tell_what_models_are_counted_with_and_who_had_to_go(tmp_path: Path) -> None:
     write_model(tmp_path, "a", mib=60)
     write_model(tmp_path, "b", mib=60)
