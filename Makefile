@@ -66,6 +66,7 @@ ROUNDS ?= 50
 SEED ?= 1
 chaos: $(CACHE)/test $(CACHE)/compiled
 	$(PY) tests/chaos/run.py --rounds $(ROUNDS) --seed $(SEED) --results tests/chaos/results.json
+	$(PY) tests/sanitize/report.py
 
 lint: $(CACHE)/test
 	$(VENV)/bin/ruff check .

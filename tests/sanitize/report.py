@@ -1,4 +1,4 @@
-"""Writes the last figures of the sanitizers, the fuzzers and the leak run into ``docs/safety.md``."""
+"""Writes the last figures of the sanitizers, the fuzzers, the leak run and the kills into ``docs/safety.md``."""
 
 from __future__ import annotations
 
@@ -55,12 +55,49 @@ def show_leaks() -> str:
     return f"{caption}\n\n{make_table(('what', 'before', 'after'), rows)}"
 
 
-def main() -> None:
-    text = PAGE.read_text()
-    for name, show in (("sanitizers", show_sanitizers), ("fuzzing", show_fuzzing), ("leaks", show_leaks)):
+def show_kills() -> str:
+    results = read("tests/chaos/results.json")
+    parts = [results[kind] for kind in ("sqlite", "postgresql")]
+    rows = [
+        (title, *(", ".join(f"{part[name]:,}" for name in names) for part in parts))
+        for title, names in (
+            ("rounds, kills", ("rounds", "kills")),
+            ("changes acknowledged, of these at a repetition", ("acknowledged", "acknowledged_on_repeat")),
+            ("changes cut off, of these made all the same", ("unacknowledged", "made_unanswered")),
+            ("requests answered, wrong, failed", ("requests_answered", "requests_wrong", "requests_failed")),
+            ("a server's start, median and longest, s", ("median_start_s", "longest_start_s")),
+        )
+    ]
+    rows.append(("longest time without a driver of rollouts, s", "", f"{parts[1]['longest_takeover_s']:,}"))
+    table = make_table((f"seed {results['seed']}", "SQLite, one server", "PostgreSQL, two servers"), rows)
+    stop, disk = results["stop"], results["disk"]
+    return (
+        f"{table}\n\nWhile PostgreSQL stood still for {stop['stopped_s']:g} s, "
+        f"{stop['requests_answered_meanwhile']:,} requests were answered and {stop['requests_failed']} failed; "
+        f"{stop['changes_refused']} changes were refused, each within {stop['longest_refusal_s']:g} s. "
+        f"With a full disk {disk['refused']} uploads were refused, {disk['requests_answered']:,} requests answered, "
+        f"and {disk['requests_failed']} failed."
+    )
+
+
+def render(text: str) -> str:
+    """The page with the last figures in their places."""
+    for name, show in (
+        ("sanitizers", show_sanitizers),
+        ("fuzzing", show_fuzzing),
+        ("leaks", show_leaks),
+        ("kills", show_kills),
+    ):
+        figures = show().replace("\\", r"\\")  # text, not a reference to a group
         pattern = rf"(<!-- {name}: written by tests/sanitize/report.py -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda found, show=show: f"{found[1]}{show()}\n{found[2]}", text, flags=re.S)
-    PAGE.write_text(text)
+        text, places = re.subn(pattern, rf"\g<1>{figures}\n\g<2>", text, flags=re.S)
+        if places != 1:
+            raise ValueError(f"{PAGE.name} has {places} places for the figures of {name}, expected 1")
+    return text
+
+
+def main() -> None:
+    PAGE.write_text(render(PAGE.read_text()))
 
 
 if __name__ == "__main__":
