@@ -99,4 +99,8 @@ def main() -> None:
     """Runs the command line and ends the process with its exit code."""
     # A server keeps what it imports: it does without the client that the other commands need.
     asked = [name for name in COMMANDS if name in sys.argv[1:2]]
-    build_app(asked or COMMANDS)(prog_name="aiorch")
+    try:
+        app = build_app(asked or COMMANDS)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    app(prog_name="aiorch")

@@ -118,13 +118,15 @@ def _explain(error: ClientError, client: AdminClient, options: dict[str, Any]) -
         return NO_REGISTRY
     if error.code is grpc.StatusCode.UNAUTHENTICATED:
         return f"{error.details}; give a token or API key with --token-file FILE or AIORCH_TOKEN"
+    if error.reason == "CHECKSUM_MISMATCH":
+        return f"{error.details}; a file that changes while it is sent does that: push when nothing writes there"
     if isinstance(error, NotFoundError):
         reference = str(options.get("reference") or options.get("model") or "")
-        return error.details + _suggest(client, reference)
+        return error.details + _suggest(client, reference, error.reason == "UNKNOWN_VERSION")
     return error.details
 
 
-def _suggest(client: AdminClient, reference: str) -> str:
+def _suggest(client: AdminClient, reference: str, is_version_unknown: bool) -> str:
     """Names that are like the one that is not known; nothing where they cannot be had."""
     model, _, alias = reference.partition("@")
     model = model.partition(":")[0]
@@ -136,6 +138,9 @@ def _suggest(client: AdminClient, reference: str) -> str:
         return suggest(model, known) if known else ""
     if alias and alias not in known[model].aliases:
         return suggest(alias, known[model].aliases) if known[model].aliases else "; the model has no aliases"
+    if is_version_unknown:
+        latest = known[model].latest_version
+        return f"; the latest is {latest}" if latest else "; aiorch model push uploads one"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from aiorch_server.cli.reference import (
     parse_reference,
 )
 
+#: Between two lines about an upload where there is no terminal.
+_LINE_S = 10.0
 group = typer.Typer(no_args_is_help=True, help="Registers, lists and names models and their versions.")
 
 
@@ -90,9 +93,9 @@ def _finite(text: str) -> float:
 
 @contextmanager
 def _progress(output: ClientOutput, name: str) -> Iterator[Told | None]:
-    """What to call with the bytes sent; a bar at a terminal, nothing elsewhere."""
+    """What to call with the bytes sent; a bar at a terminal, elsewhere a line now and then, nothing with JSON."""
     if output.is_json or not output.is_terminal:
-        yield None
+        yield None if output.is_json else _tell_lines(output, name)
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -106,6 +109,18 @@ def _progress(output: ClientOutput, name: str) -> Iterator[Told | None]:
             bar.update(task, completed=sent, total=total, description=description)
 
         yield tell
+
+
+def _tell_lines(output: ClientOutput, name: str) -> Told:
+    told_s = time.monotonic()
+
+    def tell(sent: int, total: int) -> None:
+        nonlocal told_s
+        if sent < total and time.monotonic() >= told_s + _LINE_S:
+            told_s = time.monotonic()
+            output.show({}, f"sending {name}: {sent:,} of {total:,} bytes, {sent / total:.0%}")
+
+    return tell
 
 
 @group.command("list")

@@ -104,7 +104,7 @@ def watch(
             if count == limit:
                 return
     except KeyboardInterrupt:
-        return
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
 def _write_event(event: Event) -> str:

@@ -18,7 +18,7 @@ from aiorch_proto.admin.v1 import deployments_pb2
 from scripted_admin import STATUS, Refusal, ScriptedAdmin
 from typer.testing import CliRunner
 
-from aiorch_server.cli import build_app
+from aiorch_server.cli import build_app, model
 from aiorch_server.cli.connection import ClientOutput
 
 APP = build_app()
@@ -97,12 +97,25 @@ def test_push_list_show_alias_delete(server: ScriptedAdmin, artefact: Path) -> N
     assert run_json(server, "model", "delete", "digits:1", "--yes")[1] == {"deleted": {"model": "digits", "version": 1}}
 
 
+def test_a_long_upload_is_told_where_there_is_no_terminal(
+    server: ScriptedAdmin, artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artefact.write_bytes(bytes(3 << 20))
+    assert len(run(server, "model", "push", "digits", artefact).stdout.splitlines()) == 1
+    monkeypatch.setattr(model, "_LINE_S", 0.0)
+    lines = run(server, "model", "push", "digits", artefact).stdout.splitlines()
+    assert lines[0] == "sending digits.onnx: 1,048,576 of 3,147,264 bytes, 33%" and len(lines) > 2
+    assert run_json(server, "model", "push", "digits", artefact)[0] == 0
+
+
 def test_an_upload_that_broke_off_says_how_to_go_on(server: ScriptedAdmin, artefact: Path) -> None:
     server.refusals["UploadVersion"].extend([Refusal(STATUS.UNAVAILABLE, "the disk is full")] * 6)
     result = run(server, "model", "push", "digits", artefact, "--upload-id", "mine")
     assert result.exit_code == 1
     assert "the disk is full; what came stays at the server" in result.stderr
     assert "--upload-id mine" in result.stderr
+    server.refusals["UploadVersion"].append(Refusal(STATUS.DATA_LOSS, "another checksum", "CHECKSUM_MISMATCH"))
+    assert "push when nothing writes there" in run(server, "model", "push", "digits", artefact).stderr
 
 
 @pytest.mark.parametrize(
@@ -164,6 +177,7 @@ def test_wrong_names_are_told_with_those_that_are_alike(server: ScriptedAdmin, a
         server.refusals["Promote"].append(Refusal(STATUS.NOT_FOUND, "model 'digit' is not registered"))
         result = run(server, *command, "digit")
         assert (result.exit_code, "did you mean 'digits'?" in result.stderr) == (1, True), (command, result.output)
+    assert "no such version; the latest is 1\n" in run(server, "model", "show", "digits:9").stderr
     server.refusals["GetVersion"].append(Refusal(STATUS.NOT_FOUND, "no alias 'prodution'"))
     assert "did you mean 'production'?" in run(server, "model", "show", "digits@prodution").stderr
 
@@ -356,6 +370,27 @@ def test_a_wrong_objective_is_told(server: ScriptedAdmin, options: tuple[str, ..
     code, document = run_json(server, "objective", "set", "digits", *options)
     assert code == 2 and text in document["error"]["text"], document
     assert not server.requests["SetObjective"]
+
+
+def test_a_watch_ends_as_interrupted(server: ScriptedAdmin) -> None:
+    command = [sys.executable, "-m", "aiorch_server.cli", "watch", "--url", server.url]
+    watching = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while not server.requests["WatchEvents"]:
+            assert time.monotonic() < deadline and watching.poll() is None
+            time.sleep(0.02)
+        watching.send_signal(signal.SIGINT)
+        out, err = watching.communicate(timeout=LIMIT_S)
+    finally:
+        watching.kill()
+        watching.wait(LIMIT_S)
+    assert (watching.returncode, out, b"Traceback" in err) == (130, b"", False), err
 
 
 def test_a_process_that_is_interrupted_leaves_the_rollout_running(server: ScriptedAdmin, artefact: Path) -> None:
