@@ -16,16 +16,11 @@ CORE := $(wildcard aiorch_server/_core/*.pyx aiorch_server/_core/*.pxd aiorch_se
 serve: $(CACHE)/examples $(CACHE)/compiled models
 	$(VENV)/bin/aiorch serve --model-repository $(MODELS) --log-level warning $(SERVE_ARGS)
 
-# One process per folder: frameworks bring C libraries that do not all get along in one process, and a crash of one
-# must not hide the results of the rest.
+# one process per folder, two at a time where there are two cores: tests/lanes.py
 TEST_FOLDERS ?= meta core unit contract integration chaos
 
 test: $(CACHE)/test $(CACHE)/compiled
-	@failed=; for folder in $(TEST_FOLDERS); do \
-	    echo "== tests/$$folder"; \
-	    $(PY) -m pytest tests/$$folder $(TEST_ARGS) || failed="$$failed $$folder"; \
-	done; \
-	if [ -n "$$failed" ]; then echo "== failed:$$failed"; exit 1; fi
+	@exec $(PY) tests/lanes.py $(TEST_FOLDERS) -- $(TEST_ARGS)
 
 # docs/safety.md says what these three find. SANITIZE=address (ASan, UBSan, leaks) or thread (ThreadSanitizer).
 # Left out: tests/meta (nothing compiled runs there) and what measures the process's own memory or speed (a sanitizer
@@ -38,7 +33,7 @@ SANITIZED_address ?= tests/core $(filter-out %__pycache__,$(sort $(wildcard test
 SANITIZED_thread ?= tests/core/test_scheduler.py tests/core/test_cancel.py tests/core/test_compiled.py \
     tests/contract/http2 tests/contract/door tests/contract/rest
 SKIPPED := --deselect tests/core/test_leaks.py --deselect tests/core/test_h2_leaks.py \
-    --deselect tests/contract/door/test_door_threads.py::test_a_busy_interpreter \
+    --deselect tests/contract/door/test_door_threads.py::test_a_held_interpreter \
     --deselect tests/contract/door/test_door_tls.py::test_two_thousand_connections_leave_nothing \
     --deselect tests/integration/test_footprint.py::test_a_server_of_one_onnx_model_stays_small \
     --deselect tests/unit/test_execution_thread_executor.py::test_loading_leaves_no_scratch_memory_behind

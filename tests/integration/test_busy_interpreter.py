@@ -53,6 +53,7 @@ def measure(repository: Path, *options: str) -> tuple[float, float]:
     return interval, statistics.median(seconds)
 
 
+@pytest.mark.alone
 def test_the_switch_interval_bounds_the_wait_for_a_busy_thread(repository: Path) -> None:
     interval, latency = measure(repository)
     assert interval == pytest.approx(0.0005)

@@ -240,6 +240,7 @@ async def test_a_streamed_request_ends_with_its_last_answer() -> None:
     assert took.min() >= 30_000_000
 
 
+@pytest.mark.alone
 async def test_open_loop_latency_counts_from_the_due_time() -> None:
     """A stall of the server must show in every request that it held up, not only in the one that it hit."""
     stall_s, rate = 0.4, 200

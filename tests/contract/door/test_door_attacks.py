@@ -347,6 +347,7 @@ def test_callers_that_give_up_by_the_hundred_keep_their_connection(native_door: 
         attacker.read_until(lambda frames: any(isinstance(frame, DataFrame) for frame in frames))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", NATIVE)
 def test_cheap_bytes_that_cost_much_do_not_hold_up_others(make_door: Callable[..., Door], kind: str) -> None:
     """Header blocks of one-byte references: 16 KB name 60 MB, and decoding them cannot be refused half-way."""

@@ -278,6 +278,7 @@ def count_answers_without_interpreter(door: Door) -> int:
     return sum(begun < float(line) < ended for line in output.split())
 
 
+@pytest.mark.alone
 def test_a_held_interpreter(make_door: Callable[..., Door]) -> None:
     """The loop waits for the interpreter at each of its steps; an I/O thread never."""
     full = Scheduler(make_spec(), max_queue_size=1)  # nobody takes from it: refused at the door, without Python

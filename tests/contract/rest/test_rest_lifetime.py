@@ -118,6 +118,7 @@ async def test_pipelined_requests_are_answered_in_order(door):
     writer.close()
 
 
+@pytest.mark.alone
 async def test_answers_do_not_wait_for_acknowledgements(door):
     """A head and a body leave at once; without TCP_NODELAY the body waits 40 ms for the client to acknowledge."""
     loop = asyncio.get_running_loop()
@@ -267,6 +268,7 @@ async def test_connections_far_beyond_the_limit_are_closed_at_once(door):
         await server.stop(1)
 
 
+@pytest.mark.alone
 async def test_a_large_answer_in_json_does_not_hold_up_others(door):
     count = 2 << 20
     door.plane.outputs = [Tensor("OUT", "FP32", (count,), np.linspace(0, 1, count, dtype="<f4").tobytes())]

@@ -12,6 +12,8 @@ from aiorch_server.registry.records import CanaryStep, Gates, RolloutPlan, Rollo
 
 S = RolloutState
 STEPS = (CanaryStep(20.0, 1.0), CanaryStep(50.0, 1.0))
+#: its gates compare latencies
+pytestmark = pytest.mark.alone
 GATES = Gates(max_error_rate=0.02, max_p99_ratio=4.0, min_agreement=0.9, min_samples=50)
 CANARY = RolloutPlan(Strategy.CANARY, STEPS, GATES, sample_percent=20.0)
 

@@ -101,6 +101,7 @@ async def measure(site: Secured, path: str, model: str) -> float:
     return time.perf_counter() - begin
 
 
+@pytest.mark.alone
 async def test_in_the_same_time(models: Path) -> None:
     """The medians of many calls by turns lie no further apart than those of the same call do."""
     async with serve_secured(models) as site:

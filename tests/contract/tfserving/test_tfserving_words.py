@@ -389,6 +389,7 @@ async def test_stopping(site: Site, repository: Path) -> None:
         assert (await running).json() == {"outputs": [[1.0]]}
 
 
+@pytest.mark.alone
 async def test_large_examples_do_not_hold_up_others(site: Site) -> None:
     values = ",".join(["1"] * 500_000)
     async with measure_lag() as lag:

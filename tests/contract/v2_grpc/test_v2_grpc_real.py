@@ -290,6 +290,7 @@ async def test_stream(client: Any) -> None:
     assert seen == [str(number) for number in range(30)]
 
 
+@pytest.mark.alone
 async def test_millions_of_strings_do_not_hold_up_others(real_site: SimpleNamespace) -> None:
     """Each element has a length that has to be looked at before the next one is found."""
     count = 3 << 20
