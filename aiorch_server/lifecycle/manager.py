@@ -195,6 +195,8 @@ class LifecycleManager(ModelDirectory):
             model.follow_demand(False, None)
             await self._tasks.run(self._changes.unload(model, forget=True))
             model.is_deployed = False
+            if await run_blocking(f"look at {name}", lambda: self._repository.look(name)) is None:
+                self._snapshots = {other: each for other, each in self._snapshots.items() if other != name}
         self._withheld.discard(name)
 
     def withhold(self, name: str, is_withheld: bool = True) -> None:

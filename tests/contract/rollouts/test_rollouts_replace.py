@@ -175,6 +175,17 @@ async def test_scale_and_shares_by_hand_and_undeploy(fleet: Fleet) -> None:
     assert (await fleet.wait((await fleet.deploy(third)).id)).state is S.SUCCEEDED, "and it may come back"
 
 
+async def test_what_is_undeployed_leaves_the_index(fleet: Fleet) -> None:
+    server = await fleet.start()
+    await fleet.serve_first()
+    await server.manager.poll()  # it is seen in the repository, as a model of a folder is
+    assert [(entry.name, entry.state.value) for entry in server.manager.index()] == [("m", "READY")]
+    await fleet.ask(service.undeploy, "m")
+    await until(lambda: not server.manager.index())
+    await server.manager.poll()
+    assert not server.manager.index()
+
+
 async def test_code_needs_consent(fleet: Fleet) -> None:
     server = await fleet.start()
     files = {
