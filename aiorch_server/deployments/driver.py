@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
-from aiorch_server.deployments.rollout import Observation, abandon, advance
+from aiorch_server.deployments.rollout import CLOCK_S, Observation, abandon, advance, begin_anew
 from aiorch_server.deployments.samples import merge, name_step
 from aiorch_server.deployments.writing import write_move
 from aiorch_server.errors import AiorchError, Conflict, RegistryUnavailable
+from aiorch_server.registry.clock import read_clock
 from aiorch_server.registry.deployments import find_deployment
 from aiorch_server.registry.leases import Lease, acquire_lease, check_lease, release_lease
 from aiorch_server.registry.records import Deployment, Rollout, ServerStatus
@@ -62,6 +64,8 @@ class Driver:
         self._holder = f"{server} {secrets.token_hex(4)}"
         self._lease: Lease | None = None
         self._is_rolling = False
+        #: By how much the database's clock was ahead of the monotonic one when it was last looked at.
+        self._ahead_s: float | None = None
         self._end = asyncio.Event()
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -130,19 +134,25 @@ class Driver:
         self._lease = lease
 
     async def _drive(self, lease: Lease) -> None:
-        def list_ids(session: Session) -> list[str]:
-            return [rollout.id for rollout in read_open_rollouts(session)]
+        def look(session: Session) -> tuple[float, list[str]]:
+            ahead_s = read_clock(session).timestamp() - time.monotonic()
+            return ahead_s, [rollout.id for rollout in read_open_rollouts(session)]
 
-        for id in await self._database.read(list_ids):
+        ahead_s, ids = await self._database.read(look)
+        was_set = self._ahead_s is not None and abs(ahead_s - self._ahead_s) > CLOCK_S
+        if was_set:
+            logger.warning("the registry's clock was set: rollouts begin their steps anew")
+        for id in ids:
             try:
-                if await self._database.run(lambda session, id=id: self._step(session, lease, id)):  # type: ignore[misc]
+                if await self._database.run(lambda session, id=id: self._step(session, lease, id, was_set)):  # type: ignore[misc]
                     self._on_change()
             except (RegistryUnavailable, Conflict):
                 raise
             except Exception:  # the others go on
                 logger.exception("rollout %s could not be driven; it is tried again", id)
+        self._ahead_s = ahead_s
 
-    def _step(self, session: Session, lease: Lease, id: str) -> bool:
+    def _step(self, session: Session, lease: Lease, id: str, was_set: bool) -> bool:
         """One move of one rollout, if there is one; gives whether it changed what should run."""
         now = check_lease(session, lease)
         rollout = get_rollout(session, id)
@@ -155,7 +165,7 @@ class Driver:
         heard = read_servers(session)
         statuses = {each.server: each for each in read_server_statuses(session, rollout.model)}
         seen = observe(rollout, deployment, statuses, heard, now, silent_s=self._silent_s)
-        move = advance(rollout, seen, now)
+        move = begin_anew(rollout, now) if was_set else advance(rollout, seen, now)
         write_move(session, rollout, move, deployment, actor=self._server, is_driver=True)
         return bool(move.text)
 
@@ -169,8 +179,11 @@ def observe(
     *,
     silent_s: float = SILENT_S,
 ) -> Observation:
-    """What the servers made of the present deployment: ``heard`` tells when each was heard of last. Pure."""
-    live = [server for server, seen_at in heard.items() if now - seen_at <= timedelta(seconds=silent_s)]
+    """What the servers made of the present deployment: ``heard`` tells when each was heard of last. Pure.
+
+    A server that was heard of in the future said so before the clock was set back.
+    """
+    live = [server for server, seen_at in heard.items() if abs((now - seen_at).total_seconds()) <= silent_s]
     silent = [server for server in heard if server not in live and (now - heard[server]).total_seconds() < _FORGOTTEN_S]
     waiting, failures = [], {}
     for server in live:

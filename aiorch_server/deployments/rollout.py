@@ -31,6 +31,8 @@ from aiorch_server.registry.records import Rollout, RolloutPlan, RolloutState, S
 S = RolloutState
 #: Servers whose reasons are told.
 _MOST_TOLD: Final = 3
+#: A step that begins so much later than now began before the clock was set back.
+CLOCK_S: Final = 5.0
 _NO_SAMPLES: Final = StepSamples("")
 
 #: Every legal step, with what it means.
@@ -190,6 +192,14 @@ def command(rollout: Rollout, verb: Command, now: datetime, *, actor: str, reaso
     return _go(rollout, target, text, now)
 
 
+def begin_anew(rollout: Rollout, now: datetime) -> Move:
+    """The present step from its beginning, for the clock was set: how long it has lasted, nobody knows any more."""
+    if rollout.state is not S.RUNNING or rollout.step_began_at is None:
+        return Move(rollout, plan_wish(rollout))
+    began = replace(rollout, step_began_at=now, reports=(), disagreements=())
+    return _go(began, S.RUNNING, f"{describe_step(began)} begins anew, because the clock was set", now)
+
+
 def abandon(rollout: Rollout, reason: str, now: datetime) -> Rollout:
     """A rollout whose deployment was taken away: nothing is left that could be wanted."""
     _check_step(rollout.state, S.ABORTED)
@@ -225,6 +235,8 @@ def _advance_step(rollout: Rollout, seen: Observation, now: datetime) -> Move:
     if verdict.breach:
         target = S.PAUSED if plan.is_rollback_manual else S.ROLLING_BACK
         return _go(rollout, target, f"{describe_step(rollout)}: {verdict.breach}", now)
+    if (_began(rollout) - now).total_seconds() > CLOCK_S:
+        return begin_anew(rollout, now)
     if is_endless or not is_over:
         return _stay(rollout, _tell_waiting(describe_step(rollout), seen))
     note = ""

@@ -32,12 +32,13 @@ class Lease:
 def acquire_lease(session: Session, name: str, holder: str, *, duration_s: float) -> Lease | None:
     """The lease, if nobody else holds it; whoever holds it already goes on with it, in the same epoch.
 
-    ``holder`` is a name that no other process has, also not one that runs later.
+    ``holder`` is a name that no other process has, also not one that runs later; all ask for the same ``duration_s``.
     """
     check_short(holder, "a lease's holder")
     now = read_clock(session)
     found = find_lease(session, name)
-    is_held = found is not None and found.expires_at > now
+    # One that ends later than it could if it were given now is from before the clock was set back.
+    is_held = found is not None and now < found.expires_at <= now + timedelta(seconds=duration_s)
     if found is not None and is_held and found.holder != holder:
         return None
     epoch = 1 if found is None else found.epoch if is_held else found.epoch + 1

@@ -156,3 +156,10 @@ def test_what_is_lost_and_for_how_long_nothing_comes_back() -> None:
     fresh = Counted()
     fresh.scheduler.in_flight = 1
     assert sampler.read({2: fresh}).windows[2].stuck_s == 0, "it was loaded anew"  # type: ignore[dict-item]
+
+
+def test_a_clock_that_was_set_back_keeps_no_dead_server_alive() -> None:
+    heard = {"alive": NOW, "dead": NOW + timedelta(hours=1)}
+    statuses = {"alive": status("alive", DEPLOYMENT.generation)}
+    seen = observe(ROLLOUT, DEPLOYMENT, statuses, heard, NOW)
+    assert (seen.n_servers, seen.waiting, seen.silent) == (1, (), ("dead",))
