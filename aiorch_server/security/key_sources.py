@@ -5,8 +5,12 @@ Descriptions as in OpenID Connect Discovery 1.0 (section 4) and RFC 8414. All fu
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +31,67 @@ def read_file(path: Path) -> bytes:
     return _bound(content)
 
 
+class _Line:
+    """The connection of one fetch, which another thread may cut."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
+        self.is_cut = False
+
+    def connect(self, *arguments: Any, **more: Any) -> socket.socket:
+        """As ``socket.create_connection``."""
+        made = socket.create_connection(*arguments, **more)
+        with self._lock:
+            # One of its own: TLS takes the other over, from the handshake on.
+            self._sockets.append(made.dup())
+            if self.is_cut:
+                made.close()
+                raise TimeoutError
+        return made
+
+    def cut(self) -> None:
+        """From now on nothing more comes."""
+        with self._lock:
+            self.is_cut = True
+            for each in self._sockets:
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Gives the descriptors back."""
+        with self._lock:
+            for each in self._sockets:
+                each.close()
+            self._sockets.clear()
+
+    def put_under(self, connection: Any) -> Any:
+        """``connection`` of http.client, which will use this line."""
+        connection._create_connection = self.connect
+        return connection
+
+
+class _HttpHandler(urllib.request.HTTPHandler):
+    def __init__(self, line: _Line) -> None:
+        super().__init__()
+        self._line = line
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(lambda *a, **k: self._line.put_under(http.client.HTTPConnection(*a, **k)), request)
+
+
+class _HttpsHandler(urllib.request.HTTPSHandler):
+    def __init__(self, context: ssl.SSLContext, line: _Line) -> None:
+        super().__init__(context=context)
+        self._line, self._tls = line, context
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        def connect(*a: Any, **k: Any) -> Any:
+            return self._line.put_under(http.client.HTTPSConnection(*a, context=self._tls, **k))
+
+        return self.do_open(connect, request)
+
+
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Keys come from where the settings say, and from nowhere else."""
 
@@ -35,14 +100,36 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def make_fetch(url: str, *, timeout_s: float, tls_root: Path | None = None) -> Callable[[], bytes]:
-    """What gets the document at ``url``; it raises OSError or ValueError, within a few times ``timeout_s``.
+    """What gets the document at ``url``; it raises OSError or ValueError, soon after ``timeout_s``.
 
     Only https, or http on this machine; no redirects; at most MAX_BYTES.
     """
     context = ssl.create_default_context(cafile=tls_root)
-    opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=context), _NoRedirects())
 
     def fetch() -> bytes:
+        line = _Line()
+        https = _HttpsHandler(context, line)
+        opener = urllib.request.build_opener(_HttpHandler(line), https, _NoRedirects())
+        # The opener's timeout is for one read: who sends a byte now and then would never be done.
+        clock = threading.Timer(timeout_s, line.cut)
+        clock.daemon = True
+        clock.start()
+        try:
+            content = get(opener)
+            if line.is_cut:  # what had come looks like all there is
+                raise TimeoutError
+            return content
+        except (OSError, http.client.HTTPException) as error:
+            if line.is_cut:
+                raise TimeoutError(f"it did not come within {timeout_s:g} s") from None
+            if isinstance(error, OSError):
+                raise
+            raise OSError(f"{url} does not speak HTTP: {type(error).__name__}") from None
+        finally:
+            clock.cancel()
+            line.close()
+
+    def get(opener: urllib.request.OpenerDirector) -> bytes:
         parts = urlsplit(url)
         if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in _LOOPBACKS):
             raise ValueError(f"its address {url} is not https")

@@ -210,7 +210,7 @@ def test_a_server_that_does_not_answer() -> None:
     with serve_pages() as site:
         release = threading.Event()
         site.before_answer = lambda: release.wait(10)
-        with pytest.raises(OSError, match=r"cannot be reached|timed out"):
+        with pytest.raises(OSError, match=r"did not come within"):
             make_fetch(f"{site.url}/keys", timeout_s=0.1)()
         release.set()
 
