@@ -43,6 +43,9 @@ class ObjectStore(ArtefactStore):
             self._files, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, **settings)
         except Exception as error:
             self._scratch.close()
+            if scheme in ("s3", "s3a") and isinstance(error, ImportError):
+                needed = "S3 needs the extra 's3' (pip install 'aiorchestrator[s3]')"
+                raise InvalidSettings(f"artefact store '{self.name}' cannot be used: {needed}: {error}") from None
             raise InvalidSettings(f"artefact store '{self.name}' cannot be used: {self._tell(error)}") from None
         self._root = root.rstrip("/")
 

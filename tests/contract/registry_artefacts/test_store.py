@@ -14,6 +14,7 @@ from moto_server import SECRET, MotoServer
 
 from aiorch_server.errors import InvalidSettings, RegistryUnavailable
 from aiorch_server.registry.collect import collect_garbage
+from aiorch_server.registry.object_store import ObjectStore
 from aiorch_server.registry.store import ArtefactStore, BlobMissing, open_store
 
 
@@ -207,3 +208,12 @@ def test_a_folder_that_went_away(folder_store: ArtefactStore, tmp_path: Path) ->
             calls[name]()
     (tmp_path / "moved").rename(tmp_path / "store")
     put(folder_store, b"y")
+
+
+def test_a_driver_that_is_missing_is_told_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_nothing(*_: object, **__: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", find_nothing)
+    with pytest.raises(InvalidSettings, match=r"pip install 'aiorchestrator\[s3\]'"):
+        ObjectStore("s3://models/aiorch", tmp_path, {})
