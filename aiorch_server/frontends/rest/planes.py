@@ -105,6 +105,10 @@ class ManagementPlane(Protocol):
         """What the repository holds, and in which state."""
         ...
 
+    def waiting_versions(self, name: str) -> Sequence[int]:
+        """The versions of a model that the next request for it would load."""
+        ...
+
     async def load_model(
         self, name: str, config_json: str | None = None, files: Mapping[str, bytes] | None = None
     ) -> None:
