@@ -18,6 +18,7 @@ from aiorch_server.lifecycle.refusals import explain_missing_versions
 from aiorch_server.lifecycle.residents import MemoryTerms, Residents
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.lifecycle.threads import run_blocking
+from aiorch_server.lifecycle.turns import unload_for_others
 from aiorch_server.lifecycle.version_policy import find_missing
 from aiorch_server.repository import ModelSnapshot
 
@@ -173,6 +174,4 @@ class Changes:
 async def evict(model: ManagedModel, reason: str) -> None:
     """Takes a model away, drained, that requests may bring back."""
     async with model.changing():
-        is_asked = model.is_asked
-        await model.unload(reason)
-        model.is_asked = is_asked
+        await unload_for_others(model, reason)

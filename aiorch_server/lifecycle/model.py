@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 STOPPING_TEXT = "Server is stopping, scheduler for model has stopped accepting new inference requests"
 UNLOADED = "unloaded"
+ENDED = "all instances ended"
 ON_DEMAND = "on demand: the first request loads it"
 
 #: What is told about each step: the row of the index as it is now.
@@ -88,6 +89,7 @@ class ManagedModel:
         self.seen: ModelSnapshot | None = None
         self._lock = asyncio.Lock()
         self._visitors = 0
+        self._resumed: asyncio.Future[None] | None = None
         self._drains: dict[Servable, asyncio.Task[bool]] = {}
 
     @contextlib.asynccontextmanager
@@ -104,6 +106,11 @@ class ManagedModel:
     def is_contended(self) -> bool:
         """Whether somebody else waits for the right to change this model."""
         return self._visitors > 1
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether somebody changes this model, or waits for the right to."""
+        return self._visitors > 0
 
     @property
     def is_idle(self) -> bool:
@@ -242,6 +249,35 @@ class ManagedModel:
         for entry in self.index():
             self._tell(entry)
 
+    def pause(self) -> None:
+        """Takes no more requests, until ``unload`` or ``resume``; within ``changing``. Those under way are answered."""
+        for record in self.versions.values():
+            if record.state is ModelState.READY:
+                self._step(record, ModelState.UNLOADING)
+        self._publish()
+
+    def resume(self) -> None:
+        """Takes requests again, after ``pause``."""
+        for record in self.versions.values():
+            if record.state is ModelState.UNLOADING and record.servable is not None:
+                self._step(record, ModelState.UNAVAILABLE, ENDED)
+                if record.servable.instances.ended.done():  # while it was paused, when nobody was told
+                    record.servable.abandon(ENDED)
+                    record.failed, record.servable = record.servable.fingerprint, None
+                else:
+                    self._step(record, ModelState.LOADING)
+                    self._step(record, ModelState.READY)
+        self._publish()
+        if self._resumed is not None:
+            self._resumed.set_result(None)
+            self._resumed = None
+
+    def when_resumed(self) -> asyncio.Future[None]:
+        """Done after the next ``resume``; shared: for waiting only."""
+        if self._resumed is None:
+            self._resumed = asyncio.get_running_loop().create_future()
+        return self._resumed
+
     def follow_steps(self, record: VersionRecord, problem: str) -> bool:
         """Withholds an ensemble because of ``problem``, or brings it back if there is none; whether that changed it.
 
@@ -321,9 +357,10 @@ class ManagedModel:
         leaving: list[tuple[VersionRecord, Servable]] = []
         for record in records:
             record.failed = ""
-            if record.state is ModelState.READY and record.servable is not None:
+            if record.state in (ModelState.READY, ModelState.UNLOADING) and record.servable is not None:
                 leaving.append((record, record.servable))
-                self._step(record, ModelState.UNLOADING)
+                if record.state is ModelState.READY:
+                    self._step(record, ModelState.UNLOADING)
             else:
                 if record.is_withheld and record.servable is not None:
                     self._start_drain(record.servable)
@@ -375,7 +412,7 @@ class ManagedModel:
             record.servable = None
             record.failed = servable.fingerprint
             self._step(record, ModelState.UNLOADING)
-            self._step(record, ModelState.UNAVAILABLE, reason or "all instances ended")
+            self._step(record, ModelState.UNAVAILABLE, reason or ENDED)
             self._publish()
 
         def tell_loop(reason: str) -> None:

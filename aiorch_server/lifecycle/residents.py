@@ -1,8 +1,9 @@
 """Keeps what is loaded within the memory budgets: a load gets room first, if need be from models that rest.
 
-Only models that are loaded on demand are evicted, the least recently used first, and only while nobody uses them: no
-lease, nothing queued or running, no sequence under way, nobody waiting for them. An ensemble goes before its steps, and
-keeps them while it is in use or always loaded.
+Only models that are loaded on demand are evicted, first those that nobody uses, the least recently used before others:
+no lease, nothing queued or running, no sequence under way, nobody waiting for them. Where all are in use, those whose
+turn is over go, the longest loaded first: see turns.py. An ensemble goes before its steps, and keeps them while it is
+in use or always loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from aiorch_server.errors import MemoryBudgetExceeded
 from aiorch_server.lifecycle.loader import Loader, Source
@@ -21,15 +21,18 @@ from aiorch_server.lifecycle.model import ManagedModel
 from aiorch_server.lifecycle.scale import Scale
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.lifecycle.threads import run_blocking
+from aiorch_server.lifecycle.turns import LOOK_S, Turns
 
 logger = logging.getLogger(__name__)
 
 EVICTED = "on demand: evicted to make room for {}; the next request loads it"
-#: How often a load that waits for room looks: requests on the compiled path wake nobody when they end.
-_LOOK_S: Final = 0.02
 
 #: Unloads a model for the reason given, drained.
 Evict = Callable[[ManagedModel, str], Awaitable[None]]
+#: Models that go together.
+Group = Iterable[ManagedModel]
+Choice = Callable[[Group], bool]
+Order = Callable[[Group], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Residents:
         self._evict = evict
         self._terms = terms
         self._scale = Scale()
+        self._turns = Turns(terms.residence_s)
         #: Models that had to go so far.
         self.evictions = 0
 
@@ -93,13 +97,15 @@ class Residents:
         until = time.monotonic() + self._terms.patience_s
         while (holding := self.ledger.take(label, need)) is None:
             lacks = self.ledger.find_lack(need)
-            resting = self._choose(lacks, may_be_used=False)
+            resting = self._choose(lacks, self._is_resting, _find_last_use)
             if resting is not None:
                 await self._send_away(resting, label)
-            elif self._choose(lacks, may_be_used=True) is None or time.monotonic() >= until:
+            elif self._choose(lacks, lambda _: True) is None or time.monotonic() >= until:
                 raise MemoryBudgetExceeded(self.ledger.explain(label, need))
+            elif (serving := self._choose(lacks, self._is_turn_over, _find_load)) is not None:
+                await self._end_turns(serving, label)
             else:
-                await asyncio.sleep(_LOOK_S)
+                await asyncio.sleep(LOOK_S)
         return holding
 
     async def _shed(self, label: str) -> None:
@@ -107,7 +113,7 @@ class Residents:
         excess = self.ledger.find_excess()
         if not excess:
             return
-        chosen = self._choose(excess, may_be_used=False)
+        chosen = self._choose(excess, self._is_resting, _find_last_use)
         if chosen is not None:
             await self._send_away(chosen, label)
         for device, size in self.ledger.find_excess().items():
@@ -120,7 +126,7 @@ class Residents:
                 self.ledger.list_holders(device),
             )
 
-    def _choose(self, lacks: Charge, *, may_be_used: bool) -> list[ManagedModel] | None:
+    def _choose(self, lacks: Charge, may_go: Choice, order: Order | None = None) -> list[ManagedModel] | None:
         """The models to evict so that there are ``lacks`` bytes more, in that order; None if it cannot be done."""
         groups = []
         dependents = self._list_dependents()
@@ -128,10 +134,10 @@ class Residents:
             if not any(add_charges(_list_charges([model])).get(device) for device in lacks):
                 continue
             group = _find_group(model, dependents)
-            if all(each.is_on_demand for each in group) and (may_be_used or self._is_resting(group)):
+            if all(each.is_on_demand for each in group) and may_go(group):
                 groups.append(group)
-        if not may_be_used:
-            groups.sort(key=_find_last_use)
+        if order is not None:
+            groups.sort(key=order)
         chosen: dict[str, ManagedModel] = {}
         for group in groups:
             freed = add_charges(_list_charges(chosen.values()))
@@ -150,11 +156,21 @@ class Residents:
                     dependents.setdefault(name, []).append(each)
         return dependents
 
-    def _is_resting(self, group: Iterable[ManagedModel]) -> bool:
+    def _is_resting(self, group: Group) -> bool:
         latest = time.monotonic() - self._terms.residence_s
         return all(
             each.is_idle and all(servable.loaded_at <= latest for servable in each.servables()) for each in group
         )
+
+    def _is_turn_over(self, group: Group) -> bool:
+        return all(self._turns.is_over(each) for each in group)
+
+    async def _end_turns(self, models: list[ManagedModel], label: str) -> None:
+        for model in models:
+            if not await self._turns.end(model, EVICTED.format(f"'{label}'")):
+                return
+            logger.info("'%s' was in use and is evicted: it is the turn of '%s'", model.name, label)
+            self.evictions += 1
 
     async def _send_away(self, models: list[ManagedModel], label: str) -> None:
         for model in models:
@@ -181,7 +197,7 @@ def _list_charges(models: Iterable[ManagedModel]) -> Iterable[Charge]:
     return [each.memory.charge for model in models for each in model.servables() if each.memory is not None]
 
 
-def _find_last_use(group: Iterable[ManagedModel]) -> float:
+def _find_last_use(group: Group) -> float:
     """When one of them was used or loaded last, in milliseconds of the clock that statistics have."""
     return max(
         (
@@ -191,3 +207,8 @@ def _find_last_use(group: Iterable[ManagedModel]) -> float:
         ),
         default=0,
     )
+
+
+def _find_load(group: Group) -> float:
+    """When the last of them was loaded."""
+    return max((each.loaded_at for model in group for each in model.servables()), default=0.0)

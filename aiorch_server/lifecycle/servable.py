@@ -141,7 +141,12 @@ class Servable:
     @property
     def is_idle(self) -> bool:
         """Whether nobody uses it: no request, no lease, no sequence under way."""
-        return not self.pending and (self.sequencer is None or not (self.sequencer.live or self.sequencer.backlog))
+        return not self.pending and not self.has_sequences
+
+    @property
+    def has_sequences(self) -> bool:
+        """Whether a sequence is under way."""
+        return self.sequencer is not None and bool(self.sequencer.live or self.sequencer.backlog)
 
     def acquire(self) -> ServableHandle:
         """A new lease; ModelNotReady once the servable drains."""
