@@ -31,9 +31,12 @@ SANITIZE ?= address
 SANITIZED_address ?= tests/core $(filter-out %__pycache__,$(sort $(wildcard tests/contract/[a-z]*))) tests/unit \
     tests/chaos tests/integration
 SANITIZED_thread ?= tests/core/test_scheduler.py tests/core/test_cancel.py tests/core/test_compiled.py \
+    tests/core/test_passes.py tests/core/test_quota.py tests/core/test_shares.py tests/core/test_desk.py \
+    tests/contract/security/test_security_passes.py tests/contract/security/test_security_streams.py \
     tests/contract/http2 tests/contract/door tests/contract/rest
 SKIPPED := --deselect tests/core/test_leaks.py --deselect tests/core/test_h2_leaks.py \
     --deselect tests/contract/door/test_door_threads.py::test_a_held_interpreter \
+    --deselect tests/core/test_passes.py::test_memory_is_bounded_and_given_back \
     --deselect tests/contract/door/test_door_tls.py::test_two_thousand_connections_leave_nothing \
     --deselect tests/integration/test_footprint.py::test_a_server_of_one_onnx_model_stays_small \
     --deselect tests/unit/test_execution_thread_executor.py::test_loading_leaves_no_scratch_memory_behind
