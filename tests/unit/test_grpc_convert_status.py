@@ -18,7 +18,7 @@ def test_error_has_a_status(error: type[AiorchError]) -> None:
     code, text = describe_error(error("what is wrong"))
     assert code.value[0] == error.code
     assert code is not grpc.StatusCode.OK
-    assert text == "what is wrong"
+    assert text == (error.told or "what is wrong")
 
 
 def test_tree_was_walked() -> None:

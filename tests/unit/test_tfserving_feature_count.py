@@ -82,7 +82,7 @@ async def test_the_door_refuses_before_it_parses(name, monkeypatch) -> None:
     registration.add_serving_services(None, None, None, max_tensor_bytes=1)  # type: ignore[arg-type]
     told: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-    async def abort(code: Any, text: str) -> None:
+    async def abort(code: Any, text: str, trailing_metadata: Any = ()) -> None:
         told.set_result((code, text))
         raise RuntimeError
 

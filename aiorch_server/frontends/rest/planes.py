@@ -89,10 +89,6 @@ class ManagementPlane(Protocol):
         """The version that the request at hand will run on, and what it takes and gives."""
         ...
 
-    def waiting_versions(self, name: str) -> Sequence[int]:
-        """The versions of a model that the next request for it would load."""
-        ...
-
     def find_labelled(self, name: str, label: str) -> int:
         """The version that the model's configuration gives ``label``."""
         ...
