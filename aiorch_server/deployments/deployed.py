@@ -182,14 +182,12 @@ class DeployedModel:
             await self._load(wanted, proven, set(), is_asked=is_asked)
         if self.wanted is wanted:
             await self._load(wanted, set(deployment.loaded), kept, is_asked=is_asked)
-        if self.wanted is not wanted:  # its shares hold already, and these would take them back
-            return
         fresh = [version for version in self._manager.ready(self.name) if version not in ready]
         if ready:
             for version in fresh:
                 count = await self._recorder.warm(version)
                 logger.info("'%s' version %d: warm with %d recorded requests", self.name, version, count)
-        if self.wanted is not wanted:
+        if self.wanted is not wanted:  # its shares hold already, and these would take them back
             return
         if self._share(wanted) and kept:
             await self._load(wanted, set(deployment.loaded), set(), is_asked=False)

@@ -148,3 +148,24 @@ async def test_an_undeploy_takes_effect_while_a_version_is_loaded(fleet: Fleet, 
         PuppetBackend.on_load = None
         await fleet.wait((await fleet.deploy(1)).id)
         assert await traffic.ask() == ("1", 1.0)
+
+
+async def test_what_is_promoted_while_it_loads_is_warm_before_it_serves(
+    fleet: Fleet, slow: SlowLoads, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "aiorch_server.deployments.deployed")
+    server = await fleet.start()
+    await fleet.serve_first()
+    async with requests(server) as traffic:
+        await traffic.wait_for(1, 20)
+        PuppetBackend.on_load = slow
+        rollout = await fleet.deploy(await fleet.push())
+        await until(lambda: slow.standing == [2])
+        wanted = server.deployments._reconciler._models["m"]  # type: ignore[union-attr]
+        await fleet.direct(Command.PROMOTE)
+        await until(lambda: wanted.wanted is not None and wanted.wanted.deployment.loaded == (2,))
+        slow.end()
+        assert (await fleet.wait(rollout.id)).state is S.SUCCEEDED
+        await traffic.wait_for(2, 5)
+    assert "'m' version 2: warm with" in caplog.text
+    assert not traffic.errors
