@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from patience import PATIENCE
 from rollout_site import Fleet, PuppetBackend, Traffic, requests, until
 
 from aiorch_server.registry.records import CanaryStep, Gates, RolloutPlan, RolloutState, Strategy
@@ -70,7 +71,7 @@ async def test_a_candidate_that_hangs_is_taken_back_while_its_callers_still_wait
     await fleet.serve_first()
     version = await fleet.push(hangs=True)
     async with requests(server, callers=0) as traffic:
-        rollout = await fleet.deploy(version, canary(1.2, gates))
+        rollout = await fleet.deploy(version, canary(3.0 * PATIENCE, gates))
         await fleet.wait(rollout.id, S.RUNNING)
         await until(lambda: server.manager.versions("m") == [1, 2])
         waiting = asyncio.create_task(ask_all(traffic, 10, 60.0))
