@@ -69,7 +69,7 @@ class Lanes:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, "AIORCH_TEST_TURNS": str(self._place)},
+                    env={**os.environ, "TEST_TURNS": str(self._place)},
                     start_new_session=True,  # who interrupts a terminal interrupts all in it: each is to hear it once
                 )
                 self._running.add(process)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import queue
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -343,7 +345,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield site
     finally:
         site.close()
-        assert not [name for name in sys.modules if name.startswith("aiorch_models_")]
+        until = time.monotonic() + 10  # a thread that still unloads is not waited for by who closes
+        while (
+            left := [name for name in sys.modules if name.startswith("aiorch_models_")]
+        ) and time.monotonic() < until:
+            gc.collect()
+        assert not left
 
 
 @pytest.fixture(scope="module")

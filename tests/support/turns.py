@@ -15,7 +15,7 @@ def take_turn(*, alone: bool = False) -> Iterator[None]:
 
     Without lanes it does nothing: there is nobody else.
     """
-    place = os.environ.get("AIORCH_TEST_TURNS")
+    place = os.environ.get("TEST_TURNS")
     if place is None:
         yield
         return
