@@ -27,18 +27,26 @@ async def take(call: Any, count: int) -> list[deployments_pb2.Event]:
         return [await call.read() for _ in range(count)]
 
 
+async def wait_for_watchers(site: Site, count: int) -> None:
+    """The headers of a call come before it is counted, and its end before it is counted no more."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while site.services.watchers != count:
+            await asyncio.sleep(0.01)
+
+
 async def collect(call: Any) -> list[Any]:
     return [event async for event in call]
 
 
 async def write(site: Site, count: int, model: str = "m", begin: int = 0) -> None:
-    """As another server would: this one hears of it when it looks."""
+    """As another server would: this one hears of it when it looks. In parts: a transaction has four seconds."""
+    for part in range(begin, begin + count, 100):
 
-    def work(session: Session) -> None:
-        for number in range(begin, begin + count):
-            append_event(session, "test", f"event {number}", actor="elsewhere", model=model)
+        def work(session: Session, part: int = part) -> None:
+            for number in range(part, min(part + 100, begin + count)):
+                append_event(session, "test", f"event {number}", actor="elsewhere", model=model)
 
-    await site.database.run(work)
+        await site.database.run(work)
 
 
 @on_every_database
@@ -185,12 +193,10 @@ async def test_clients_that_leave(site: Site) -> None:
     idle = [watch(site, after=2000) for _ in range(10)]
     for call in idle:
         await call.initial_metadata()
-    assert site.services.watchers == 20
+    await wait_for_watchers(site, 20)
     for call in (*calls, *idle):
         call.cancel()
-    async with asyncio.timeout(TIMEOUT_S):
-        while site.services.watchers:
-            await asyncio.sleep(0.01)
+    await wait_for_watchers(site, 0)
 
 
 async def test_the_end_of_the_server(site: Site) -> None:
@@ -213,8 +219,7 @@ async def test_a_stop_does_not_wait_for_who_watches(site: Site) -> None:
 async def test_too_many_who_watch(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "MAX_WATCHERS", 2)
     calls = [watch(site) for _ in range(2)]
-    for call in calls:
-        await call.initial_metadata()
+    await wait_for_watchers(site, 2)
     assert await status_of(collect(watch(site))) == ("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED")
     for call in calls:
         call.cancel()

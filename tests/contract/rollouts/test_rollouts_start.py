@@ -6,7 +6,7 @@ import asyncio
 import threading
 
 import pytest
-from rollout_site import TIMEOUT_S, Fleet, PuppetBackend, requests, until
+from rollout_site import TIMEOUT_S, Fleet, PuppetBackend, poll, requests, until
 
 from aiorch_server.app import Application
 from aiorch_server.backend import LoadContext
@@ -63,8 +63,13 @@ async def test_a_server_that_starts_is_heard_of_and_follows(fleet: Fleet, monkey
     starting = asyncio.create_task(fleet.start("late"))
     try:
         await asyncio.to_thread(hold.began.wait, TIMEOUT_S)
+
+        async def find_late() -> list[str]:
+            found = await fleet.database.read(read_servers)
+            return [name for name in found if name != first.deployments.server]  # type: ignore[union-attr]
+
+        (late,) = await poll(find_late)
         known = await fleet.database.read(read_servers)
-        (late,) = [name for name in known if name != first.deployments.server]  # type: ignore[union-attr]
         hold.version = 0
         again = await fleet.deploy(other, model="other")
 
@@ -72,7 +77,7 @@ async def test_a_server_that_starts_is_heard_of_and_follows(fleet: Fleet, monkey
             while (await fleet.database.read(read_servers))[late] <= known[late]:
                 await asyncio.sleep(0.05)
 
-        await asyncio.wait_for(tells(), 5.0)
+        await asyncio.wait_for(tells(), TIMEOUT_S)
         assert not starting.done()
         await fleet.ask(service.undeploy, "m")
         hold.release()
