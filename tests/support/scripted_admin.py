@@ -73,6 +73,9 @@ class ScriptedAdmin:
         self.watches: deque[tuple[list[deployments_pb2.Event], Refusal | None]] = deque()
         #: The number of the last event, as each watch is told; None: by a server that does not tell.
         self.last_event: int | None = None
+        #: Until it is set no watch ends: a call of grpc.aio that ends with its headers may not tell of these.
+        self.may_end = threading.Event()
+        self.may_end.set()
         self.closing = threading.Event()
         self.server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.max_receive_message_length", 8 << 20)])
         for service in {method.service for method in METHODS.values()}:
@@ -87,6 +90,7 @@ class ScriptedAdmin:
 
     def close(self) -> None:
         self.closing.set()
+        self.may_end.set()
         self.server.stop(None).wait(10)
 
     def _handle(self, method: Any, answer: Callable[..., Any]) -> Any:
@@ -330,6 +334,7 @@ class ScriptedAdmin:
         events, end = self.watches.popleft() if self.watches else ([], None)
         yield from events
         if end is not None:
+            self.may_end.wait(20)
             end.abort(context)
         self.closing.wait(20)
 

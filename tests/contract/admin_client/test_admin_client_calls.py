@@ -21,6 +21,7 @@ from aiorch_client.admin import (
     Strategy,
     TrafficTarget,
 )
+from aiorch_client.admin.follow import Watch
 from aiorch_proto.admin.v1 import deployments_pb2
 from aiorch_proto.admin.v1.service import METHODS
 from scripted_admin import STATUS, Refusal, ScriptedAdmin
@@ -259,7 +260,17 @@ def test_a_watch_from_now_on_keeps_its_place_before_its_first_event(server: Scri
     watch.close()
 
 
-async def test_an_asyncio_watch_from_now_on_keeps_its_place(server: ScriptedAdmin) -> None:
+async def test_an_asyncio_watch_from_now_on_keeps_its_place(
+    server: ScriptedAdmin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Watch.begin
+
+    def begin_and_tell(watch: Watch, metadata: object) -> None:
+        begin(watch, metadata)
+        server.may_end.set()
+
+    monkeypatch.setattr(Watch, "begin", begin_and_tell)
+    server.may_end.clear()
     away = Refusal(STATUS.UNAVAILABLE, "the server is stopping")
     server.last_event = 7
     server.watches.extend([([], away), ([make_event(9)], None)])

@@ -27,8 +27,8 @@ N = 8
 
 @pytest.fixture
 def servers(url: str) -> Any:
-    """Eight servers of one registry, each with its own connections."""
-    opened = [Database(url, threads=1) for _ in range(N)]
+    """Eight servers of one registry, each with its own connections; patient, as any of them may come last."""
+    opened = [Database(url, threads=1, timeout_s=30.0) for _ in range(N)]
     yield opened
     for each in opened:
         each.close()
@@ -121,8 +121,10 @@ def test_a_reader_of_events_misses_none(servers: list[Database]) -> None:
     reader, *writers = servers
     with ThreadPoolExecutor(N) as pool:
         reading = pool.submit(read)
-        list(pool.map(write, writers))
-        is_over.set()
+        try:
+            list(pool.map(write, writers))
+        finally:
+            is_over.set()
         reading.result(60)
     assert seen == sorted(set(seen)) and len(seen) == each_writes * len(writers)
     last = reader.read_blocking(events.last_event_number)

@@ -174,7 +174,7 @@ async def test_shadow_compares_and_promotes_nothing(fleet: Fleet) -> None:
     await fleet.serve_first()
     async with requests(server) as traffic:
         version = await fleet.push(add=1)
-        plan = RolloutPlan(Strategy.SHADOW, gates=Gates(agreement_atol=0.5), bake_s=0.6, sample_percent=50.0)
+        plan = RolloutPlan(Strategy.SHADOW, gates=Gates(agreement_atol=0.5), bake_s=1.5, sample_percent=50.0)
         rollout = await fleet.wait((await fleet.deploy(version, plan)).id)
         assert rollout.state is S.SUCCEEDED and "nothing was promoted; 0 of" in rollout.reason
         assert rollout.reports[1].compared > 10 and rollout.disagreements
