@@ -11,6 +11,7 @@ from aiorch_server.assembly.telemetry import Telemetry
 from aiorch_server.config.server import ServerConfig
 from aiorch_server.observability.cache_metrics import CacheCollector
 from aiorch_server.observability.memory_metrics import MemoryCollector
+from aiorch_server.observability.quota_metrics import QuotaCollector
 from aiorch_server.observability.sample_metrics import SampleCollector
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def build_metrics(
             SampleCollector(planes.dataplane.samples.counts),
             MemoryCollector(residents.ledger.list_charges, lambda: residents.evictions),
             *([] if cache is None else [CacheCollector(cache.read_use)]),
+            *([] if gate is None else [QuotaCollector(gate.list_quotas)]),
         ],
         host=config.metrics.host,
         port=config.metrics.port,

@@ -173,6 +173,10 @@ class Gate:
             is_certificate=not credentials.authorizations,
         )
 
+    def list_quotas(self) -> list[Quota]:
+        """The quotas of the tenants that are counted now."""
+        return self._quotas.list_quotas()
+
     def forget(self) -> None:
         """Whatever was decided before is decided again from now on."""
         self._generation += 1

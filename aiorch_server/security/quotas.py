@@ -75,6 +75,10 @@ class QuotaBook:
                     max_in_flight=found.max_in_flight,
                 )
 
+    def list_quotas(self) -> list[Quota]:
+        """One of each tenant that is counted now, by its name."""
+        return [quota for _, quota in sorted(self._quotas.items())]
+
     def find(self, tenant: str) -> Quota | None:
         """The tenant's quota, None where it has no bounds; QuotaExceeded where too many tenants are counted now."""
         bounds = self._find_bounds(tenant)

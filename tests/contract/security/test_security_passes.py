@@ -142,3 +142,17 @@ async def test_rows_and_requests_in_flight(models: Path) -> None:
         assert other.status_code == 200, "each tenant has its own"
         quota = site.application._gate._quotas.find("client")  # type: ignore[union-attr]
         assert quota is not None and quota.counters().in_flight == 0
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_quotas_are_on_metrics(models: Path, door: str) -> None:
+    """Those of tenants that have called, with what each was given and refused."""
+    quotas = [{"tenant": "*", "requests_per_s": 0.001}]
+    async with serve_secured(models, door, security={"quotas": quotas}) as site:
+        url = f"http://127.0.0.1:{site.application.metrics_port}/metrics"
+        codes = [(await site.infer("client")).code for _ in range(3)]
+        assert codes == ["OK", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"]
+        scraped = (await site.ask("GET", url, "root")).text.splitlines()
+        assert 'aiorch_quota_admitted_total{tenant="client"} 1.0' in scraped
+        assert 'aiorch_quota_refused_total{bound="requests",tenant="client"} 2.0' in scraped
+        assert 'aiorch_quota_in_flight{tenant="client"} 0.0' in scraped
