@@ -284,6 +284,22 @@ async def test_a_key_for_another_request(site: Site) -> None:
         assert (await site.register("letters", idempotency_key="k1")).created_by == "bob"
 
 
+async def test_a_key_is_its_callers_own(site: Site) -> None:
+    """Who guesses another's key gets neither his answer nor learns that it was used; who lost his role gets nothing."""
+    with speaking_as("alice", (Role.ADMIN, "*")):
+        await site.register("digits", idempotency_key="k1")
+    for other in ("bob", "ALICE", "alice ", "alic"):
+        with speaking_as(other, (Role.ADMIN, "*")):
+            assert (await status_of(site.register("digits", idempotency_key="k1")))[0] == "ALREADY_EXISTS"
+    with speaking_as("mallory", (Role.ADMIN, "other-*")):
+        first = await status_of(site.register("digits", idempotency_key="k1"))
+        assert first == await status_of(site.register("digits", idempotency_key="k2"))
+    with speaking_as("alice", (Role.VIEWER, "*")):
+        assert (await status_of(site.register("digits", idempotency_key="k1")))[0] == "PERMISSION_DENIED"
+    with speaking_as("alice", (Role.ADMIN, "*")):
+        assert (await site.register("digits", idempotency_key="k1")).created_by == "alice"
+
+
 @pytest.mark.parametrize("key", ["x" * 129, "x" * 10_000, "a\nb", "a\0b"])
 async def test_keys_that_are_none(site: Site, key: str) -> None:
     assert (await status_of(site.register("digits", idempotency_key=key)))[0] == "INVALID_ARGUMENT"
