@@ -20,6 +20,7 @@ from aiorch_server.cli.connection import (
     CONNECT_S,
     DEFAULT_URL,
     ClientOutput,
+    HeaderOption,
     TimeoutSecs,
     TlsCert,
     TlsKey,
@@ -28,6 +29,7 @@ from aiorch_server.cli.connection import (
     Url,
     UseTls,
     make_tls,
+    read_headers,
     read_token,
 )
 from aiorch_server.cli.output import CommandError, ExitCode, Json, UsageError
@@ -48,6 +50,7 @@ _OPTIONS: Final = tuple(
         ("tls_cert", TlsCert, None),
         ("tls_key", TlsKey, None),
         ("token_file", TokenFile, None),
+        ("header", HeaderOption, None),
         ("json", Json, False),
     )
 )
@@ -85,11 +88,18 @@ def open_admin(
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
     token_file: Path | None = None,
+    header: list[str] | None = None,
 ) -> Iterator[AdminClient]:
     """A connected client; UnreachableError where nobody answers."""
     tls_config: TlsConfig | None = make_tls(tls, tls_root_cert, tls_cert, tls_key)
     try:
-        made = AdminClient(url, tls=tls_config, token=read_token(token_file), timeout_s=timeout_secs)
+        made = AdminClient(
+            url,
+            tls=tls_config,
+            token=read_token(token_file),
+            metadata=read_headers(header),
+            timeout_s=timeout_secs,
+        )
     except RequestError as error:  # nothing was sent yet: the address or the files are wrong
         raise UsageError(error.details) from error
     with made as client:

@@ -27,6 +27,7 @@ from rich.table import Table
 from aiorch_server.cli.connection import (
     DEFAULT_URL,
     ClientOutput,
+    HeaderOption,
     TimeoutSecs,
     TlsCert,
     TlsKey,
@@ -36,6 +37,7 @@ from aiorch_server.cli.connection import (
     UseTls,
     make_tls,
     open_client,
+    read_headers,
     read_token,
 )
 from aiorch_server.cli.infer import Model, ModelVersion
@@ -94,6 +96,7 @@ def bench(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     token_file: TokenFile = None,
+    header: HeaderOption = None,
     json: Json = False,
 ) -> None:
     """Measures a model under load: requests per second and latencies.
@@ -105,7 +108,8 @@ def bench(
         if concurrency % connections:
             raise UsageError(f"--concurrency {concurrency} must be a multiple of --connections {connections}")
         tls_config, token = make_tls(tls, tls_root_cert, tls_cert, tls_key), read_token(token_file)
-        with open_client(url, timeout_s=timeout_secs, tls=tls_config, token=token) as client:
+        headers = read_headers(header)
+        with open_client(url, timeout_s=timeout_secs, tls=tls_config, token=token, metadata=headers) as client:
             kind = _look_at(client, model, model_version)
             if kind.is_stateful and rate is not None:
                 raise UsageError(
@@ -130,7 +134,7 @@ def bench(
             timeout_s=timeout_secs,
             path=MODEL_STREAM_INFER if kind.is_decoupled else MODEL_INFER,
             sequence_length=sequence_length if kind.is_stateful else 0,
-            metadata=() if token is None else (("authorization", f"Bearer {token}"),),
+            metadata=(*headers, *([] if token is None else [("authorization", f"Bearer {token}")])),
             credentials=None if tls_config is None else tls_config.credentials(),
         )
         result = _run(plan, output)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -13,10 +14,12 @@ import typer
 from aiorch_client import Client, ClientError, RequestError, TlsConfig, UnreachableError
 
 from aiorch_server.cli.output import CommandError, ExitCode, Output, UsageError
-from aiorch_server.config.load import TOKEN_VARIABLE, read_token_variable
+from aiorch_server.config.load import HEADERS_VARIABLE, TOKEN_VARIABLE, read_headers_variable, read_token_variable
 
 DEFAULT_URL = "127.0.0.1:8001"
 CONNECT_S = 5.0
+#: What gRPC takes as the name of a text.
+_HEADER_NAME = re.compile(r"(?!grpc-)(?!.*-bin$)[a-z0-9_.-]+")
 #: What another command needs to find the same server.
 _WAY = {
     "url": "--url",
@@ -37,6 +40,15 @@ TlsKey = Annotated[Path | None, typer.Option("--tls-key", help="PEM of the clien
 TokenFile = Annotated[
     Path | None,
     typer.Option("--token-file", help="File with a token or API key for every call; else AIORCH_TOKEN is one."),
+]
+
+HeaderOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--header",
+        metavar="NAME=VALUE",
+        help="Sent with every call, NAME=@FILE from a file; repeatable. Also AIORCH_HEADERS, one a line.",
+    ),
 ]
 
 
@@ -95,6 +107,32 @@ def read_token(path: Path | None) -> str | None:
     return token
 
 
+def read_headers(given: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+    """Names and values of what is sent with every call: of the environment, and of ``--header`` where both say one."""
+    found: dict[str, str] = {}
+    lines = [line for line in read_headers_variable().splitlines() if line.strip()]
+    for where, texts in ((f"the environment variable {HEADERS_VARIABLE}", lines), ("--header", given or ())):
+        for text in texts:
+            name, separator, value = text.partition("=")
+            name = name.strip().lower()
+            if not separator or _HEADER_NAME.fullmatch(name) is None or name == "authorization":
+                # not repeated: it may be a secret
+                raise UsageError(f"{where}: expected NAME=VALUE or NAME=@FILE; tokens are for --token-file")
+            found[name] = _read_header(where, name, value.strip())
+    return tuple(found.items())
+
+
+def _read_header(where: str, name: str, value: str) -> str:
+    if value.startswith("@"):
+        try:
+            value = Path(value[1:]).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{where} {name}: the file {value[1:]} cannot be read: {error}") from error
+    if not value.isascii() or not value.isprintable():
+        raise UsageError(f"{where} {name}: expected one line of printable ASCII")
+    return value
+
+
 @contextmanager
 def open_client(
     url: str,
@@ -102,7 +140,7 @@ def open_client(
     timeout_s: float,
     tls: TlsConfig | None,
     token: str | None,
-    metadata: Mapping[str, str | bytes] = MappingProxyType({}),
+    metadata: Sequence[tuple[str, str | bytes]] = (),
 ) -> Iterator[Client]:
     """A connected client; UnreachableError where nobody answers."""
     try:

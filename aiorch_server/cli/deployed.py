@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -25,10 +26,10 @@ def show_deployment(client: AdminClient, output: ClientOutput, model: str) -> No
 
 
 def find_deployments(
-    url: str, *, tls: TlsConfig | None, token: str | None, timeout_s: float
+    url: str, *, tls: TlsConfig | None, token: str | None, metadata: Sequence[tuple[str, str]] = (), timeout_s: float
 ) -> tuple[list[Deployment] | None, str]:
     """All deployments, None where there is no registry; and why they cannot be told, where that is so."""
-    with AdminClient(url, tls=tls, token=token, timeout_s=timeout_s) as client:
+    with AdminClient(url, tls=tls, token=token, metadata=metadata, timeout_s=timeout_s) as client:
         try:
             return list(client.list_deployments()), ""
         except ClientError as error:

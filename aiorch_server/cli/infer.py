@@ -15,6 +15,7 @@ from rich.text import Text
 from aiorch_server.cli.connection import (
     DEFAULT_URL,
     ClientOutput,
+    HeaderOption,
     TimeoutSecs,
     TlsCert,
     TlsKey,
@@ -24,6 +25,7 @@ from aiorch_server.cli.connection import (
     UseTls,
     make_tls,
     open_client,
+    read_headers,
     read_token,
 )
 from aiorch_server.cli.output import Json, UsageError
@@ -61,6 +63,7 @@ def infer(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     token_file: TokenFile = None,
+    header: HeaderOption = None,
     json: Json = False,
 ) -> None:
     """Runs a model on tensors from files or standard input and shows what it gives, of a decoupled one in turn."""
@@ -72,7 +75,9 @@ def infer(
         parameters = _parse_parameters(parameter or [])
         tls_config = make_tls(tls, tls_root_cert, tls_cert, tls_key)
         request = InferRequest(model, tensors, model_version, output_name or None, parameters, request_id)
-        with open_client(url, timeout_s=timeout_secs, tls=tls_config, token=read_token(token_file)) as client:
+        with open_client(
+            url, timeout_s=timeout_secs, tls=tls_config, token=read_token(token_file), metadata=read_headers(header)
+        ) as client:
             for result in _ask(client, request, is_single=output is not None):
                 if output is not None:
                     _save(result, output)

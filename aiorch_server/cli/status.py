@@ -16,6 +16,7 @@ from aiorch_server.cli.connection import (
     DEFAULT_URL,
     URL_HELP,
     ClientOutput,
+    HeaderOption,
     TimeoutSecs,
     TlsCert,
     TlsKey,
@@ -24,6 +25,7 @@ from aiorch_server.cli.connection import (
     UseTls,
     make_tls,
     open_client,
+    read_headers,
     read_token,
 )
 from aiorch_server.cli.deployed import describe_all, find_deployments, show_deployment
@@ -41,6 +43,7 @@ def status(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     token_file: TokenFile = None,
+    header: HeaderOption = None,
     ready: Annotated[
         bool, typer.Option("--ready", help="Only whether it takes requests: exit code 0, or 1 with the reason.")
     ] = False,
@@ -71,16 +74,20 @@ def status(
             tls_cert=tls_cert,
             tls_key=tls_key,
             token_file=token_file,
+            header=header,
             json=json,
         )
         return
     with output.guard():
         tls_config, token = make_tls(tls, tls_root_cert, tls_cert, tls_key), read_token(token_file)
-        with open_client(url, timeout_s=timeout_secs, tls=tls_config, token=token) as client:
+        headers = read_headers(header)
+        with open_client(url, timeout_s=timeout_secs, tls=tls_config, token=token, metadata=headers) as client:
             metadata = client.server_metadata()
             is_ready = client.is_ready()
             entries, statistics = _list_models(client), client.statistics()
-        deployments, problem = find_deployments(url, tls=tls_config, token=token, timeout_s=timeout_secs)
+        deployments, problem = find_deployments(
+            url, tls=tls_config, token=token, metadata=headers, timeout_s=timeout_secs
+        )
         found = {(each.name, each.version): each for each in statistics}
         server = {"url": url, "is_ready": is_ready, **asdict(metadata)}
         models = [_describe(entry, found.get((entry.name, entry.version))) for entry in entries]

@@ -27,6 +27,7 @@ PREFIX = "AIORCH_"
 CONFIG_VARIABLE = "AIORCH_CONFIG"
 #: The credentials of commands that call a server; no setting of the server's own.
 TOKEN_VARIABLE = "AIORCH_TOKEN"
+HEADERS_VARIABLE = "AIORCH_HEADERS"
 LARGEST_FILE_BYTES = 1024 * 1024
 #: Triton's names (and short ones of ours) for settings.
 ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -80,7 +81,7 @@ _SEPARATORS: Mapping[tuple[str, ...], str] = {
     ALIASES["http_restricted_api"]: "\n",
 }
 # Read elsewhere: by setup.py, and by this module for the file's name.
-_OTHER_VARIABLES = {CONFIG_VARIABLE, TOKEN_VARIABLE, "AIORCH_DEBUG", "AIORCH_SANITIZE"}
+_OTHER_VARIABLES = {CONFIG_VARIABLE, TOKEN_VARIABLE, HEADERS_VARIABLE, "AIORCH_DEBUG", "AIORCH_SANITIZE"}
 # Kubernetes sets such variables for each of its services; one named `aiorch` or `aiorch-grpc` would meet our names.
 _KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT_\d+_(TCP|UDP|SCTP)")
 _KUBERNETES_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
@@ -116,6 +117,11 @@ def load_server_config(
 def read_token_variable() -> str:
     """What ``AIORCH_TOKEN`` holds, empty where it is not set."""
     return os.environ.get(TOKEN_VARIABLE, "").strip()
+
+
+def read_headers_variable() -> str:
+    """What ``AIORCH_HEADERS`` holds, empty where it is not set."""
+    return os.environ.get(HEADERS_VARIABLE, "")
 
 
 def setting_names() -> Mapping[str, tuple[str, ...]]:

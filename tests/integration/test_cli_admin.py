@@ -170,6 +170,23 @@ def test_who_is_not_there_has_no_registry_or_does_not_know_you(server: ScriptedA
     assert "AIORCH_TOKEN holds no token" in run(server, "model", "list", env={"AIORCH_TOKEN": "a\nb"}).stderr
 
 
+def test_headers(server: Any, tmp_path: Path) -> None:
+    """What restricted protocols ask for: by option, file and environment; never told where it is wrong."""
+    (tmp_path / "secret").write_text("from-a-file\n")
+    given = ("--header", f"X-Key=@{tmp_path}/secret", "--header", "triton-grpc-protocol-admin=a=b")
+    for words in (("model", "list"), ("status",)):
+        run(server, *words, *given, env={"AIORCH_HEADERS": "x-key=lost\nx-more=1\n"})
+        sent = server.metadata[-1]
+        assert (sent["x-key"], sent["triton-grpc-protocol-admin"], sent["x-more"]) == ("from-a-file", "a=b", "1")
+    for wrong in ("sesame", "=sesame", "a b=sesame", "authorization=sesame", "x-bin=sesame", "grpc-x=sesame", "x=sés"):
+        for more in ({"env": {"AIORCH_HEADERS": wrong}}, {}):
+            option = () if more else ("--header", wrong)
+            refused = run(server, "model", "list", *option, **more)
+            assert "NAME=VALUE" in refused.stderr or "printable ASCII" in refused.stderr
+            assert "sesame" not in refused.stderr
+    assert "cannot be read" in run(server, "model", "list", "--header", "x=@/no/such").stderr
+
+
 def test_wrong_names_are_told_with_those_that_are_alike(server: ScriptedAdmin, artefact: Path) -> None:
     for name in ("digits", "sentences"):
         run(server, "model", "push", name, artefact, "--alias", "production")
