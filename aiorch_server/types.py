@@ -361,6 +361,72 @@ class SchedulerCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchingPolicy:
+    """How a scheduler batches now; ``Scheduler.set_policy`` says what each field means.
+
+    ``curve`` has pairs (rows, ns), ascending: how long an instance is busy with a batch; empty where nobody knows.
+    """
+
+    max_rows: int
+    delay_us: int
+    target_us: int
+    margin_us: int
+    is_deferring: bool
+    is_shedding: bool
+    instances: int
+    curve: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunObservation:
+    """All runs of one batch size: how many, and how long an instance was busy, from taking the batch to being free.
+
+    ``busy_squares`` is the sum of the squares of these times, in ns squared. Failed runs are left out.
+    """
+
+    rows: int
+    executions: int
+    busy_ns: int
+    busy_squares: float
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerObservation:
+    """What a tuner needs to know of one scheduler, all at one moment; counts since it was made.
+
+    ``arrivals`` = ``answered`` + ``failed`` + ``refused_full`` + ``refused_late`` + ``dropped_late`` + ``waiting`` +
+    ``running``, at any time. Refused at the door: ``refused_full`` for the queue's bounds, ``refused_late`` because an
+    answer could not have been in time; ``dropped_late``: the same after waiting. ``failed`` has all others without an
+    answer. ``in_time`` and ``late`` divide what was answered while there was a target. Gaps lie between arrivals that
+    follow each other; slots are the 10 ms between the first and the last arrival, with ``slot_squares`` the sum of the
+    squares of their arrivals. ``instances``: those that wait for work or run now.
+    """
+
+    at_ns: int
+    arrivals: int
+    arrived_rows: int
+    answered: int
+    answered_rows: int
+    failed: int
+    refused_full: int
+    refused_late: int
+    dropped_late: int
+    in_time: int
+    late: int
+    waiting: int
+    waiting_rows: int
+    running: int
+    instances: int
+    busy_instances: int
+    gaps_ns: int
+    gap_squares: float
+    slots: int
+    slot_squares: float
+    runs: tuple[RunObservation, ...]
+    durations: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class QuotaCounters:
     """What one tenant's quota has counted since it was made; ``in_flight`` is now."""
 

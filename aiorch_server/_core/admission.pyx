@@ -3,6 +3,7 @@
 from libc.stdint cimport uint8_t
 
 from aiorch_server._core.arrivals cimport forget_arrival, note_arrival
+from aiorch_server._core.batch_former cimport find_end
 from aiorch_server._core.buffers cimport drop_buffer
 from aiorch_server._core.levels cimport LevelPolicy, count_out, policy_of, set_expiry, set_level
 from aiorch_server._core.queue cimport push_request, remove_request
@@ -34,6 +35,7 @@ cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t pri
     if request.received_ns == 0:
         request.received_ns = now
     pthread_mutex_lock(&state.lock)
+    request.end_ns = find_end(&state.policy, request)
     if state.is_closed:
         result = REFUSED_CLOSED
     elif (state.queue.n >= state.max_requests

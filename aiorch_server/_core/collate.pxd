@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t
 
 from aiorch_server._core.request cimport Request
 from aiorch_server._core.scheduler cimport Scheduler
-from aiorch_server._core.scheduler_state cimport SchedulerState
+from aiorch_server._core.scheduler_state cimport Run, SchedulerState
 from aiorch_server._core.wire cimport Slice
 
 
@@ -12,6 +12,7 @@ cdef class Batch:
     # Owned: `_members` between take and settle. Each entry is a RUNNING request, or NULL once it was answered or failed.
     cdef Scheduler _scheduler
     cdef SchedulerState *_state     # holds one reference
+    cdef Run _run
     cdef Request **_members         # room for so many of them: max_rows once it may be filled
     cdef int64_t _room
     cdef int _n

@@ -30,7 +30,7 @@ from aiorch_server._core.request cimport (
     pthread_mutex_unlock,
 )
 from aiorch_server._core.scheduler cimport take_batch
-from aiorch_server._core.scheduler_state cimport release_scheduler, retain_scheduler
+from aiorch_server._core.scheduler_state cimport end_run, release_scheduler, retain_scheduler
 from aiorch_server._core.settlement cimport settle_chain
 from aiorch_server._core.watch cimport note_slow
 
@@ -61,6 +61,9 @@ cdef class Batch:
     def __dealloc__(self):
         if self._state != NULL:
             self.fail_rest()
+            pthread_mutex_lock(&self._state.lock)
+            end_run(self._state, &self._run)
+            pthread_mutex_unlock(&self._state.lock)
             release_scheduler(self._state)
         free(self._members)
 
@@ -104,7 +107,8 @@ cdef class Batch:
         """Before the first ``pull``: nobody of the batch before is left, and the largest has room."""
         self.fail_rest()
         return_loans()
-        self.make_room(self._state.policy.max_rows)     # each member has a row: there are never more of them
+        # each member has a row: there are never more of them, however the cap moves
+        self.make_room(max(1, self._state.spec.max_batch_size))
 
     cdef bint has_members(self) noexcept nogil:
         """Whether any member is not settled yet."""
@@ -119,7 +123,7 @@ cdef class Batch:
         cdef int64_t rows = 0
         cdef Request *request
         self._n = self._first = self._last = 0
-        request = take_batch(self._state, &members, &rows, &self._free_since_ns)
+        request = take_batch(self._state, &self._run, &members, &rows, &self._free_since_ns)
         while request != NULL:
             self._members[self._n] = request
             self._n += 1

@@ -44,6 +44,7 @@ cdef Request *delay_expired(Levels *levels, Queue *queue, Request *expired, int6
         expired.next = NULL
         if policy_of(levels, expired).delays and not (expired.deadline_ns and expired.deadline_ns <= now):
             expired.expires_ns = 0
+            expired.end_ns = expired.deadline_ns    # it was promised to be served, late as it is
             expired.level |= 1
             if push_request(queue, expired):
                 expired = following

@@ -2,15 +2,16 @@
 #
 # Contract: pure memory; no lock (the scheduler holds one), no clock. All operations are O(log n) in the bucket, finding
 # a bucket is linear in the number of shapes that wait now. A bucket lives as long as something waits in it.
-# Order: priority level, then urgency_ns (the earlier of the deadline and arrival + PATIENCE_NS, so that a request
-# without deadline is not overtaken for ever), then arrival.
+# Order: priority level, then urgency_ns (the earlier of the end and arrival + PATIENCE_NS, so that a request without
+# end is not overtaken for ever), then arrival.
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from aiorch_server._core.request cimport Request
 
 cdef enum:
     PATIENCE_NS = 1000000000
+    MAX_VISITED = 1024      # members of a bucket that rows_before looks at
 
 
 cdef struct Bucket:
@@ -23,6 +24,8 @@ cdef struct Bucket:
     Request *oldest         # the same members by arrival
     Request *newest
     int64_t rows
+    uint32_t last_level     # no member is, or was, less urgent than these
+    int64_t last_urgency_ns
 
 
 cdef struct Queue:
@@ -38,7 +41,7 @@ cdef struct Queue:
 cdef void init_queue(Queue *queue, int n_key) noexcept nogil
 # Frees the queue's own memory; it must be empty.
 cdef void clear_queue(Queue *queue) noexcept nogil
-# Puts a bound request with enqueued_ns set into its bucket. False: out of memory, nothing happened.
+# Puts a bound request with enqueued_ns and end_ns set into its bucket. False: out of memory, nothing happened.
 cdef bint push_request(Queue *queue, Request *request) noexcept nogil
 # Takes a queued request out, wherever it stands.
 cdef void remove_request(Queue *queue, Request *request) noexcept nogil
@@ -46,6 +49,19 @@ cdef void remove_request(Queue *queue, Request *request) noexcept nogil
 cdef Request *remove_expired(Queue *queue, int64_t now_ns) noexcept nogil
 # Takes out everything; a chain linked by `next`.
 cdef Request *remove_all(Queue *queue) noexcept nogil
+
+# The bucket of that shape; NULL: nothing of it waits.
+cdef const Bucket *bucket_of(const Queue *queue, const int64_t *key) noexcept nogil
+# Rows that a newcomer of that level and urgency would not overtake; all of the bucket's where they are too many to count.
+cdef int64_t rows_before(const Bucket *bucket, uint32_t level, int64_t urgency_ns) noexcept nogil
+
+cdef inline int64_t urgency_of(const Request *request) noexcept nogil:
+    cdef int64_t patient_ns = request.enqueued_ns + PATIENCE_NS
+    return request.end_ns if request.end_ns and request.end_ns < patient_ns else patient_ns
+
+# Whether some of the bucket's rows may be overtaken by a newcomer of that level and urgency.
+cdef inline bint overtakes(const Bucket *bucket, uint32_t level, int64_t urgency_ns) noexcept nogil:
+    return level < bucket.last_level or level == bucket.last_level and urgency_ns < bucket.last_urgency_ns
 
 cdef inline Request *most_urgent(const Bucket *bucket) noexcept nogil:
     return bucket.heap[0]

@@ -4,6 +4,9 @@ from libc.stdio cimport fprintf, stderr
 from libc.stdlib cimport abort, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
+cdef enum:
+    MAX_OPEN = 128          # a heap of 2**60 members would need 61
+
 cdef extern from * nogil:
     """
     #ifndef AIORCH_DEBUG
@@ -71,14 +74,24 @@ cdef uint64_t hash_key(const int64_t *key, int n) noexcept nogil:
     return value
 
 
+cdef inline Bucket *look_up(const Queue *queue, const int64_t *key, uint64_t hash) noexcept nogil:
+    cdef size_t size = <size_t> queue.n_key * sizeof(int64_t)
+    cdef Bucket *bucket = queue.buckets
+    while bucket != NULL and (bucket.hash != hash or memcmp(bucket.key, key, size) != 0):
+        bucket = bucket.next
+    return bucket
+
+
+cdef const Bucket *bucket_of(const Queue *queue, const int64_t *key) noexcept nogil:
+    return look_up(queue, key, hash_key(key, queue.n_key))
+
+
 cdef Bucket *find_bucket(Queue *queue, const int64_t *key) noexcept nogil:
     cdef uint64_t hash = hash_key(key, queue.n_key)
     cdef size_t size = <size_t> queue.n_key * sizeof(int64_t)
-    cdef Bucket *bucket = queue.buckets
-    while bucket != NULL:
-        if bucket.hash == hash and memcmp(bucket.key, key, size) == 0:
-            return bucket
-        bucket = bucket.next
+    cdef Bucket *bucket = look_up(queue, key, hash)
+    if bucket != NULL:
+        return bucket
     if queue.spare != NULL:
         bucket = queue.spare
         queue.spare = NULL
@@ -164,9 +177,9 @@ cdef bint push_request(Queue *queue, Request *request) noexcept nogil:
             return False
         bucket.heap = grown
         bucket.capacity = capacity
-    request.urgency_ns = request.enqueued_ns + PATIENCE_NS
-    if request.deadline_ns and request.deadline_ns < request.urgency_ns:
-        request.urgency_ns = request.deadline_ns
+    request.urgency_ns = urgency_of(request)
+    if bucket.n == 0 or not overtakes(bucket, request.level, request.urgency_ns):
+        bucket.last_level, bucket.last_urgency_ns = request.level, request.urgency_ns
     queue.sequence += 1
     request.sequence = queue.sequence
     request.bucket = bucket
@@ -220,6 +233,31 @@ cdef void remove_request(Queue *queue, Request *request) noexcept nogil:
         queue.next_expiry_ns = 0
     if AIORCH_DEBUG:
         check_queue(queue)
+
+
+cdef int64_t rows_before(const Bucket *bucket, uint32_t level, int64_t urgency_ns) noexcept nogil:
+    cdef Py_ssize_t open[MAX_OPEN]      # heap indices whose members are not looked at yet
+    cdef Py_ssize_t at, child
+    cdef const Request *request
+    cdef int64_t rows = 0
+    cdef int n = 1, visited = 0
+    if not overtakes(bucket, level, urgency_ns):
+        return bucket.rows
+    open[0] = 0
+    while n:
+        n -= 1
+        at = open[n]
+        request = bucket.heap[at]
+        visited += 1
+        if visited > MAX_VISITED or n + 2 > MAX_OPEN:
+            return bucket.rows
+        if request.level > level or request.level == level and request.urgency_ns > urgency_ns:
+            continue                    # and so are all below it
+        rows += request.rows
+        for child in range(2 * at + 1, min(2 * at + 3, bucket.n)):
+            open[n] = child
+            n += 1
+    return rows
 
 
 cdef Request *remove_expired(Queue *queue, int64_t now_ns) noexcept nogil:

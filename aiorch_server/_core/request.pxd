@@ -79,6 +79,7 @@ cdef struct Request:
     int64_t taken_ns
     int64_t deadline_ns     # the caller's own deadline (gRPC)
     int64_t expires_ns      # the queue policy's time limit
+    int64_t end_ns          # when an answer comes too late: of the deadline and the model's target the earlier; 0: never
     # place in the queue: written by queue.pyx only
     uint32_t level          # twice the priority level, 1 is served first; odd: delayed behind the others of its level
     int64_t urgency_ns      # order within the level

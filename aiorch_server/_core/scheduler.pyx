@@ -2,14 +2,20 @@
 
 from libc.stdint cimport uint64_t
 
-from aiorch_server._core.batch_former cimport MAX_PREFERRED, FormedBatch, form_batch
+from aiorch_server._core.batch_former cimport MAX_INSTANCES, MAX_PREFERRED, BatchPolicy, FormedBatch, change_policy, form_batch
 from aiorch_server._core.counters cimport describe_counters, describe_durations
+from aiorch_server._core.curve cimport describe_curve
+from aiorch_server._core.forecast cimport remove_late
 from aiorch_server._core.levels cimport MAX_SPAN_US, count_out, delay_expired, make_levels
 from aiorch_server._core.queue cimport remove_all, remove_expired
 from aiorch_server._core.request cimport REQUEST_RUNNING, now_ns, pthread_mutex_lock, pthread_mutex_unlock
 from aiorch_server._core.scheduler_state cimport (
+    Run,
+    begin_run,
     close_scheduler,
+    end_run,
     new_scheduler,
+    pthread_cond_broadcast,
     pthread_cond_signal,
     release_scheduler,
     wait_until,
@@ -17,6 +23,8 @@ from aiorch_server._core.scheduler_state cimport (
 from aiorch_server._core.settlement cimport refuse_chain
 from aiorch_server._core.slabs cimport note_batch
 from aiorch_server._core.watch cimport set_sampling, take_notes, take_sample, watch_slow
+
+from aiorch_server.types import BatchingPolicy
 
 cdef int UNAVAILABLE = 14
 
@@ -47,16 +55,31 @@ cdef void abandon_queued(SchedulerState *state, int code, const char *text) noex
     refuse_chain(state, chain, code, text)
 
 
-cdef Request *take_batch(SchedulerState *state, int *members, int64_t *rows, int64_t *free_since) noexcept nogil:
+cdef inline bint must_leave(SchedulerState *state) noexcept nogil:
+    """Whether the instance that asks is one too many; who is asked to leave passes its wake-up on."""
+    if state.retiring == 0 or state.is_closed:
+        return False
+    state.retiring -= 1
+    if state.waiting and state.queue.n:
+        pthread_cond_signal(&state.due)
+    return True
+
+
+cdef Request *take_batch(SchedulerState *state, Run *run, int *members, int64_t *rows, int64_t *free_since) noexcept nogil:
     cdef FormedBatch batch
     cdef Request *request
     cdef Request *expired
+    cdef Request *late
     cdef int64_t now = now_ns()
     cdef int64_t wake_ns
     cdef bint another_is_due
     free_since[0] = now
     pthread_mutex_lock(&state.lock)
+    end_run(state, run)
     while True:
+        if must_leave(state):
+            pthread_mutex_unlock(&state.lock)
+            return NULL
         expired = remove_expired(&state.queue, now)
         if expired != NULL and state.levels.has_delays:
             expired = delay_expired(&state.levels, &state.queue, expired, now)
@@ -64,6 +87,14 @@ cdef Request *take_batch(SchedulerState *state, int *members, int64_t *rows, int
             mark_unserved(state, expired)
             pthread_mutex_unlock(&state.lock)
             refuse_chain(state, expired, 0, NULL)
+            now = now_ns()
+            pthread_mutex_lock(&state.lock)
+            continue
+        late = remove_late(&state.queue, &state.policy, now)
+        if late != NULL:
+            mark_unserved(state, late)
+            pthread_mutex_unlock(&state.lock)
+            refuse_chain(state, late, UNAVAILABLE, b"cannot be answered in time any more")
             now = now_ns()
             pthread_mutex_lock(&state.lock)
             continue
@@ -89,6 +120,7 @@ cdef Request *take_batch(SchedulerState *state, int *members, int64_t *rows, int
         request.taken_ns = now
         request = request.next
     note_batch(&state.slab, batch.rows)
+    begin_run(state, run, batch.rows, now)
     # the baton: whoever got a batch wakes the next instance if there is more to do
     another_is_due = state.waiting > 0 and state.queue.n > 0
     pthread_mutex_unlock(&state.lock)
@@ -133,7 +165,7 @@ cdef class Scheduler:
             raise MemoryError
         make_levels(&self.state.levels, priority_levels, default_priority_level,
                     (0, default_timeout_us, allow_timeout_override, delay_expired), policies)
-        self.state.policy.max_rows = max_rows
+        self.state.policy.max_rows = self.largest_rows()
         self.state.policy.delay_ns = max_queue_delay_us * 1000
         self.state.policy.n_preferred = len(sizes)
         for i, size in enumerate(sizes):
@@ -191,6 +223,60 @@ cdef class Scheduler:
         cdef const char *words = message
         with nogil:
             abandon_queued(self.state, code, words)
+
+    def set_policy(self, *, max_rows=None, delay_us=None, target_us=None, margin_us=None, is_deferring=None,
+                   is_shedding=None, instances=None, curve=None):
+        """Changes what is given of the batching policy, for what comes from now on; instances look at it at once.
+
+        ``max_rows`` is the cap of a batch, at most the model's own; a single larger request still runs, alone.
+        ``delay_us``: how long the first of a batch may wait for company. ``target_us``: what the latency should be, 0:
+        nothing is asked for. ``margin_us`` is kept free before targets and deadlines. ``is_deferring``: waiting ends when
+        the target could not be kept otherwise. ``is_shedding``: what cannot be answered in time by the ``curve``, pairs
+        (rows, ns) of how long an instance is busy with a batch, ascending, is refused. ``instances``: how many serve this
+        queue, 0 for as many as are seen. ValueError where something is out of range: nothing was changed then.
+        """
+        cdef BatchPolicy new
+        cdef SchedulerState *state = self.state
+        delay_ns = None if delay_us is None else delay_us * 1000
+        target_ns = None if target_us is None else target_us * 1000
+        margin_ns = None if margin_us is None else margin_us * 1000
+        pthread_mutex_lock(&state.lock)
+        new = state.policy
+        pthread_mutex_unlock(&state.lock)
+        change_policy(&new, self.largest_rows(), max_rows, delay_ns, target_ns, margin_ns, is_deferring, is_shedding,
+                      instances, curve)
+        pthread_mutex_lock(&state.lock)
+        new.run_ns = state.policy.run_ns        # went on meanwhile
+        state.policy = new
+        if state.is_closed:
+            state.policy.delay_ns = 0
+        pthread_cond_broadcast(&state.due)
+        pthread_mutex_unlock(&state.lock)
+
+    def policy(self):
+        """The ``BatchingPolicy`` of now."""
+        cdef BatchPolicy now
+        pthread_mutex_lock(&self.state.lock)
+        now = self.state.policy
+        pthread_mutex_unlock(&self.state.lock)
+        return BatchingPolicy(
+            now.max_rows, now.delay_ns // 1000, now.target_ns // 1000, now.margin_ns // 1000, bool(now.is_deferring),
+            bool(now.is_shedding), now.instances, describe_curve(&now.curve))
+
+    cdef int64_t largest_rows(self):
+        return max(1, self.spec.state.max_batch_size)
+
+    def retire(self, int n):
+        """The next ``n`` calls of ``take``, or those that wait in it, give False: their instances leave.
+
+        The caller sees to it that enough others stay. A closed scheduler keeps all that it has, to serve what is queued.
+        """
+        if not 0 <= n <= MAX_INSTANCES:
+            raise ValueError(f"{n} instances cannot leave; expected 0..{<int> MAX_INSTANCES}")
+        pthread_mutex_lock(&self.state.lock)
+        self.state.retiring = min(self.state.retiring + n, <int> MAX_INSTANCES)
+        pthread_cond_broadcast(&self.state.due)
+        pthread_mutex_unlock(&self.state.lock)
 
     def wait_idle(self, double timeout_s):
         """Blocks, without the interpreter lock, until nothing is queued or running; False when the time is over first."""

@@ -24,6 +24,15 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_broadcast(pthread_cond_t *)
 
 
+# An instance's batch under way: memory of its Batch, listed between take and the next take.
+cdef struct Run:
+    Run *next
+    Run *previous
+    int64_t taken_ns
+    int64_t rows                    # 0: it is not listed
+    bint is_spoilt                  # failed, or run again in parts: its time says nothing
+
+
 cdef struct SchedulerState:
     int references
     pthread_mutex_t lock            # guards everything down to `arrivals`; held for a few hundred nanoseconds
@@ -37,6 +46,9 @@ cdef struct SchedulerState:
     Levels levels
     bint is_closed
     int waiting                     # instances inside take
+    int retiring                    # instances that shall leave: the next ones that come to take
+    Run *runs
+    int n_runs
     bint takes_rows                 # its instances do not write into what they are given
     Slab slab
     bint keeps_order                # constant: answers leave in the order of arrival
@@ -53,6 +65,12 @@ cdef struct SchedulerState:
 cdef SchedulerState *new_scheduler(SpecState *spec) noexcept nogil
 # Frees what nobody refers to any more; for release_scheduler.
 cdef void free_scheduler(SchedulerState *state) noexcept nogil
+# Lists the run of a batch that was just taken; under the lock, as the others.
+cdef void begin_run(SchedulerState *state, Run *run, int64_t rows, int64_t now) noexcept nogil
+# Its instance is free again, or gone. Nothing where it is not listed.
+cdef void end_run(SchedulerState *state, Run *run) noexcept nogil
+# When each instance will be free, into room for MAX_FORETOLD; how many there are.
+cdef int list_free(const SchedulerState *state, int64_t *free_ns, int64_t now) noexcept nogil
 # Wakes an instance if one waits; called after one or more requests came.
 cdef void wake(SchedulerState *state) noexcept nogil
 # Takes nothing new; instances that wait are told.

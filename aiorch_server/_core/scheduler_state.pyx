@@ -3,8 +3,10 @@
 from libc.stdint cimport uint8_t
 from libc.stdlib cimport calloc, free
 
+from aiorch_server._core.batch_former cimport expected_run
 from aiorch_server._core.buffers cimport drop_buffer
 from aiorch_server._core.counters cimport drop_counters, init_counters
+from aiorch_server._core.forecast cimport MAX_FORETOLD
 from aiorch_server._core.levels cimport free_levels
 from aiorch_server._core.queue cimport clear_queue, init_queue
 from aiorch_server._core.request cimport (
@@ -79,6 +81,45 @@ cdef void wait_until(pthread_cond_t *condition, pthread_mutex_t *lock, int64_t a
     at.tv_sec = at_ns // 1000000000
     at.tv_nsec = at_ns % 1000000000
     pthread_cond_timedwait(condition, lock, &at)
+
+
+cdef void begin_run(SchedulerState *state, Run *run, int64_t rows, int64_t now) noexcept nogil:
+    run.taken_ns, run.rows, run.is_spoilt = now, rows, False
+    run.previous, run.next = NULL, state.runs
+    if state.runs != NULL:
+        state.runs.previous = run
+    state.runs = run
+    state.n_runs += 1
+
+
+cdef void end_run(SchedulerState *state, Run *run) noexcept nogil:
+    if run.rows == 0:
+        return
+    if run.previous != NULL:
+        run.previous.next = run.next
+    else:
+        state.runs = run.next
+    if run.next != NULL:
+        run.next.previous = run.previous
+    run.rows = 0
+    state.n_runs -= 1
+
+
+cdef int list_free(const SchedulerState *state, int64_t *free_ns, int64_t now) noexcept nogil:
+    cdef const Run *run = state.runs
+    cdef int64_t end_ns
+    cdef int n = 0
+    cdef int instances = min(max(1, state.policy.instances or state.waiting + state.n_runs), <int> MAX_FORETOLD)
+    while run != NULL and n < instances:
+        end_ns = run.taken_ns + expected_run(&state.policy, run.rows)
+        # what takes longer than it should has, for all one knows, as long again to go
+        free_ns[n] = end_ns if end_ns > now else now + (now - end_ns)
+        n += 1
+        run = run.next
+    while n < instances:
+        free_ns[n] = now
+        n += 1
+    return n
 
 
 cdef void wake(SchedulerState *state) noexcept nogil:
