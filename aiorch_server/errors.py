@@ -23,6 +23,7 @@
     |  `- UnknownVersion          the model is known, that version is not
     |- CapacityError           the caller may try again later
     |  |- QueueFull               the model's queue is at its bound
+    |  |- AnswerTooLate           no answer could be in time, by what the server knows of the model
     |  |- QueueTimeout            the queue policy's time ran out
     |  |- DeadlineExpired         the caller's own deadline ran out
     |  |- StreamStalled           nobody took a stream's answers for too long
@@ -191,14 +192,25 @@ class UnknownVersion(NotFoundError):
 
 
 class CapacityError(AiorchError):
-    """The server cannot take the request now; a later attempt may succeed."""
+    """The server cannot take the request now; a later attempt may succeed.
+
+    ``retry_after_ns`` from now it makes sense to try again; 0 where no time is known.
+    """
 
     code = Code.UNAVAILABLE
     retryable = True
 
+    def __init__(self, text: str = "", retry_after_ns: int = 0) -> None:
+        super().__init__(text)
+        self.retry_after_ns = retry_after_ns
+
 
 class QueueFull(CapacityError):
     """The model's queue holds as many requests as its configuration allows."""
+
+
+class AnswerTooLate(CapacityError):
+    """The request was not queued: its answer would come after the model's objective, or after its caller's deadline."""
 
 
 class QueueTimeout(CapacityError):
@@ -219,16 +231,9 @@ class StreamStalled(CapacityError):
 
 
 class QuotaExceeded(CapacityError):
-    """The tenant has used up what it may; the text says which bound, and when to come back.
-
-    ``retry_after_ns`` is 0 where no time is known.
-    """
+    """The tenant has used up what it may; the text says which bound, and when to come back."""
 
     code = Code.RESOURCE_EXHAUSTED
-
-    def __init__(self, text: str, retry_after_ns: int = 0) -> None:
-        super().__init__(text)
-        self.retry_after_ns = retry_after_ns
 
 
 class RegistryUnavailable(CapacityError):

@@ -13,6 +13,7 @@ cdef enum EnqueueResult:
     REFUSED_FULL = 1
     REFUSED_CLOSED = 2
     REFUSED_LEVEL = 3       # a priority above the configured levels
+    REFUSED_LATE = 4        # it could not be answered in time: the request is failed with words and a time to try again
 
 
 # Puts a bound request into the queue; priority and timeout as the caller gave them, 0 for none. On ENQUEUED the queue

@@ -5,7 +5,9 @@ from libc.stdint cimport uint8_t
 from aiorch_server._core.arrivals cimport forget_arrival, note_arrival
 from aiorch_server._core.batch_former cimport find_end
 from aiorch_server._core.buffers cimport drop_buffer
+from aiorch_server._core.forecast cimport MAX_FORETOLD, Forecast, foretell
 from aiorch_server._core.levels cimport LevelPolicy, count_out, policy_of, set_expiry, set_level
+from aiorch_server._core.observation cimport count_arrival
 from aiorch_server._core.queue cimport push_request, remove_request
 from aiorch_server._core.request cimport (
     REQUEST_NEW,
@@ -14,8 +16,8 @@ from aiorch_server._core.request cimport (
     pthread_mutex_lock,
     pthread_mutex_unlock,
 )
-from aiorch_server._core.scheduler_state cimport release_scheduler, retain_scheduler
-from aiorch_server._core.settlement cimport settle_taken_back
+from aiorch_server._core.scheduler_state cimport list_free, release_scheduler, retain_scheduler
+from aiorch_server._core.settlement cimport fail_late, settle_taken_back
 from aiorch_server._core.slabs cimport reserve_rows
 
 
@@ -23,10 +25,22 @@ cdef void drop_scheduler(void *state) noexcept nogil:
     release_scheduler(<SchedulerState *> state)
 
 
+cdef bint is_too_late(const SchedulerState *state, Request *request, int64_t now, Forecast *forecast) noexcept nogil:
+    """Whether it would be answered after its end, as far as one knows; under the lock."""
+    cdef int64_t free_ns[MAX_FORETOLD]
+    cdef int n
+    if state.policy.curve.n == 0 or request.end_ns == 0:
+        return False
+    n = list_free(state, free_ns, now)
+    foretell(&state.queue, &state.policy, request, free_ns, n, now, forecast)
+    return forecast.late_ns > 0
+
+
 cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t priority, int64_t timeout_us,
                            int64_t now) noexcept nogil:
     cdef EnqueueResult result = ENQUEUED
     cdef LevelPolicy *policy
+    cdef Forecast forecast
     if not set_level(&state.levels, request, priority):
         return REFUSED_LEVEL
     policy = policy_of(&state.levels, request)
@@ -38,12 +52,19 @@ cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t pri
     request.end_ns = find_end(&state.policy, request)
     if state.is_closed:
         result = REFUSED_CLOSED
+    elif state.policy.is_shedding and is_too_late(state, request, now, &forecast):
+        result = REFUSED_LATE
+        count_arrival(&state.observed, request.rows, now)
+        state.observed.refused_late += 1
     elif (state.queue.n >= state.max_requests
           or policy.max_requests and policy.n >= policy.max_requests
           or state.queue.n_bytes + <int64_t> request.message_size > state.max_bytes and state.queue.n > 0
           or not push_request(&state.queue, request)):
         result = REFUSED_FULL
+        count_arrival(&state.observed, request.rows, now)
+        state.observed.refused_full += 1
     else:
+        count_arrival(&state.observed, request.rows, now)
         request.state = REQUEST_QUEUED
         request.scheduler = state
         request.drop_scheduler = drop_scheduler
@@ -54,6 +75,9 @@ cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t pri
         if state.keeps_order:
             note_arrival(&state.arrivals, request)
     pthread_mutex_unlock(&state.lock)
+    if result == REFUSED_LATE:
+        request.retry_after_ns = forecast.late_ns
+        fail_late(request, forecast.finish_ns)
     return result
 
 
@@ -77,6 +101,7 @@ cdef bint cancel_request(Request *request) noexcept nogil:
     if request.state == REQUEST_QUEUED:
         remove_request(&state.queue, request)
         count_out(&state.levels, request)
+        state.observed.failed += 1
         if state.keeps_order:
             forget_arrival(&state.arrivals, request)
         request.state = REQUEST_NEW

@@ -35,4 +35,5 @@ cdef class Batch:
     cdef object fail_rest(self)
     cdef object make_ready(self)
     cdef void stamp(self, Request *request, int64_t run_ended_ns, int64_t now) noexcept nogil
+    cdef void observe(self, const Request *request, int64_t n, bint is_success, int64_t now) noexcept nogil
     cdef void deliver(self, bint is_success, int64_t run_ended_ns) noexcept nogil

@@ -21,6 +21,7 @@ from aiorch_server._core.counters cimport (
 from aiorch_server._core.gather cimport Selection, Staging, gather_tensor
 from aiorch_server._core.histogram cimport record
 from aiorch_server._core.loans cimport return_loans
+from aiorch_server._core.observation cimport Observed
 from aiorch_server._core.request cimport (
     Stamps,
     fail_request,
@@ -294,7 +295,7 @@ cdef class Batch:
         cdef int64_t input_ns = self._run_ns - self._gather_ns
         cdef int64_t infer_ns = run_ended_ns - self._run_ns
         cdef int64_t output_ns = now - run_ended_ns
-        cdef int64_t answered_rows = 0
+        cdef int64_t answered_rows = 0, n = 0
         for i in range(self._first, self._last):
             request = self._members[i]
             if request == NULL:
@@ -307,6 +308,7 @@ cdef class Batch:
                 count_failure(&self._state.counters, request, FAILURE_BACKEND, now)
             if request.stamps != NULL or now - request.received_ns >= self._state.watch.slow_ns:
                 self.stamp(request, run_ended_ns, now)
+            n += 1
             request.next = NULL
             if last == NULL:
                 chain = request
@@ -338,9 +340,32 @@ cdef class Batch:
                 counters.batch_sizes[size - 1].infer_ns += <unsigned long> infer_ns
                 counters.batch_sizes[size - 1].output_ns += <unsigned long> output_ns
             pthread_mutex_unlock(&counters.lock)
-            if not self._is_detached:
-                pthread_mutex_lock(&self._state.lock)
-                # what form_batch expects of the next run: a slow average, so that one hiccup does not start batches early
-                self._state.policy.run_ns += (now - self._gather_ns - self._state.policy.run_ns) // 8
-                pthread_mutex_unlock(&self._state.lock)
+        if not is_success or n < self._taken:
+            self._run.is_spoilt = True
+        self.observe(chain, n, is_success, now)
         settle_chain(self._state, chain)
+
+    cdef void observe(self, const Request *request, int64_t n, bint is_success, int64_t now) noexcept nogil:
+        """Counts a chain of settled requests for who watches the traffic."""
+        cdef Observed *observed = &self._state.observed
+        cdef int64_t target_ns
+        pthread_mutex_lock(&self._state.lock)
+        target_ns = self._state.policy.target_ns
+        observed.running -= n
+        while request != NULL:
+            if request.status:
+                observed.failed += 1
+            else:
+                observed.answered += 1
+                observed.answered_rows += <unsigned long> request.rows
+                if target_ns == 0:
+                    pass
+                elif now - request.received_ns <= target_ns:
+                    observed.in_time += 1
+                else:
+                    observed.late += 1
+            request = request.next
+        if is_success and n and not self._is_detached:
+            # what form_batch expects of the next run: a slow average, so that one hiccup does not start batches early
+            self._state.policy.run_ns += (now - self._gather_ns - self._state.policy.run_ns) // 8
+        pthread_mutex_unlock(&self._state.lock)

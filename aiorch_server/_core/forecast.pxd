@@ -27,5 +27,6 @@ cdef int64_t finish_of(const BatchPolicy *policy, int64_t *free_ns, int n, int64
 cdef void foretell(const Queue *queue, const BatchPolicy *policy, const Request *request, int64_t *free_ns, int n,
                    int64_t now_ns, Forecast *forecast) noexcept nogil
 # For an instance that is free now: takes out, as a chain linked by `next`, whoever would have to be served next and cannot
-# be answered in time, or only by a batch so small that others would be late for it. NULL: nobody. Never the last one.
+# be answered in time, or only by a batch so small that others would be late for it; by how much they would be late is their
+# retry_after_ns. NULL: nobody. Never the last one.
 cdef Request *remove_late(Queue *queue, const BatchPolicy *policy, int64_t now_ns) noexcept nogil

@@ -145,6 +145,7 @@ cdef Request *remove_late(Queue *queue, const BatchPolicy *policy, int64_t now_n
             if rows >= head.rows and is_time_for_both(bucket, policy, rows, now_ns):
                 break
             rows = bucket.n
+            head.retry_after_ns = run_time(&policy.curve, min(policy.max_rows, bucket.rows)) - left_ns
             remove_request(queue, head)
             head.next = chain
             chain = head

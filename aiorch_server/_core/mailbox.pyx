@@ -11,6 +11,8 @@ from aiorch_server._core.admission cimport (
     ENQUEUED,
     REFUSED_CLOSED,
     REFUSED_FULL,
+    REFUSED_LATE,
+    REFUSED_LEVEL,
     EnqueueResult,
     cancel_request,
     enqueue,
@@ -38,7 +40,15 @@ from aiorch_server._core.watch cimport describe_stamps
 from aiorch_server._core.wire cimport Slice
 from aiorch_server._core.wire_request cimport SCAN_OK, InferScan, find_tensor, scan_request
 
-from aiorch_server.errors import InternalError, QueueFull, RequestError, ServerStopping, error_from_code
+from aiorch_server.errors import (
+    AnswerTooLate,
+    CapacityError,
+    InternalError,
+    QueueFull,
+    RequestError,
+    ServerStopping,
+    error_from_code,
+)
 
 
 cdef class Mailbox
@@ -112,8 +122,8 @@ cdef class Mailbox:
         ``stamps``, a PhaseStamps, is filled before the future is resolved; ``trace``, the ids of trace and span
         (16 and 8 bytes), is told with a slow request.
         ``deadline_ns`` is absolute on the monotonic clock, 0 for none. The message must be plain and fit the model
-        (InternalError otherwise: the data plane checks before). Raises QueueFull, ServerStopping or RequestError when
-        the scheduler refuses. Cancelling the future takes the request out of the queue.
+        (InternalError otherwise: the data plane checks before). Raises QueueFull, AnswerTooLate, ServerStopping or
+        RequestError when the scheduler refuses. Cancelling the future takes the request out of the queue.
         """
         cdef InferScan scan
         cdef Request *request
@@ -166,10 +176,13 @@ cdef class Mailbox:
         with nogil:
             result = enqueue(scheduler.state, request, priority, timeout_us, now)
         if result != ENQUEUED:
-            if result == REFUSED_FULL or result == REFUSED_CLOSED:
+            if result != REFUSED_LEVEL:
                 count_failure(&scheduler.state.counters, request, FAILURE_REJECTED, now)
+            late = describe_failure(request, AnswerTooLate) if result == REFUSED_LATE else None
             give_up(request)
             ticket.request = NULL
+            if late is not None:
+                raise late
             if result == REFUSED_FULL:
                 raise QueueFull("Exceeds maximum queue size")
             if result == REFUSED_CLOSED:
@@ -275,12 +288,19 @@ cdef void drop_attachment(void *attachment) noexcept with gil:
     Py_DECREF(<object> attachment)
 
 
+cdef object describe_failure(const Request *request, refusal):
+    """The error of a failed request; of the class `refusal` where it says when to come back."""
+    text = request.error.decode("utf-8", "replace") if request.error != NULL else "out of memory"
+    if request.retry_after_ns:
+        return refusal(text, request.retry_after_ns)
+    return error_from_code(request.status, text)
+
+
 cdef object resolve(future, Request *request):
     if future.done():
         return
     if request.status:
-        text = request.error.decode("utf-8", "replace") if request.error != NULL else "out of memory"
-        future.set_exception(error_from_code(request.status, text))
+        future.set_exception(describe_failure(request, CapacityError))
     else:
         # without the 5 bytes of the gRPC frame header
         future.set_result(memoryview(hold_for_python(

@@ -15,7 +15,7 @@ from aiorch_server._core.request cimport (
     refuse_request,
 )
 
-from aiorch_server.errors import ModelNotReady, QueueFull, QuotaExceeded, ServerStopping
+from aiorch_server.errors import AnswerTooLate, ModelNotReady, QueueFull, QuotaExceeded, ServerStopping
 from aiorch_server.types import QuotaCounters
 
 cdef extern from * nogil:
@@ -164,7 +164,7 @@ cdef bint admit_request(QuotaState *quota, Request *request, int64_t now_ns) noe
 
 # ---------------------------------------------------------------------------------------------------------- for Python
 #: Where these end it, no queue took the request.
-cdef tuple QUEUE_REFUSALS = (QueueFull, ServerStopping, ModelNotReady)
+cdef tuple QUEUE_REFUSALS = (QueueFull, AnswerTooLate, ServerStopping, ModelNotReady)
 
 
 cdef double check_rate(str name, object per_s) except -1:
@@ -269,7 +269,7 @@ cdef class Quota:
 cdef class Admission:
     """One request in flight: over with ``release``, with the end of ``with``, or at the latest with this object.
 
-    Where ``with`` ends because no queue took the request (QueueFull, ServerStopping, ModelNotReady), what it took of the
+    Where ``with`` ends because no queue took the request (QueueFull, AnswerTooLate, ServerStopping, ModelNotReady), what it took of the
     rates is given back.
     """
 

@@ -3,7 +3,7 @@
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy
 
-from aiorch_server._core.admission cimport ENQUEUED, REFUSED_FULL, EnqueueResult, enqueue, reserve_in_slab
+from aiorch_server._core.admission cimport ENQUEUED, REFUSED_FULL, REFUSED_LATE, EnqueueResult, enqueue, reserve_in_slab
 from aiorch_server._core.counters cimport FAILURE_REJECTED, count_failure
 from aiorch_server._core.passes cimport Pass, find_pass
 from aiorch_server._core.quota cimport admit_request, give_back
@@ -305,6 +305,9 @@ cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size,
     if result == REFUSED_FULL:
         # Answered here: under overload a refusal must cost less than a request.
         refuse_request(candidate, UNAVAILABLE, b"Exceeds maximum queue size")
+        count_failure(&scheduler.counters, candidate, FAILURE_REJECTED, candidate.enqueued_ns)
+        put_settled(sink, candidate, candidate)
+    elif result == REFUSED_LATE:
         count_failure(&scheduler.counters, candidate, FAILURE_REJECTED, candidate.enqueued_ns)
         put_settled(sink, candidate, candidate)
     else:

@@ -1,13 +1,16 @@
 """Instances take batches, without the interpreter lock; Python makes a scheduler, closes it and asks it."""
 
 from libc.stdint cimport uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
 
 from aiorch_server._core.batch_former cimport MAX_INSTANCES, MAX_PREFERRED, BatchPolicy, FormedBatch, change_policy, form_batch
 from aiorch_server._core.counters cimport describe_counters, describe_durations
 from aiorch_server._core.curve cimport describe_curve
 from aiorch_server._core.forecast cimport remove_late
 from aiorch_server._core.levels cimport MAX_SPAN_US, count_out, delay_expired, make_levels
-from aiorch_server._core.queue cimport remove_all, remove_expired
+from aiorch_server._core.observation cimport Observed, RunCount, close_slots, count_busy, describe_observed
+from aiorch_server._core.queue cimport Bucket, remove_all, remove_expired
 from aiorch_server._core.request cimport REQUEST_RUNNING, now_ns, pthread_mutex_lock, pthread_mutex_unlock
 from aiorch_server._core.scheduler_state cimport (
     Run,
@@ -20,11 +23,11 @@ from aiorch_server._core.scheduler_state cimport (
     release_scheduler,
     wait_until,
 )
-from aiorch_server._core.settlement cimport refuse_chain
+from aiorch_server._core.settlement cimport refuse_chain, refuse_late
 from aiorch_server._core.slabs cimport note_batch
 from aiorch_server._core.watch cimport set_sampling, take_notes, take_sample, watch_slow
 
-from aiorch_server.types import BatchingPolicy
+from aiorch_server.types import BatchingPolicy, SchedulerObservation
 
 cdef int UNAVAILABLE = 14
 
@@ -37,9 +40,10 @@ DEFAULT_MAX_REQUESTS = 16384
 DEFAULT_MAX_BYTES = 1 << 30
 
 
-cdef void mark_unserved(SchedulerState *state, Request *request) noexcept nogil:
+cdef void mark_unserved(SchedulerState *state, Request *request, uint64_t *counted) noexcept nogil:
     """A chain was taken out of the queue to be refused: no longer counted nor cancellable there. Under the lock."""
     while request != NULL:
+        counted[0] += 1
         count_out(&state.levels, request)
         request.state = REQUEST_RUNNING
         request = request.next
@@ -50,7 +54,7 @@ cdef void abandon_queued(SchedulerState *state, int code, const char *text) noex
     close_scheduler(state)
     pthread_mutex_lock(&state.lock)
     chain = remove_all(&state.queue)
-    mark_unserved(state, chain)
+    mark_unserved(state, chain, &state.observed.failed)
     pthread_mutex_unlock(&state.lock)
     refuse_chain(state, chain, code, text)
 
@@ -75,6 +79,8 @@ cdef Request *take_batch(SchedulerState *state, Run *run, int *members, int64_t 
     cdef bint another_is_due
     free_since[0] = now
     pthread_mutex_lock(&state.lock)
+    if run.rows and not run.is_spoilt:
+        count_busy(&state.observed, run.rows, now - run.taken_ns)
     end_run(state, run)
     while True:
         if must_leave(state):
@@ -84,7 +90,7 @@ cdef Request *take_batch(SchedulerState *state, Run *run, int *members, int64_t 
         if expired != NULL and state.levels.has_delays:
             expired = delay_expired(&state.levels, &state.queue, expired, now)
         if expired != NULL:
-            mark_unserved(state, expired)
+            mark_unserved(state, expired, &state.observed.failed)
             pthread_mutex_unlock(&state.lock)
             refuse_chain(state, expired, 0, NULL)
             now = now_ns()
@@ -92,9 +98,9 @@ cdef Request *take_batch(SchedulerState *state, Run *run, int *members, int64_t 
             continue
         late = remove_late(&state.queue, &state.policy, now)
         if late != NULL:
-            mark_unserved(state, late)
+            mark_unserved(state, late, &state.observed.dropped_late)
             pthread_mutex_unlock(&state.lock)
-            refuse_chain(state, late, UNAVAILABLE, b"cannot be answered in time any more")
+            refuse_late(state, late)
             now = now_ns()
             pthread_mutex_lock(&state.lock)
             continue
@@ -121,6 +127,7 @@ cdef Request *take_batch(SchedulerState *state, Run *run, int *members, int64_t 
         request = request.next
     note_batch(&state.slab, batch.rows)
     begin_run(state, run, batch.rows, now)
+    state.observed.running += batch.members
     # the baton: whoever got a batch wakes the next instance if there is more to do
     another_is_due = state.waiting > 0 and state.queue.n > 0
     pthread_mutex_unlock(&state.lock)
@@ -277,6 +284,36 @@ cdef class Scheduler:
         self.state.retiring = min(self.state.retiring + n, <int> MAX_INSTANCES)
         pthread_cond_broadcast(&self.state.due)
         pthread_mutex_unlock(&self.state.lock)
+
+    def observe(self):
+        """A consistent ``SchedulerObservation``."""
+        cdef SchedulerState *state = self.state
+        cdef Observed now
+        cdef int64_t at_ns, waiting, waiting_rows = 0
+        cdef int instances, busy
+        cdef const Bucket *bucket
+        cdef RunCount *runs = <RunCount *> calloc(<size_t> state.observed.n_runs, sizeof(RunCount))
+        if runs == NULL:
+            raise MemoryError
+        at_ns = now_ns()
+        with nogil:
+            pthread_mutex_lock(&state.lock)
+            close_slots(&state.observed, at_ns)
+            now = state.observed
+            memcpy(runs, now.runs, <size_t> now.n_runs * sizeof(RunCount))
+            now.runs = runs
+            waiting, busy, instances = state.queue.n, state.n_runs, state.waiting + state.n_runs
+            bucket = state.queue.buckets
+            while bucket != NULL:
+                waiting_rows += bucket.rows
+                bucket = bucket.next
+            pthread_mutex_unlock(&state.lock)
+        try:
+            return SchedulerObservation(
+                at_ns=at_ns, waiting=waiting, waiting_rows=waiting_rows, instances=instances, busy_instances=busy,
+                durations=self.durations(), **describe_observed(&now))
+        finally:
+            free(runs)
 
     def wait_idle(self, double timeout_s):
         """Blocks, without the interpreter lock, until nothing is queued or running; False when the time is over first."""

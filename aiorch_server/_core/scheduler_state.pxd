@@ -10,6 +10,7 @@ from aiorch_server._core.arrivals cimport Arrivals
 from aiorch_server._core.batch_former cimport BatchPolicy
 from aiorch_server._core.counters cimport Counters
 from aiorch_server._core.levels cimport Levels
+from aiorch_server._core.observation cimport Observed
 from aiorch_server._core.queue cimport Queue
 from aiorch_server._core.request cimport aiorch_add_reference, pthread_mutex_t
 from aiorch_server._core.slabs cimport Slab
@@ -53,6 +54,7 @@ cdef struct SchedulerState:
     Slab slab
     bint keeps_order                # constant: answers leave in the order of arrival
     Arrivals arrivals               # used only then
+    Observed observed
     # these guard themselves
     Counters counters
     Watch watch

@@ -8,6 +8,7 @@ from aiorch_server._core.buffers cimport drop_buffer
 from aiorch_server._core.counters cimport drop_counters, init_counters
 from aiorch_server._core.forecast cimport MAX_FORETOLD
 from aiorch_server._core.levels cimport free_levels
+from aiorch_server._core.observation cimport drop_observed, init_observed
 from aiorch_server._core.queue cimport clear_queue, init_queue
 from aiorch_server._core.request cimport (
     pthread_mutex_destroy,
@@ -46,6 +47,10 @@ cdef SchedulerState *new_scheduler(SpecState *spec) noexcept nogil:
     if not init_counters(&state.counters, spec.max_batch_size):
         free(state)
         return NULL
+    if not init_observed(&state.observed, spec.max_batch_size):
+        drop_counters(&state.counters)
+        free(state)
+        return NULL
     pthread_mutex_init(&state.lock, NULL)
     init_watch(&state.watch)
     pthread_condattr_init(&attributes)
@@ -70,6 +75,7 @@ cdef void free_scheduler(SchedulerState *state) noexcept nogil:
     release_spec(state.spec)
     free_levels(&state.levels)
     drop_counters(&state.counters)
+    drop_observed(&state.observed)
     free(state)
 
 

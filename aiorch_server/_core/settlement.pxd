@@ -13,6 +13,11 @@ cdef void settle_chain(SchedulerState *state, Request *first) noexcept nogil
 # Fails a chain that was taken out of the queue unserved, and settles it. Status 0: each for the time that is over, its
 # deadline or the queue's. The caller has counted them out of their levels, under the lock.
 cdef void refuse_chain(SchedulerState *state, Request *first, int status, const char *text) noexcept nogil
+# Fails a request, which is in no queue, because its answer would come at `finish_ns`; retry_after_ns says by how much that
+# is too late. Settles nothing.
+cdef void fail_late(Request *request, int64_t finish_ns) noexcept nogil
+# Settles a chain that remove_late took out.
+cdef void refuse_late(SchedulerState *state, Request *first) noexcept nogil
 # A request that was still queued goes back to its caller: counts it, and lets out whose answers waited for its own.
 # The caller has taken it out of queue, level and arrivals, under the lock.
 cdef void settle_taken_back(SchedulerState *state, const Request *request) noexcept nogil

@@ -1,6 +1,7 @@
 """Failing what was not served, handing over what is settled, in the order of arrival where that is asked for."""
 
 from libc.stdint cimport uint8_t
+from libc.stdio cimport snprintf
 from libc.string cimport memset
 
 from aiorch_server._core.arrivals cimport take_settled
@@ -17,6 +18,9 @@ from aiorch_server._core.request cimport (
 from aiorch_server._core.scheduler_state cimport pthread_cond_broadcast, release_scheduler, retain_scheduler
 from aiorch_server._core.slabs cimport relax_slab
 from aiorch_server._core.watch cimport note_slow
+
+cdef enum:
+    LEAST_RETRY_NS = 1000000
 
 cdef int CANCELLED = 1
 cdef int DEADLINE_EXCEEDED = 4
@@ -111,6 +115,29 @@ cdef void refuse_chain(SchedulerState *state, Request *first, int status, const 
             refuse_request(request, DEADLINE_EXCEEDED, b"Deadline Exceeded")
         else:
             refuse_request(request, UNAVAILABLE, b"Request timeout expired")
+        count_failure(&state.counters, request, FAILURE_REJECTED, now)
+        note_unserved(state, request, request.status, now)
+        request = request.next
+    settle_chain(state, first)
+
+
+cdef void fail_late(Request *request, int64_t finish_ns) noexcept nogil:
+    cdef char text[192]
+    cdef int64_t retry_ms
+    request.retry_after_ns = max(request.retry_after_ns, <int64_t> LEAST_RETRY_NS)
+    retry_ms = (request.retry_after_ns + 999999) // 1000000
+    snprintf(text, sizeof(text), b"cannot be answered in time: it would take %.1f ms, and the %s %.1f ms; "
+             b"try again in %lld.%03d s", <double> (finish_ns - request.received_ns) / 1e6,
+             b"caller waits" if request.end_ns == request.deadline_ns else b"model's objective is",
+             <double> (request.end_ns - request.received_ns) / 1e6, <long long> (retry_ms // 1000), <int> (retry_ms % 1000))
+    refuse_request(request, UNAVAILABLE, text)
+
+
+cdef void refuse_late(SchedulerState *state, Request *first) noexcept nogil:
+    cdef Request *request = first
+    cdef int64_t now = now_ns()
+    while request != NULL:
+        fail_late(request, request.end_ns + request.retry_after_ns)
         count_failure(&state.counters, request, FAILURE_REJECTED, now)
         note_unserved(state, request, request.status, now)
         request = request.next

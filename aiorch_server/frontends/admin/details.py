@@ -93,7 +93,7 @@ def _list_details(error: Exception, text: str, model: str) -> list[Message]:
         details.append(rpc.BadRequest(field_violations=[rpc.BadRequest.FieldViolation(description=text)]))
     if isinstance(error, CapacityError) and error.retryable:
         retry = rpc.RetryInfo()
-        known_ns = error.retry_after_ns if isinstance(error, QuotaExceeded) else 0
+        known_ns = error.retry_after_ns
         retry.retry_delay.FromNanoseconds(known_ns or _RETRY_NS)
         details.append(retry)
     return details

@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import Any, Final, NoReturn
 
-from aiorch_server.errors import AiorchError, Code, QuotaExceeded
+from aiorch_server.errors import AiorchError, CapacityError, Code
 from aiorch_server.frontends.telling import tell
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ async def abort_call(error: Exception, context: Any) -> NoReturn:
 
 def describe_retry(error: Exception) -> tuple[tuple[str, str], ...]:
     """Trailing metadata that tell when to come back; empty where nobody knows."""
-    if not isinstance(error, QuotaExceeded) or not error.retry_after_ns:
+    if not isinstance(error, CapacityError) or not error.retry_after_ns:
         return ()
     return ((_PUSHBACK, str(-(-error.retry_after_ns // 1_000_000))),)
 

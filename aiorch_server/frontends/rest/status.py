@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from http import HTTPStatus
 
-from aiorch_server.errors import AiorchError, Code, PayloadTooLarge, QuotaExceeded
+from aiorch_server.errors import AiorchError, CapacityError, Code, PayloadTooLarge
 from aiorch_server.frontends.rest.body import BodyTimeout, UnsupportedCoding
 from aiorch_server.frontends.restriction import AccessRestricted
 
@@ -57,7 +57,7 @@ def status_of(error: AiorchError) -> int:
 
 def headers_of(error: AiorchError) -> dict[str, str]:
     """Headers of the answer besides its content type."""
-    if isinstance(error, QuotaExceeded) and error.retry_after_ns:
+    if isinstance(error, CapacityError) and error.retry_after_ns:
         return {"retry-after": str(-(-error.retry_after_ns // 10**9))}
     return _HEADERS_BY_CLASS.get(type(error), {})
 

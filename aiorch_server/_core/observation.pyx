@@ -1,0 +1,53 @@
+"""Counts of traffic and run times, and their description for Python; see observation.pxd."""
+
+from libc.stdlib cimport calloc, free
+
+from aiorch_server.types import RunObservation
+
+cdef enum:
+    MAX_RUN_SIZES = 4096
+
+
+cdef bint init_observed(Observed *observed, int64_t max_rows) noexcept nogil:
+    observed.n_runs = max(1, min(max_rows, MAX_RUN_SIZES))
+    observed.runs = <RunCount *> calloc(<size_t> observed.n_runs, sizeof(RunCount))
+    return observed.runs != NULL
+
+
+cdef void drop_observed(Observed *observed) noexcept nogil:
+    free(observed.runs)
+
+
+cdef void close_slots(Observed *observed, int64_t now_ns) noexcept nogil:
+    if now_ns < observed.slot_end_ns:
+        return
+    if observed.slot_end_ns:        # else nothing has come yet
+        observed.slots += <uint64_t> (1 + (now_ns - observed.slot_end_ns) // SLOT_NS)
+        observed.slot_squares += <double> observed.slot_arrivals * <double> observed.slot_arrivals
+        observed.slot_arrivals = 0
+    observed.slot_end_ns = now_ns - now_ns % SLOT_NS + SLOT_NS
+
+
+cdef dict describe_observed(const Observed *observed):
+    return {
+        "arrivals": observed.arrivals,
+        "arrived_rows": observed.arrived_rows,
+        "answered": observed.answered,
+        "answered_rows": observed.answered_rows,
+        "failed": observed.failed,
+        "refused_full": observed.refused_full,
+        "refused_late": observed.refused_late,
+        "dropped_late": observed.dropped_late,
+        "in_time": observed.in_time,
+        "late": observed.late,
+        "running": observed.running,
+        "gaps_ns": observed.gaps_ns,
+        "gap_squares": observed.gap_squares,
+        "slots": observed.slots,
+        "slot_squares": observed.slot_squares,
+        "runs": tuple([
+            RunObservation(i + 1, observed.runs[i].executions, observed.runs[i].busy_ns, observed.runs[i].busy_squares)
+            for i in range(observed.n_runs)
+            if observed.runs[i].executions
+        ]),
+    }
