@@ -31,6 +31,7 @@ LEVELS = {
     "scheduling": 2,
     "lifecycle": 3,
     "deployments": 4,
+    "optimizer": 4,
     "dataplane": 4,
     "controlplane": 4,
     "frontends": 5,

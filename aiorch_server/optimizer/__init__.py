@@ -1,0 +1,1 @@
+"""What tunes a model to its objective: models of its cost and of its traffic, and predictions made from both."""
