@@ -12,6 +12,7 @@ from aiorch_server._core.quota import Admission, Quota
 from aiorch_server._core.routes import Router
 from aiorch_server._core.scheduler import Scheduler
 from aiorch_server._core.shares import Shares
+from aiorch_server._core.simulation import Fate, Simulation, simulate
 from aiorch_server._core.spec import ModelSpec
 from aiorch_server._core.wire_messages import (
     decode_response,
@@ -41,6 +42,7 @@ __all__ = [
     "BatchFormer",
     "Call",
     "ConnectionRules",
+    "Fate",
     "Histogram",
     "IoThread",
     "Mailbox",
@@ -53,6 +55,7 @@ __all__ = [
     "Scheduler",
     "ServerLedger",
     "Shares",
+    "Simulation",
     "TlsContext",
     "count_run",
     "decode_response",
@@ -66,5 +69,6 @@ __all__ = [
     "read_trace",
     "scan",
     "serve_compiled",
+    "simulate",
     "walk_elements",
 ]
