@@ -116,6 +116,10 @@ class ServiceTime:
             return ()
         return tuple((estimate.rows, round(estimate.mean_ns)) for estimate in self._solve(instances or self._instances))
 
+    def estimates(self, instances: int | None = None) -> tuple[Estimate, ...]:
+        """The curve with its errors. ValueError where nothing was seen yet."""
+        return self._solve(instances or self._instances)
+
     def is_trusted(self, rows: int, instances: int | None = None) -> bool:
         """Whether the estimate for so many rows is one to decide by."""
         return bool(self._cells) and self.estimate(rows, instances).is_trusted
