@@ -17,6 +17,7 @@ from aiorch_server.config.batching import DynamicBatching, EnsembleScheduling
 from aiorch_server.config.ensemble import find_ensemble_problems
 from aiorch_server.config.labels import find_label_problems
 from aiorch_server.config.names import check_name
+from aiorch_server.config.objective import find_objective_problems
 from aiorch_server.config.placement import (
     InstanceGroup,
     InstanceKind,
@@ -207,6 +208,7 @@ class ModelConfig(Section):
             except ValueError as error:
                 yield Problem(("name",), f"found {format_found(self.name)}; {error}")
         yield from find_label_problems(self.to_strings())
+        yield from find_objective_problems(self.to_strings())
         yield from _find_doubles("input", [each.name for each in self.input])
         yield from _find_doubles("output", [each.name for each in self.output])
         schedulers = ("dynamic_batching", "sequence_batching", "ensemble_scheduling")

@@ -12,7 +12,7 @@ from aiorch_server.config.problems import Problem, suggest
 from aiorch_server.errors import ModelLoadError
 
 #: What the server reads itself, for all backends.
-SERVER_PARAMETERS = ("cpu_threads", "isolate_failures", "warmup")
+SERVER_PARAMETERS = ("cpu_threads", "isolate_failures", "objective", "tuning", "warmup")
 #: Triton's names for what has another name here.
 _RENAMED: Mapping[str, str] = {
     "INTRA_OP_THREAD_COUNT": "cpu_threads",

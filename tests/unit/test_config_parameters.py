@@ -70,7 +70,11 @@ def test_the_page_lists_them_all() -> None:
             "parameters.cpu_thread: is unknown to backend 'onnxruntime'; did you mean 'cpu_",
         ),
         (OnnxRuntimeBackend, "graph_optimisation_level", "did you mean 'graph_optimization_level'?"),
-        (IdentityBackend, "xyz", "known here: cpu_threads, execute_delay_us, isolate_failures, version_label.<label>,"),
+        (
+            IdentityBackend,
+            "xyz",
+            "known here: cpu_threads, execute_delay_us, isolate_failures, objective, tuning, version_label",
+        ),
         (PyTorchBackend, "INTRA_OP_THREAD_COUNT", "is a parameter of Triton's; here it is 'cpu_threads'"),
         (TensorFlowBackend, "TF_SIGNATURE_DEF", "here it is 'signature_name'"),
         (OnnxRuntimeBackend, "TF_SIGNATURE_DEF", "Triton's that backend 'onnxruntime' does not have here; remove it"),
