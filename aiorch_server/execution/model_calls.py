@@ -261,6 +261,10 @@ class InstanceCalls:
         self._last: Callers = ()
         self._read_run: Callable[[], Run | None] = lambda: None
 
+    def for_another(self) -> InstanceCalls:
+        """The same for another instance of that model."""
+        return InstanceCalls(self._calls, self._model_name)
+
     def follow(
         self,
         read_callers: Callable[[], Callers],

@@ -157,7 +157,10 @@ class ResourcePool:
 
 
 class LimitedBackend(Backend):
-    """A backend whose instances hold their claims while they run; ``claims`` has one per instance, None for none."""
+    """A backend whose instances hold their claims while they run.
+
+    ``limiters`` has one per instance, None for none; instances that come later take them from the first on.
+    """
 
     def __init__(self, backend: Backend, pool: ResourcePool, limiters: Sequence[RateLimiter | None]) -> None:
         self.name = backend.name  # type: ignore[misc]
@@ -171,7 +174,7 @@ class LimitedBackend(Backend):
 
     def load(self, context: LoadContext, signature: ModelSignature) -> ModelInstance:
         """An instance of the real backend, behind one that waits for its resources."""
-        limiter = self._limiters[context.instance_index]
+        limiter = self._limiters[context.instance_index % len(self._limiters)]
         if limiter is None or not limiter.resources:
             return self._backend.load(context, signature)
         claim = self._pool.add(limiter, context.device, context.model_name)

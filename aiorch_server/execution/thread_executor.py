@@ -7,6 +7,8 @@ and the same thread.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 import threading
 import time
@@ -15,8 +17,9 @@ from concurrent.futures import Future
 
 from aiorch_server._core import Batch, Scheduler, is_unwanted, list_attachments, read_trace, serve_compiled
 from aiorch_server.backend import Backend, LoadContext, ModelInstance, RequestInstance
-from aiorch_server.errors import AiorchError, Code, ModelExecutionError, ModelLoadError
+from aiorch_server.errors import AiorchError, Code, ModelExecutionError, ModelLoadError, ModelNotReady
 from aiorch_server.execution.callers import Callers
+from aiorch_server.execution.failures import FailureLog, describe_error, read_code, read_text
 from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.heap import trim_heap
 from aiorch_server.execution.held_request import RequestOwner
@@ -30,33 +33,6 @@ from aiorch_server.types import ModelSignature
 
 logger = logging.getLogger(__name__)
 
-MAX_ERROR_CHARS = 1000
-LOG_INTERVAL_S = 10.0
-#: A model may make up a new type of error for each failure; what is remembered of them is bounded.
-MAX_ERROR_TYPES = 100
-
-
-def describe_error(error: BaseException) -> str:
-    """Type and text of an error of foreign code, bounded, encodable and without its traceback; never raises."""
-    text = _read_text(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _read_text(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception:  # foreign code too
-        return ""
-    text = text.encode("utf-8", "replace").decode()  # lone surrogates come from undecodable file names
-    return text if len(text) <= MAX_ERROR_CHARS else f"{text[:MAX_ERROR_CHARS]}..."
-
-
-def _read_code(error: AiorchError) -> int:
-    try:
-        return int(Code(error.code))
-    except ValueError:  # a model's own class of error, with a code that there is not
-        return int(Code.INTERNAL)
-
 
 def _read_callers(batch: Batch) -> Callers:
     details = list_attachments(batch)
@@ -67,30 +43,6 @@ def _read_run(batch: Batch) -> Run | None:
     """A watched request among the members; of several the first, for nobody can tell for which one a model calls."""
     runs = (each.run for each in list_attachments(batch) if isinstance(each, RequestDetails))
     return next((run for run in runs if run is not None), None)
-
-
-class FailureLog:
-    """Logs failures of one model with traceback, at most one per type of error and interval; counts the rest."""
-
-    def __init__(self, label: str, interval_s: float = LOG_INTERVAL_S) -> None:
-        self._label = label
-        self._interval_s = interval_s
-        self._lock = threading.Lock()
-        self._seen: dict[type[BaseException], tuple[float, int]] = {}
-
-    def write(self, error: BaseException) -> None:
-        """Logs ``error`` or counts it, when one of its type was logged within the interval."""
-        now = time.monotonic()
-        with self._lock:
-            logged_at, suppressed = self._seen.get(type(error), (-self._interval_s, 0))
-            if now - logged_at < self._interval_s:
-                self._seen[type(error)] = (logged_at, suppressed + 1)
-                return
-            if len(self._seen) >= MAX_ERROR_TYPES:
-                self._seen.clear()
-            self._seen[type(error)] = (now, 0)
-        again = f" ({suppressed} more of this type since the last report)" if suppressed else ""
-        logger.error("%s: a batch failed%s", self._label, again, exc_info=error)
 
 
 class InstanceGroup:
@@ -126,8 +78,9 @@ class InstanceGroup:
         self.ended: Future[str] = Future()
         self.ended.set_running_or_notify_cancel()  # from here on nobody can cancel it
         self._lock = threading.Lock()
-        self._instances = [_InstanceThread(self, index, context) for index, context in enumerate(contexts)]
+        self._instances = {index: _InstanceThread(self, index, context) for index, context in enumerate(contexts)}
         self._alive = 0
+        self._leaving = 0
         self._reason = ""
 
     @property
@@ -142,27 +95,80 @@ class InstanceGroup:
         the framework returns.
         """
         deadline = time.monotonic() + timeout_s
-        for instance in self._instances:
+        for instance in list(self._instances.values()):
             with self._lock:
                 self._alive += 1
-            error: BaseException | None
-            try:
-                instance.start()
-                error = instance.loaded.result(max(0.0, deadline - time.monotonic()))
-            except RuntimeError as refusal:  # the system gives no thread
-                error = refusal
-                self.on_thread_end(instance.index, "")
-            except TimeoutError:
-                error = ModelLoadError(
-                    f"instance {instance.index} of '{self.label}' did not finish loading within {timeout_s:g} s"
-                )
+            error = self._load(instance, max(0.0, deadline - time.monotonic()), timeout_s)
             if error is not None:
                 self.scheduler.abandon(Code.UNAVAILABLE, f"model '{self.label}' failed to load")
-                if isinstance(error, AiorchError):
-                    raise error
-                raise ModelLoadError(
-                    f"instance {instance.index} of '{self.label}' failed to load: {describe_error(error)}"
-                ) from error
+                raise error
+        self._tell_instances()
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether instances may come and go while others serve: those with a queue of their own may not."""
+        return not isinstance(self.scheduler, SchedulerGroup)
+
+    def grow(self, threads: int | None = None, timeout_s: float = 300.0) -> None:
+        """Loads one more instance beside those that serve, which go on; blocks until it serves too.
+
+        ``threads`` is its CPU share, else that of the others. Raises as ``start``, and ModelNotReady where the
+        group ends.
+        """
+        with self._lock:
+            if not self.can_grow or not self._alive or self.ended.done():
+                raise ModelNotReady(f"'{self.label}' takes no further instance")
+            self._alive += 1
+            index = next(index for index in itertools.count() if index not in self._instances)
+            context = self.contexts[index % len(self.contexts)]
+            calls = context.call_model
+            context = dataclasses.replace(
+                context,
+                instance_index=index,
+                threads=threads or context.threads,
+                call_model=calls.for_another() if isinstance(calls, InstanceCalls) else calls,
+            )
+            self._instances[index] = instance = _InstanceThread(self, index, context)
+        error = self._load(instance, timeout_s, timeout_s)
+        if error is not None:
+            raise error
+        self._tell_instances()
+
+    def shrink(self) -> bool:
+        """Lets one instance go once it has answered what it runs, and unloads it; False where it is the last one.
+
+        Never blocks: it may take as long as a batch runs.
+        """
+        with self._lock:
+            if not self.can_grow or self._alive - self._leaving < 2:
+                return False
+            self._leaving += 1
+        assert isinstance(self.scheduler, Scheduler)
+        self.scheduler.retire(1)
+        return True
+
+    def _load(self, instance: _InstanceThread, timeout_s: float, told_s: float) -> AiorchError | None:
+        """Starts it and waits until it serves; gives why it does not."""
+        error: BaseException | None
+        try:
+            instance.start()
+            error = instance.loaded.result(timeout_s)
+        except RuntimeError as refusal:  # the system gives no thread
+            error = refusal
+            self.on_thread_end(instance.index, "")
+        except TimeoutError:
+            late = f"instance {instance.index} of '{self.label}' did not finish loading within {told_s:g} s"
+            error = ModelLoadError(late) if instance.give_up() else instance.loaded.result()
+        if error is None or isinstance(error, AiorchError):
+            return error
+        found = ModelLoadError(f"instance {instance.index} of '{self.label}' failed to load: {describe_error(error)}")
+        found.__cause__ = error
+        return found
+
+    def _tell_instances(self) -> None:
+        if isinstance(self.scheduler, Scheduler):
+            with self._lock:
+                self.scheduler.set_policy(instances=self._alive)
 
     def abandon(self, code: int, text: str) -> None:
         """Closes the scheduler and fails what is queued, and what models hold that answer request by request.
@@ -170,18 +176,28 @@ class InstanceGroup:
         Batches that run end by themselves.
         """
         self.scheduler.abandon(code, text)
-        for instance in self._instances:
+        for instance in list(self._instances.values()):
             instance.fail_open(code, text)
+
+    def may_leave(self) -> bool:
+        """Asked by an instance that gets no more batches: False where it was told to go, but is the last one now."""
+        if isinstance(self.scheduler, SchedulerGroup) or self.scheduler.is_closed:
+            return True
+        with self._lock:
+            self._leaving -= 1
+            return self._alive > 1
 
     def on_thread_end(self, index: int, reason: str) -> None:
         """Called by each thread as its last act; ``reason`` is "" unless the thread died."""
         if isinstance(self.scheduler, SchedulerGroup):  # what this instance alone would serve
             self.scheduler.members[index].abandon(Code.UNAVAILABLE, reason or f"model '{self.label}' is unloaded")
         with self._lock:
+            del self._instances[index]
             self._alive -= 1
             self._reason = reason or self._reason
             is_last = self._alive == 0
             reason = self._reason
+        self._tell_instances()
         if is_last:
             # Also after an orderly end: close() leaves nothing queued, so then there is nothing to fail.
             self.scheduler.abandon(Code.UNAVAILABLE, reason or f"model '{self.label}' is unloaded")
@@ -199,6 +215,14 @@ class _InstanceThread(threading.Thread):
         self._group = group
         self._context = context
         self._loop: RequestLoop | None = None
+        self._lock = threading.Lock()
+        self._is_given_up = False
+
+    def give_up(self) -> bool:
+        """It is to end as soon as it is loaded; False where it is loaded by now."""
+        with self._lock:
+            self._is_given_up = not self.loaded.done()
+            return self._is_given_up
 
     def fail_open(self, code: int, text: str) -> None:
         """Fails the requests that a model which answers one by one still holds."""
@@ -217,8 +241,13 @@ class _InstanceThread(threading.Thread):
             except BaseException as error:
                 self.loaded.set_result(error)
                 return
-            self.loaded.set_result(None)
-            self._serve(instance)
+            with self._lock:
+                if not self._is_given_up:
+                    self.loaded.set_result(None)
+            if not self._is_given_up:
+                self._serve(instance)
+                while not self._group.may_leave():
+                    self._serve(instance)
         except BaseException as error:
             reason = f"instance {self.index} of '{self._group.label}' died: {describe_error(error)}"
             logger.critical("%s", reason, exc_info=error)
@@ -294,7 +323,7 @@ class _InstanceThread(threading.Thread):
 
     def _answer(self, error: BaseException) -> tuple[int, str]:
         if isinstance(error, AiorchError):
-            return _read_code(error), _read_text(error)
+            return read_code(error), read_text(error)
         return int(Code.INTERNAL), f"model '{self._context.model_name}' failed: {describe_error(error)}"
 
     def _close(self, instance: ModelInstance | None) -> None:

@@ -16,6 +16,7 @@ from aiorch_server.config.model import ModelConfig
 from aiorch_server.config.parameters import FLAGS, find_idle_parameters, find_unknown_parameters, read_flag
 from aiorch_server.config.problems import format_problems
 from aiorch_server.errors import AiorchError, ModelLoadError
+from aiorch_server.execution.failures import describe_error
 from aiorch_server.execution.group import SchedulerGroup
 from aiorch_server.execution.model_calls import InstanceCalls, ModelCalls
 from aiorch_server.execution.placement import Place, count_cpus, place_instances
@@ -23,7 +24,7 @@ from aiorch_server.execution.ragged import RaggedBackend
 from aiorch_server.execution.ragged_tensors import RaggedTensors
 from aiorch_server.execution.reshape import ReshapedBackend, Reshaping
 from aiorch_server.execution.resources import LimitedBackend, ResourcePool
-from aiorch_server.execution.thread_executor import InstanceGroup, describe_error
+from aiorch_server.execution.thread_executor import InstanceGroup
 from aiorch_server.execution.warmup import make_samples
 from aiorch_server.lifecycle.backends import BackendRegistry
 from aiorch_server.lifecycle.memory import Charge, measure_files
