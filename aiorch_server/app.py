@@ -23,6 +23,7 @@ from aiorch_server.assembly.web_doors import build_metrics, build_rest
 from aiorch_server.config.server import ServerConfig
 from aiorch_server.controlplane import ControlPlane
 from aiorch_server.dataplane import DataPlane
+from aiorch_server.execution.placement import count_cpus
 from aiorch_server.lifecycle.manager import LifecycleManager
 from aiorch_server.lifecycle.model import Observer
 from aiorch_server.types import ModelIndexEntry
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from aiorch_server.frontends.metrics import MetricsServer
     from aiorch_server.frontends.rest import RestServer
     from aiorch_server.observability.log_settings import LogSettings
+    from aiorch_server.optimizer.optimizer import Account, Optimizer
     from aiorch_server.security.gate import Gate
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,8 @@ class Application:
         self._gate_task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._stop_task: asyncio.Task[None] | None = None
+        #: What moves the knobs of models that have an objective.
+        self.optimizer: Optimizer | None = None
 
     async def start(self) -> None:
         """Opens REST and metrics, loads the start set, then opens gRPC: who connects there finds the models.
@@ -100,6 +104,7 @@ class Application:
                 if self._admin is not None:
                     self._admin.start(self.deployments.store)
             await self.manager.start()
+            self._start_optimizer()
             if self._grpc is not None:
                 await self._grpc.start()
             self._health_task = asyncio.create_task(self._follow_readiness())
@@ -189,8 +194,17 @@ class Application:
             return
         self._grpc = build_grpc_server(self.config, planes.router, self._passes)
         self.grpc_port = self._certificates.bind(self._grpc, config)
-        self._admin = build_admin(self.config, self.deployments, self._gate, server=self._name())
+        self._admin = build_admin(self.config, self.deployments, self._gate, server=self._name(), explain=self._explain)
         self._health = await add_services(self._grpc, config, planes, gate=self._gate, admin=self._admin)
+
+    def _start_optimizer(self) -> None:
+        from aiorch_server.optimizer.optimizer import Optimizer
+
+        self.optimizer = Optimizer(self.manager.servables, cores=count_cpus())
+        self.optimizer.start()
+
+    def _explain(self, model: str) -> list[Account]:
+        return [] if self.optimizer is None else self.optimizer.explain(model)
 
     def _has_deployed(self) -> bool:
         return self.deployments is None or self.deployments.has_settled
@@ -228,6 +242,8 @@ class Application:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         await self._certificates.stop()
+        if self.optimizer is not None:
+            await self.optimizer.stop()
         if self._planes is None:
             return
         mailbox, cache = self._planes.mailbox, self._planes.cache

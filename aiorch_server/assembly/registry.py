@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aiorch_server._core import Passes
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from aiorch_server.deployments.local import LocalDeployments
     from aiorch_server.frontends.admin.registry_access import RegistryAccess
     from aiorch_server.frontends.admin.services import AdminServices
+    from aiorch_server.optimizer.optimizer import Account
     from aiorch_server.security.gate import Gate
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,12 @@ def build_gate(config: ServerConfig, deployments: LocalDeployments | None, passe
 
 
 def build_admin(
-    config: ServerConfig, deployments: LocalDeployments | None, gate: Gate | None, *, server: str
+    config: ServerConfig,
+    deployments: LocalDeployments | None,
+    gate: Gate | None,
+    *,
+    server: str,
+    explain: Callable[[str], Sequence[Account]],
 ) -> AdminServices | None:
     """The admin services of a server called ``server``, None without a registry."""
     if deployments is None:
@@ -74,4 +81,5 @@ def build_admin(
         gate=gate,
         allow_code=config.execution.allow_code,
         on_commit=deployments.nudge,
+        explain=explain,
     )

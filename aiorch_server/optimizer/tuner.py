@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from aiorch_server.optimizer.predict import Knobs
 from aiorch_server.optimizer.sight import Sight, Trail
 
 
@@ -31,15 +32,6 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     State.SETTLING: frozenset({State.JUDGING, State.STEADY}),
     State.JUDGING: frozenset({State.STEADY, State.SETTLING}),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Knobs:
-    """What a tuner moves: rows of a batch at most, how long one may wait for company, and instances."""
-
-    max_rows: int
-    delay_us: int
-    instances: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiorch_server.optimizer.sight import Sight
-from aiorch_server.optimizer.tuner import TRANSITIONS, Bounds, Knobs, Move, Outlook, Situation, State, Tuner
+from aiorch_server.optimizer.predict import Knobs
+from aiorch_server.optimizer.tuner import TRANSITIONS, Bounds, Move, Outlook, Situation, State, Tuner
 
 BOUNDS = Bounds(max_rows=64, max_delay_us=10_000, min_instances=1, max_instances=4)
-START = Knobs(64, 0, 1)
+START = Knobs(64, 0, instances=1)
 
 
 @dataclass
@@ -61,7 +62,7 @@ def test_it_walks_to_the_best_cap_and_stays() -> None:
     tuner = Tuner(START, BOUNDS, allowed_misses=0.01)
     world = World(best_at(8))
     moves = world.live(tuner, 120)
-    assert tuner.knobs == Knobs(8, 0, 1)
+    assert tuner.knobs == Knobs(8, 0, instances=1)
     assert [move.after.max_rows for _, move in moves] == [32, 16, 8]
     assert world.live(tuner, 1800, since=120) == []
 
@@ -70,7 +71,7 @@ def test_a_suggestion_is_one_step() -> None:
     tuner = Tuner(START, BOUNDS, allowed_misses=0.01)
     look = best_at(8)
     for second in range(2):
-        tuner.step(second, Sight(1.0, 1000, 1000, 300), Situation(2000.0, look, (Knobs(8, 0, 1),)))
+        tuner.step(second, Sight(1.0, 1000, 1000, 300), Situation(2000.0, look, (Knobs(8, 0, instances=1),)))
     assert tuner.knobs.max_rows == 8
 
 
@@ -101,7 +102,7 @@ def test_harm_is_seen_within_one_window() -> None:
 
 
 def test_an_instance_is_taken_where_it_helps_and_given_back_where_it_does_not() -> None:
-    tuner = Tuner(Knobs(64, 0, 1), BOUNDS, allowed_misses=0.01)
+    tuner = Tuner(Knobs(64, 0, instances=1), BOUNDS, allowed_misses=0.01)
     world = World(lambda knobs: Outlook(min(1.0, 0.6 * knobs.instances), 0.0, 9000.0 / knobs.instances))
     world.live(tuner, 60)
     assert tuner.knobs.instances == 2
@@ -114,7 +115,7 @@ def test_without_a_target_the_percentile_counts() -> None:
     tuner = Tuner(START, BOUNDS)
     world = World(lambda knobs: Outlook(1.0, 0.0, 500.0 + 100 * knobs.max_rows + knobs.delay_us))
     world.live(tuner, 120)
-    assert tuner.knobs == Knobs(4, 0, 1)
+    assert tuner.knobs == Knobs(4, 0, instances=1)
 
 
 def test_a_move_that_could_not_be_made() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from aiorch_proto.admin.v1.service import METHODS, SERVICE_NAMES
@@ -27,6 +27,7 @@ from aiorch_server.registry.uploads import UploadBounds, Uploads
 from aiorch_server.security.access import Access
 
 if TYPE_CHECKING:
+    from aiorch_server.optimizer.optimizer import Account
     from aiorch_server.registry.database import Database
     from aiorch_server.registry.store import ArtefactStore
     from aiorch_server.security.gate import Gate
@@ -40,7 +41,8 @@ class AdminServices:
     """The admin services of a server called ``server``; on one event loop.
 
     ``gate`` None: nobody is asked who calls. ``allow_code``: what can run code of its author's choice may be deployed.
-    ``on_commit`` is called on the loop after each change that was made here.
+    ``on_commit`` is called on the loop after each change that was made here. ``explain`` tells what was done to the
+    knobs of a model.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class AdminServices:
         gate: Gate | None = None,
         allow_code: bool = False,
         on_commit: Callable[[], None] = lambda: None,
+        explain: Callable[[str], Sequence[Account]] = lambda model: (),
     ) -> None:
         self._database = database
         self._bounds = bounds
@@ -70,7 +73,7 @@ class AdminServices:
         self._servicers: dict[str, Any] = {
             "ModelRegistry": ModelRegistryServicer(self._uploads),
             "Deployments": DeploymentsServicer(self._feed, allow_code=allow_code),
-            "Tuning": TuningServicer(),
+            "Tuning": TuningServicer(explain),
             "Access": AccessServicer(),
             "Audit": AuditServicer(database),
         }

@@ -1,19 +1,22 @@
-"""Objectives of models; what an optimizer would make of them is not there yet."""
+"""Objectives of models, and what the optimizer made of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from aiorch_proto.admin.v1 import tuning_pb2 as pb
 
-from aiorch_server.errors import NotFoundError, UnsupportedRequest
+from aiorch_server.config.objective import Objective
+from aiorch_server.errors import NotFoundError
 from aiorch_server.frontends.admin.caller import Caller
 from aiorch_server.frontends.admin.fields import check_range, choose_paths, within
 from aiorch_server.registry import objectives
 from aiorch_server.registry.events import append_event
 
 if TYPE_CHECKING:
+    from aiorch_server.optimizer.optimizer import Account
     from aiorch_server.registry.session import Session
 
 _LARGEST: Final = float(2**31 - 1)
@@ -31,7 +34,10 @@ _BOUNDS: Final = {
 
 
 class TuningServicer:
-    """The service Tuning; each method is an operation on a session of the registry's database."""
+    """The service Tuning: objectives are operations on a session of the registry's database, Explain is none."""
+
+    def __init__(self, explain: Callable[[str], Sequence[Account]]) -> None:
+        self._explain = explain
 
     def GetObjective(self, session: Session, request: Any, caller: Caller) -> pb.Objective:
         """What a model should keep to."""
@@ -58,10 +64,41 @@ class TuningServicer:
         return _encode(given.model, kept)
 
     async def Explain(self, request: Any, context: Any) -> pb.Explanation:
-        """Refused."""
-        raise UnsupportedRequest(
-            "this server has no optimizer: nothing moves the knobs of its models but their configuration and Scale"
+        """Where the knobs of the highest tuned version of a model stand, and the last decisions, oldest first."""
+        accounts = self._explain(request.model)
+        if not accounts:
+            raise NotFoundError(
+                f"nothing of model {request.model!r} is tuned on this server: it does not serve here, or its configuration "
+                "gives it no objective"
+            )
+        account = max(accounts, key=lambda each: each.version)
+        answer = pb.Explanation(
+            model=account.model, objective=_write(account.model, account.objective), knobs=account.knobs
         )
+        for decision in account.decisions:
+            told = answer.decisions.add(
+                knob=decision.knob,
+                before=decision.before,
+                after=decision.after,
+                reason=decision.reason,
+                effect=decision.effect,
+            )
+            told.time.FromNanoseconds(int(decision.at_s * 1e9))
+        return answer
+
+
+def _write(model: str, objective: Objective) -> pb.Objective:
+    return pb.Objective(
+        model=model,
+        percentile=objective.percentile,
+        latency_us=objective.latency_us,
+        error_budget=objective.allowed_misses,
+        min_instances=objective.min_instances,
+        max_instances=objective.max_instances,
+        max_batch_size=objective.max_batch_size,
+        priority=objective.priority,
+        instance_cost=objective.cost,
+    )
 
 
 def _encode(model: str, objective: dict[str, Any]) -> pb.Objective:

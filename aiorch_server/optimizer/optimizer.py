@@ -1,0 +1,186 @@
+"""Looks at each live model version about once a second and lets its tuner move what is worth moving."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from aiorch_server._core import Scheduler
+from aiorch_server.config.objective import POLICIES, POLICY, Objective, read_objective
+from aiorch_server.errors import ModelNotReady
+from aiorch_server.execution.thread_executor import InstanceGroup
+from aiorch_server.lifecycle.servable import Servable
+from aiorch_server.lifecycle.threads import run_blocking
+from aiorch_server.optimizer.tuned import Decision, TunedVersion
+from aiorch_server.types import BatchingPolicy, SchedulerObservation
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S: Final = 1.0
+#: So long a server waits for one more instance to load.
+_LOAD_S: Final = 300.0
+
+
+class ServableLevers:
+    """A servable with one queue as a tuner has it; see ``tuned.Levers``."""
+
+    def __init__(self, servable: Servable) -> None:
+        scheduler, instances = servable.plain_scheduler, servable.instances
+        assert scheduler is not None
+        assert isinstance(instances, InstanceGroup)
+        self._label = f"{servable.name}:{servable.version}"
+        self._scheduler: Scheduler = scheduler
+        self._group: InstanceGroup = instances
+        self.largest_rows = max(1, servable.signature.max_batch_size)
+        self.observe: Callable[[], SchedulerObservation] = scheduler.observe
+        self.policy: Callable[[], BatchingPolicy] = scheduler.policy
+        self.set_policy = scheduler.set_policy
+
+    @property
+    def alive(self) -> int:
+        """Instances that serve, or load."""
+        return self._group.alive
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether instances may come and go."""
+        return self._group.can_grow
+
+    async def set_instances(self, count: int) -> None:
+        """Loads one after another, or lets go; raises what the load of one raises."""
+        while self._group.alive < count:
+            await run_blocking(f"grow {self._label}", lambda: self._group.grow(timeout_s=_LOAD_S))
+        for _ in range(self._group.alive - count):
+            if not self._group.shrink():
+                raise ModelNotReady(f"'{self._label}' keeps its last instance")
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What ``explain`` tells of one version: where knobs stand, what is asked, and the last decisions, oldest first."""
+
+    model: str
+    version: int
+    objective: Objective
+    state: str
+    knobs: Mapping[str, float]
+    percentile_us: float
+    rate: float
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(slots=True)
+class _Entry:
+    servable: Servable
+    written: BatchingPolicy
+    tuned: TunedVersion
+
+
+class Optimizer:
+    """For the event loop's thread; nothing is moved before ``start``, and all stays as it is after ``stop``.
+
+    ``list_servables`` gives what serves now. ``objective_of`` may name an objective that wins over the configuration's.
+    Models are left alone that have no objective, say ``tuning: off``, or have no one queue of their own (ensembles,
+    sequences).
+    """
+
+    def __init__(
+        self,
+        list_servables: Callable[[], Iterable[Servable]],
+        *,
+        cores: int,
+        interval_s: float = INTERVAL_S,
+        objective_of: Callable[[str], Objective | None] = lambda model: None,
+    ) -> None:
+        self._list_servables, self._objective_of = list_servables, objective_of
+        self._cores, self._interval_s = cores, interval_s
+        self._entries: dict[int, _Entry] = {}  # by id of the servable, which the entry holds
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """From now on knobs are moved."""
+        self._task = asyncio.create_task(self._run(), name="optimizer")
+
+    async def stop(self) -> None:
+        """Ends; a move under way is given up."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    def explain(self, model: str = "") -> list[Account]:
+        """What is known of each tuned version of a model, or of all."""
+        return [_describe(entry) for entry in self._entries.values() if model in ("", entry.servable.name)]
+
+    async def tick(self) -> None:
+        """One look at everything; a version's error is logged and hinders no other."""
+        self._follow()
+        for entry in list(self._entries.values()):
+            try:
+                await entry.tuned.tick()
+            except Exception:
+                logger.exception("'%s:%d' could not be tuned", entry.servable.name, entry.servable.version)
+
+    async def _run(self) -> None:
+        while True:
+            began = time.monotonic()
+            await self.tick()
+            await asyncio.sleep(max(0.1, self._interval_s - (time.monotonic() - began)))
+
+    def _follow(self) -> None:
+        """Takes up what has come, drops what has gone, and begins anew where the objective has changed."""
+        live = {}
+        for each in self._list_servables():
+            objective = self._objective_of(each.name) or read_objective(each.config.to_strings())
+            if objective != Objective() and _can_be_tuned(each):
+                live[id(each)] = each, objective
+        for key in self._entries.keys() - live.keys():
+            gone = self._entries.pop(key)
+            if gone.servable.is_open:
+                gone.tuned.give_back(gone.written)
+        for key, (servable, objective) in live.items():
+            entry = self._entries.get(key)
+            if entry is not None and entry.tuned.objective == objective:
+                continue
+            levers = ServableLevers(servable)
+            written = levers.policy() if entry is None else entry.written
+            if entry is not None:
+                entry.tuned.give_back(written)
+            tuned = TunedVersion(
+                servable.name, servable.version, levers, objective, cores=self._cores, on_decision=_log_decision
+            )
+            self._entries[key] = _Entry(servable, written, tuned)
+
+
+def _can_be_tuned(servable: Servable) -> bool:
+    if servable.plain_scheduler is None or not isinstance(servable.instances, InstanceGroup):
+        return False
+    if servable.signature.is_decoupled or not servable.is_open:
+        return False
+    return servable.config.to_strings().get(POLICY, POLICIES[0]) == POLICIES[0]
+
+
+def _log_decision(tuned: TunedVersion, decision: Decision) -> None:
+    logger.info(
+        "'%s:%d': %s %g -> %g: %s",
+        tuned.name, tuned.version, decision.knob, decision.before, decision.after, decision.reason,
+    )  # fmt: skip
+
+
+def _describe(entry: _Entry) -> Account:
+    tuned = entry.tuned
+    found = tuned.window.percentile(tuned.objective.percentile / 100.0) if tuned.window is not None else None
+    return Account(
+        entry.servable.name,
+        entry.servable.version,
+        tuned.objective,
+        tuned.tuner.state.value,
+        tuned.knobs,
+        found.value_ns / 1e3 if found is not None else 0.0,
+        tuned.traffic.rate,
+        tuple(tuned.decisions),
+    )

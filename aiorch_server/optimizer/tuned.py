@@ -1,0 +1,269 @@
+"""One live model version under a tuner: what is seen of it, learnt from it, and moved at it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
+
+from aiorch_server.config.objective import Objective
+from aiorch_server.errors import AiorchError
+from aiorch_server.optimizer.burstiness import Traffic
+from aiorch_server.optimizer.predict import Correction, Demand, Knobs, Scenario, Surroundings
+from aiorch_server.optimizer.service_time import ServiceTime
+from aiorch_server.optimizer.sight import Sight
+from aiorch_server.optimizer.tuner import Bounds, Move, Outlook, Situation, Tuner
+from aiorch_server.optimizer.window import Window
+from aiorch_server.types import BatchingPolicy, SchedulerObservation
+
+#: Decisions that are remembered of each version.
+MAX_DECISIONS: Final = 100
+#: A curve is handed on when a point of it moved by more than this part.
+_CURVE_CHANGE: Final = 0.03
+#: A larger batch has to be cheaper for each row by this part to be worth its longer run.
+_CHEAPER: Final = 0.03
+#: Of the target, kept free for what the curve does not know; and no more of it than this in one run.
+_MARGIN, _LONGEST_RUN = 0.05, 0.5
+_REQUESTS, _REPETITIONS = 2000, 3
+
+
+class Levers(Protocol):
+    """What a tuner can move of a live version, and what it sees of it."""
+
+    @property
+    def largest_rows(self) -> int:
+        """Of the model."""
+        ...
+
+    @property
+    def alive(self) -> int:
+        """Instances that serve, or load."""
+        ...
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether instances may come and go."""
+        ...
+
+    def observe(self) -> SchedulerObservation:
+        """What the scheduler has counted."""
+        ...
+
+    def policy(self) -> BatchingPolicy:
+        """How it batches now."""
+        ...
+
+    def set_policy(
+        self,
+        *,
+        max_rows: int | None = None,
+        delay_us: int | None = None,
+        target_us: int | None = None,
+        margin_us: int | None = None,
+        is_deferring: bool | None = None,
+        is_shedding: bool | None = None,
+        curve: tuple[tuple[int, int], ...] | None = None,
+    ) -> None:
+        """Changes what is given."""
+        ...
+
+    async def set_instances(self, count: int) -> None:
+        """Loads or lets go until there are so many; raises an AiorchError where one cannot be had."""
+        ...
+
+
+@dataclass(slots=True)
+class Decision:
+    """A move, when it was made (seconds since 1970), and what came of it; ``effect`` is "" until it is judged."""
+
+    at_s: float
+    knob: str
+    before: float
+    after: float
+    reason: str
+    effect: str = ""
+
+
+class TunedVersion:
+    """Ticks about once a second, on the event loop. ``cores``: those that instances share."""
+
+    def __init__(
+        self,
+        name: str,
+        version: int,
+        levers: Levers,
+        objective: Objective,
+        *,
+        cores: int,
+        now_s: Callable[[], float] = time.monotonic,
+        on_decision: Callable[[TunedVersion, Decision], None] = lambda version, decision: None,
+    ) -> None:
+        self.name, self.version, self.objective = name, version, objective
+        self.decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
+        self.window: Window | None = None
+        self._levers, self._now_s, self._on_decision = levers, now_s, on_decision
+        self.cores = cores
+        written = levers.policy()
+        limit = min(levers.largest_rows, objective.max_batch_size or levers.largest_rows)
+        fewest = objective.min_instances if levers.can_grow else levers.alive
+        most = (objective.max_instances or max(levers.alive, cores)) if levers.can_grow else levers.alive
+        longest_us = objective.max_delay_us or written.delay_us or objective.latency_us // 2
+        self.bounds = Bounds(limit, longest_us, min(fewest, levers.alive), max(most, levers.alive))
+        has_target = bool(objective.latency_us)
+        knobs = Knobs(
+            max_rows=min(limit, written.max_rows),
+            delay_us=min(written.delay_us, longest_us),
+            is_deferring=has_target,
+            is_shedding=has_target,
+            instances=levers.alive,
+        )
+        self.tuner = Tuner(knobs, self.bounds, allowed_misses=objective.allowed_misses if has_target else None)
+        self.service_time = ServiceTime(levers.largest_rows, cores=float(cores))
+        self.traffic = Traffic()
+        self.correction = Correction()
+        self._curve: tuple[tuple[int, int], ...] = ()
+        self._before: SchedulerObservation | None = None
+        levers.set_policy(
+            target_us=objective.latency_us,
+            margin_us=round(objective.latency_us * _MARGIN),
+            is_shedding=has_target,
+            is_deferring=has_target,
+            max_rows=knobs.max_rows,
+        )
+
+    @property
+    def knobs(self) -> dict[str, float]:
+        """Where they stand, by the names of decisions."""
+        return {
+            "max_batch_size": self.tuner.knobs.max_rows,
+            "delay_us": self.tuner.knobs.delay_us,
+            "instances": self._levers.alive,
+        }
+
+    async def tick(self) -> None:
+        """Looks, learns, and makes the move that is due, if any; returns when it is made."""
+        observation = self._levers.observe()
+        before, self._before = self._before, observation
+        if before is None or observation.at_ns <= before.at_ns:
+            return
+        self.window = window = Window.between(before, observation)
+        self.service_time.observe(window.runs, instances=max(1, window.instances), now_s=window.end_s)
+        self.traffic.observe(window.slots)
+        self._hand_on_curve()
+        now_s = self._now_s()
+        verdict = self.tuner.verdict
+        move = self.tuner.step(now_s, self._describe(window), self._situate(window))
+        if self.tuner.verdict != verdict and self.decisions:
+            self.decisions[-1].effect = self.tuner.verdict
+        if move is not None:
+            await self._make(move)
+
+    def _hand_on_curve(self) -> None:
+        if not self.service_time.is_known:
+            return
+        curve = self.service_time.curve()
+        is_moved = len(curve) != len(self._curve) or any(
+            abs(new - old) > _CURVE_CHANGE * old for (_, new), (_, old) in zip(curve, self._curve, strict=True)
+        )
+        # refusals by run times that are guessed would keep those sizes from ever being seen
+        if is_moved and self.service_time.is_trusted(1):
+            self._levers.set_policy(curve=curve)
+            self._curve = curve
+
+    def _describe(self, window: Window) -> Sight:
+        found = window.percentile(self.objective.percentile / 100.0)
+        return Sight(
+            window.length_s,
+            window.arrivals,
+            window.answered,
+            window.late,
+            window.lost,
+            found.value_ns / 1e3 if found is not None else 0.0,
+        )
+
+    def _situate(self, window: Window) -> Situation:
+        cap = self.tuner.knobs.max_rows
+        if not self.service_time.is_known or not self.service_time.is_trusted(min(cap, self._usual_rows())):
+            return Situation(None, _promise_nothing)
+        run_us = self.service_time.estimate(min(cap, self._usual_rows())).mean_ns / 1e3
+        suggested = replace(self.tuner.knobs, max_rows=self._find_cap())
+        return Situation(run_us, _Predictor(self, window.rows_per_request), (suggested,))
+
+    def _usual_rows(self) -> int:
+        seen = self.window.runs if self.window is not None else ()
+        executions = sum(run.executions for run in seen)
+        return max(1, round(sum(run.rows * run.executions for run in seen) / executions)) if executions else 1
+
+    def _find_cap(self) -> int:
+        """The smallest batch beyond which rows get no cheaper, and which leaves room in the target for waiting."""
+        estimates = [each for each in self.service_time.estimates() if each.rows <= self.bounds.max_rows]
+        longest_ns = self.objective.latency_us * 1000 * _LONGEST_RUN or float("inf")
+        fitting = [each for each in estimates if each.mean_ns <= longest_ns] or estimates[:1]
+        cheapest = min(each.mean_ns / each.rows for each in fitting)
+        return next(each.rows for each in fitting if each.mean_ns / each.rows <= (1 + _CHEAPER) * cheapest)
+
+    async def _make(self, move: Move) -> None:
+        before, after = move.before, move.after
+        decision = Decision(time.time(), move.knob, _read(move.knob, before), _read(move.knob, after), move.reason)
+        self.decisions.append(decision)
+        self._on_decision(self, decision)
+        try:
+            if after.instances != before.instances:
+                await self._levers.set_instances(after.instances)
+            self._levers.set_policy(max_rows=after.max_rows, delay_us=after.delay_us)
+        except AiorchError as error:
+            decision.effect = f"it could not be made: {error}"
+            self.tuner.reject(self._now_s(), decision.effect)
+
+    def give_back(self, written: BatchingPolicy) -> None:
+        """Lets the version batch as it was written."""
+        self._levers.set_policy(
+            max_rows=written.max_rows,
+            delay_us=written.delay_us,
+            target_us=written.target_us,
+            margin_us=written.margin_us,
+            is_deferring=written.is_deferring,
+            is_shedding=written.is_shedding,
+            curve=(),
+        )
+
+
+class _Predictor:
+    """What knobs promise now; the scenario is drawn when it is first asked for."""
+
+    def __init__(self, tuned: TunedVersion, rows_per_request: float) -> None:
+        self._tuned, self._rows = tuned, rows_per_request
+        self._scenario: Scenario | None = None
+
+    def __call__(self, knobs: Knobs) -> Outlook:
+        tuned = self._tuned
+        if self._scenario is None:
+            process = tuned.traffic.process()
+            objective = tuned.objective
+            counts = range(1, tuned.bounds.max_instances + 1)
+            slowdowns = tuple(tuned.service_time.contention(count, 1)[0] for count in counts)
+            self._scenario = Scenario.of(
+                tuned.service_time.estimates(1),
+                process,
+                rows_per_request=self._rows,
+                demand=Demand(
+                    objective.latency_us, objective.percentile / 100.0, round(objective.latency_us * _MARGIN)
+                ),
+                surroundings=Surroundings(cores=float(tuned.cores), slowdowns=slowdowns),
+                requests=_REQUESTS,
+                repetitions=_REPETITIONS,
+            )
+        found = self._scenario.predict(knobs)
+        good = 1.0 - found.late - found.lost
+        error = found.goodput_error / max(found.goodput, 1e-9) * good
+        return Outlook(good, error, found.percentile_ns / 1e3 * tuned.correction.factor)
+
+
+def _promise_nothing(knobs: Knobs) -> Outlook:
+    return Outlook(0.0, 1.0, float("inf"))
+
+
+def _read(knob: str, knobs: Knobs) -> float:
+    return float({"max_batch_size": knobs.max_rows, "delay": knobs.delay_us, "instances": knobs.instances}[knob])

@@ -1,0 +1,118 @@
+"""A server that is told an objective: what it learns, refuses and explains, and that every request is answered once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from aiorch_proto.v2 import inference_pb2 as pb
+from aiorch_proto.v2.service import InferenceStub
+
+from aiorch_server.app import Application
+from aiorch_server.config.server import ServerConfig
+
+RUN_S, MAX_ROWS, TARGET_S = 0.04, 4, 0.3
+CAPACITY = MAX_ROWS / RUN_S
+MODEL = """
+backend: "identity"
+max_batch_size: 4
+input [ { name: "X" data_type: TYPE_FP32 dims: [ 1 ] } ]
+output [ { name: "Y" data_type: TYPE_FP32 dims: [ 1 ] } ]
+parameters { key: "execute_delay_us" value { string_value: "40000" } }
+"""
+
+
+@asynccontextmanager
+async def serving(root: Path, **parameters: str) -> AsyncIterator[tuple[Application, InferenceStub]]:
+    (root / "m" / "1").mkdir(parents=True, exist_ok=True)
+    told = [f'parameters {{ key: "{key}" value {{ string_value: "{text}" }} }}' for key, text in parameters.items()]
+    (root / "m" / "config.pbtxt").write_text(MODEL + "\n".join(told))
+    config = ServerConfig.model_validate(
+        {
+            "repository": {"paths": [str(root)]},
+            "grpc": {"port": 0},
+            "http": {"enabled": False},
+            "metrics": {"enabled": False},
+        }
+    )
+    async with Application(config) as app, grpc.aio.insecure_channel(f"127.0.0.1:{app.grpc_port}") as channel:
+        yield app, InferenceStub(channel)
+
+
+async def call(stub: InferenceStub, number: int) -> tuple[str, float, str]:
+    """Status, seconds, and the refusal's text; the answer must be this request's own."""
+    request = pb.ModelInferRequest(model_name="m", raw_input_contents=[np.float32(number).tobytes()])
+    request.inputs.add(name="X", datatype="FP32", shape=[1, 1])
+    began = time.monotonic()
+    try:
+        answer = await stub.ModelInfer(request)
+    except grpc.aio.AioRpcError as error:
+        return error.code().name, time.monotonic() - began, str(error.details())
+    assert np.frombuffer(answer.raw_output_contents[0], np.float32)[0] == number
+    return "OK", time.monotonic() - began, ""
+
+
+async def offer(stub: InferenceStub, rate: float, seconds: float) -> list[tuple[str, float, str]]:
+    """An open loop: requests at random times, whatever becomes of those before."""
+    random = np.random.default_rng(1)
+    began, due_s, calls = time.monotonic(), 0.0, []
+    while due_s < seconds:
+        due_s += random.exponential(1 / rate)
+        await asyncio.sleep(max(0.0, began + due_s - time.monotonic()))
+        calls.append(asyncio.create_task(call(stub, len(calls))))
+    return list(await asyncio.wait_for(asyncio.gather(*calls), 60))
+
+
+@pytest.mark.alone
+async def test_twice_what_can_be_served(tmp_path: Path) -> None:
+    async with serving(tmp_path, objective=f"p99={round(1000 * TARGET_S)}ms, instances=1") as (app, stub):
+        await offer(stub, CAPACITY / 2, 3.0)
+        found = await offer(stub, 2 * CAPACITY, 5.0)
+        assert app.optimizer is not None
+        (account,) = app.optimizer.explain("m")
+    codes = Counter(code for code, _, _ in found)
+    assert set(codes) == {"OK", "UNAVAILABLE"}
+    good = sum(code == "OK" and taken_s <= TARGET_S for code, taken_s, _ in found)
+    assert good / 5.0 >= 0.75 * CAPACITY
+    assert codes["OK"] - good <= 0.05 * codes["OK"]
+    refusals = [(taken_s, text) for code, taken_s, text in found if code == "UNAVAILABLE"]
+    assert all("objective" in text for _, text in refusals)
+    assert np.median([taken_s for taken_s, _ in refusals]) < TARGET_S
+    assert (account.knobs["instances"], account.objective.latency_us) == (1, 300_000)
+
+
+async def test_without_an_objective_nothing_is_moved_or_refused(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (app, stub):
+        found = await offer(stub, 2 * CAPACITY, 1.5)
+        assert app.optimizer is not None
+        assert app.optimizer.explain() == []
+    assert {code for code, _, _ in found} == {"OK"}
+
+
+async def test_off_leaves_all_as_written(tmp_path: Path) -> None:
+    async with serving(tmp_path, objective="p99=100ms", tuning="off") as (app, stub):
+        found = await offer(stub, 2 * CAPACITY, 1.0)
+        assert app.optimizer is not None
+        assert app.optimizer.explain() == []
+    assert {code for code, _, _ in found} == {"OK"}
+
+
+async def test_instances_follow_their_bounds(tmp_path: Path) -> None:
+    async with serving(tmp_path, objective="p99=300ms, instances=1..3") as (app, stub):
+        assert app.optimizer is not None
+        async with asyncio.timeout(40):
+            while not (accounts := app.optimizer.explain("m")) or accounts[0].knobs["instances"] < 2:
+                await offer(stub, 1.4 * CAPACITY, 1.0)
+        found = await offer(stub, 1.4 * CAPACITY, 2.0)
+    decisions = [each for each in accounts[0].decisions if each.knob == "instances"]
+    assert (decisions[0].before, decisions[0].after) == (1.0, 2.0)
+    assert "miss the objective" in decisions[0].reason or "first look" in decisions[0].reason
+    good = sum(code == "OK" and taken_s <= TARGET_S for code, taken_s, _ in found)
+    assert good >= 0.9 * len(found)
