@@ -297,8 +297,9 @@ class ModelStatistics:
 
     ``failures`` splits ``fail.count`` by reason. BACKEND: the model had the request and failed it, with whatever code,
     or died with it: these are the version's own faults. REJECTED: nobody took it, for the queue was full, its time was
-    over or no instance was left: the version is too slow, or gone. CANCELED: its caller left. OTHER: a step of an
-    ensemble refused it. What does not fit the signature never comes to a version and is in none of these.
+    over or no instance was left: the version is too slow, or gone; ``refused_late`` and ``dropped_late`` are those of
+    them that could not have been answered in time, at the door and after waiting. CANCELED: its caller left. OTHER: a
+    step of an ensemble refused it. What does not fit the signature never comes to a version and is in none of these.
     """
 
     name: str
@@ -321,6 +322,8 @@ class ModelStatistics:
     has_cache: bool = False
     cache_hit: Duration = Duration()
     cache_miss: Duration = Duration()
+    refused_late: int = 0
+    dropped_late: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +344,8 @@ class SchedulerCounters:
     A request that succeeded adds to ``success`` and to each phase; phases count requests, ``batch_sizes`` executions
     by their number of rows. ``queue`` includes the time that a free instance waited for company (``batch_wait``).
     ``phases`` has the keys queue, batch_wait, compute_input, infer, compute_output, total, and wait, which is the
-    first two together.
+    first two together. ``refused_late`` and ``dropped_late``: of those rejected, which could not have been answered in
+    time, at the door and after waiting.
     """
 
     rows: int
@@ -358,6 +362,8 @@ class SchedulerCounters:
     pending: int
     in_flight: int
     phases: Mapping[str, PhaseHistogram]
+    refused_late: int = 0
+    dropped_late: int = 0
 
 
 @dataclass(frozen=True, slots=True)

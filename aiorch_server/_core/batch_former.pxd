@@ -3,6 +3,7 @@
 # Contract: pure; the caller holds the queue's lock. Rows count, not requests. Members of a batch have one shape; a batch
 # of one shape never waits for, nor is flushed by, another shape. Members leave in order of urgency and a request that
 # does not fit any more closes the batch, so that nothing is overtaken by what came later and is smaller.
+# Levels are strict but for this: of 16 batches one is for who has waited for PATIENCE_NS, in the order of arrival.
 #
 # A batch starts when it is full, when its oldest member has waited for `delay_ns`, or when its first end could not be kept
 # otherwise. Where the policy sheds, it is no larger than its first end allows.
@@ -16,6 +17,7 @@ from aiorch_server._core.request cimport Request
 cdef enum:
     MAX_PREFERRED = 16
     MAX_INSTANCES = 65536
+    STARVED_EVERY = 16
 
 
 cdef struct BatchPolicy:

@@ -6,6 +6,7 @@ from aiorch_server._core.curve cimport MAX_ROWS, read_curve, rows_within
 from aiorch_server._core.forecast cimport MAX_FORETOLD, Forecast, foretell, remove_late
 from aiorch_server._core.levels cimport MAX_SPAN_US
 from aiorch_server._core.queue cimport (
+    PATIENCE_NS,
     clear_queue,
     init_queue,
     most_urgent,
@@ -50,9 +51,24 @@ cdef int64_t rows_in_time(const BatchPolicy *policy, const Request *urgent, int6
     return rows if rows >= urgent.rows else limit
 
 
+cdef Bucket *find_starved(Queue *queue, int64_t now_ns) noexcept nogil:
+    """Where the next batch is for who has waited for too long: their bucket; NULL: it is for the most urgent."""
+    cdef Bucket *bucket = queue.buckets
+    cdef Bucket *starved = NULL
+    if queue.formed % STARVED_EVERY != 0:
+        return NULL
+    while bucket != NULL:
+        if bucket.oldest.enqueued_ns + PATIENCE_NS <= now_ns and (
+                starved == NULL or bucket.oldest.sequence < starved.oldest.sequence):
+            starved = bucket
+        bucket = bucket.next
+    return starved
+
+
 cdef void form_batch(Queue *queue, const BatchPolicy *policy, int64_t now_ns, FormedBatch *batch) noexcept nogil:
     cdef Bucket *bucket = queue.buckets
     cdef Bucket *chosen = NULL
+    cdef Bucket *starved
     cdef int64_t due, limit = 0, bucket_limit
     cdef Request *request
     cdef Request *last = NULL
@@ -77,9 +93,14 @@ cdef void form_batch(Queue *queue, const BatchPolicy *policy, int64_t now_ns, Fo
     if chosen == NULL:
         return
     batch.wake_ns = 0
-    limit = rows_in_time(policy, most_urgent(chosen), limit, now_ns)
+    queue.formed += 1
+    starved = find_starved(queue, now_ns)
+    if starved != NULL:
+        chosen, limit = starved, policy.max_rows
+    else:
+        limit = rows_in_time(policy, most_urgent(chosen), limit, now_ns)
     while True:
-        request = most_urgent(chosen)
+        request = chosen.oldest if starved != NULL else most_urgent(chosen)
         # the first member always goes: a preferred size may be smaller than one request
         if batch.members and batch.rows + request.rows > limit:
             return

@@ -55,7 +55,7 @@ cdef bint init_counters(Counters *counters, int64_t max_rows) noexcept nogil
 cdef void drop_counters(Counters *counters) noexcept nogil
 # Counts one failed request.
 cdef void count_failure(Counters *counters, const Request *request, FailureReason reason, int64_t now) noexcept nogil
-# A consistent SchedulerCounters snapshot; with the interpreter lock.
-cdef object describe_counters(Counters *counters, int64_t pending, int64_t in_flight)
+# A consistent SchedulerCounters snapshot, with what others have counted by its field; with the interpreter lock.
+cdef object describe_counters(Counters *counters, dict others)
 # {upper bound in ns: count} of the phase total, in the histogram's own buckets; with the interpreter lock.
 cdef object describe_durations(Counters *counters)

@@ -47,7 +47,7 @@ cdef void count_failure(Counters *counters, const Request *request, FailureReaso
     pthread_mutex_unlock(&counters.lock)
 
 
-cdef object describe_counters(Counters *counters, int64_t pending, int64_t in_flight):
+cdef object describe_counters(Counters *counters, dict others):
     cdef Counters *copy = <Counters *> calloc(1, sizeof(Counters))
     cdef BatchSizeCount *sizes = <BatchSizeCount *> calloc(<size_t> counters.n_batch_sizes, sizeof(BatchSizeCount))
     if copy == NULL or sizes == NULL:
@@ -60,7 +60,7 @@ cdef object describe_counters(Counters *counters, int64_t pending, int64_t in_fl
             memcpy(copy, counters, sizeof(Counters))
             memcpy(sizes, counters.batch_sizes, <size_t> counters.n_batch_sizes * sizeof(BatchSizeCount))
             pthread_mutex_unlock(&counters.lock)
-        return describe_copy(copy, sizes, pending, in_flight)
+        return describe_copy(copy, sizes, others)
     finally:
         free(copy)
         free(sizes)
@@ -86,7 +86,7 @@ cdef object coarsen(const HistogramState *histogram):
     return PhaseHistogram(tuple([bound / 1e9 for bound in _BOUNDS_NS]), tuple(counts), histogram.sum_ns / 1e9)
 
 
-cdef object describe_copy(const Counters *counters, const BatchSizeCount *sizes, int64_t pending, int64_t in_flight):
+cdef object describe_copy(const Counters *counters, const BatchSizeCount *sizes, dict others):
     queue = Duration(counters.phases[<int> PHASE_QUEUE].count,
                      counters.phases[<int> PHASE_QUEUE].sum_ns + counters.phases[<int> PHASE_BATCH_WAIT].sum_ns)
     last_ms = 0
@@ -113,7 +113,6 @@ cdef object describe_copy(const Counters *counters, const BatchSizeCount *sizes,
             if sizes[i].executions
         ]),
         last_inference_ms=last_ms,
-        pending=pending,
-        in_flight=in_flight,
         phases={phase: coarsen(&counters.phases[i]) for i, phase in enumerate(_PHASES)},
+        **others,
     )

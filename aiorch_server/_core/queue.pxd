@@ -35,6 +35,7 @@ cdef struct Queue:
     Py_ssize_t n
     int64_t n_bytes         # of messages
     uint64_t sequence
+    uint64_t formed         # batches so far; see batch_former
     int64_t next_expiry_ns  # a lower bound of the earliest deadline or expiry in the queue; 0: none
 
 

@@ -348,7 +348,14 @@ cdef class Scheduler:
 
     def counters(self):
         """A consistent ``SchedulerCounters`` snapshot."""
-        return describe_counters(&self.state.counters, self.pending, self.in_flight)
+        cdef uint64_t refused_late, dropped_late
+        cdef int64_t pending, in_flight
+        pthread_mutex_lock(&self.state.lock)
+        pending, in_flight = self.state.queue.n, self.state.in_flight
+        refused_late, dropped_late = self.state.observed.refused_late, self.state.observed.dropped_late
+        pthread_mutex_unlock(&self.state.lock)
+        return describe_counters(&self.state.counters, {
+            "pending": pending, "in_flight": in_flight, "refused_late": refused_late, "dropped_late": dropped_late})
 
     def durations(self):
         """How long answered requests took in all: ``{upper_ns: count}``, each below its bound and not below the next

@@ -216,6 +216,8 @@ class Servable:
             batches=counters.batch_sizes,
             failures=counters.failures,
             pending=counters.pending,
+            refused_late=counters.refused_late,
+            dropped_late=counters.dropped_late,
             responses=self.instances.responses.read() if self.signature.is_decoupled else {},
             first_response=self.instances.responses.read_first() if self.signature.is_decoupled else None,
             stalled=self.instances.responses.stalled,

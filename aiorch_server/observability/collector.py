@@ -81,6 +81,7 @@ _CACHE_COUNTERS: tuple[tuple[str, str, Callable[[ModelStatistics], float]], ...]
 _FAILURE = "nv_inference_request_failure"
 #: All reasons are there from the start, so that a rate over the first failure is not lost.
 _REASONS = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
+_LATE = "aiorch_late_requests_total"
 _PENDING = "nv_inference_pending_request_count"
 _PHASES = "aiorch_request_phase_seconds"
 _STALLED = "aiorch_stalled_streams_total"
@@ -146,6 +147,7 @@ class ModelCollector(Collector):
         """One pass over the models, then their families."""
         counters: dict[str, dict[Labels, float]] = {name: {} for name, _, _ in (*_COUNTERS, *_CACHE_COUNTERS)}
         failures: dict[Labels, float] = {}
+        late: dict[Labels, float] = {}
         pending: dict[Labels, float] = {}
         phases: dict[Labels, PhaseHistogram] = {}
         firsts: dict[Labels, PhaseHistogram] = {}
@@ -162,6 +164,8 @@ class ModelCollector(Collector):
                 _add(counters[name], labels, read(statistics))
             for reason in (*_REASONS, *sorted(statistics.failures.keys() - set(_REASONS))):
                 _add(failures, (*labels, ("reason", reason)), statistics.failures.get(reason, 0))
+            _add(late, (*labels, ("where", "door")), statistics.refused_late)
+            _add(late, (*labels, ("where", "queue")), statistics.dropped_late)
             _add(pending, labels, statistics.pending)
             if (first := statistics.first_response) is not None:
                 _add(stalled, labels, statistics.stalled)
@@ -177,6 +181,7 @@ class ModelCollector(Collector):
         for name, documentation, _ in (*_COUNTERS, *(each for each in _CACHE_COUNTERS if counters[each[0]])):
             yield _family(name, documentation, "counter", counters[name])
         yield _family(_FAILURE, "Number of failed inference requests by reason", "counter", failures)
+        yield _family(_LATE, "Requests refused because no answer could have been in time", "counter", late)
         yield _family(_PENDING, "Number of requests that wait for execution now", "gauge", pending)
         yield _histogram_family(phases)
         for name, documentation, phase in _DURATIONS:

@@ -58,6 +58,7 @@ class PlainFormer:
     def __init__(self, policy: Policy, preferred: list[int], run_ns: int) -> None:
         self.policy, self.preferred, self.run_ns = policy, preferred, run_ns
         self.waiting: list[Waiting] = []
+        self.formed = 0
 
     def run_time(self, rows: int) -> int:
         curve = self.policy.curve
@@ -112,7 +113,12 @@ class PlainFormer:
             return [], 0, min(wakes, default=0)
         _, bucket, limit = min(candidates, key=lambda candidate: candidate[0])
         first = bucket[0]
-        if policy.is_shedding and policy.curve and first.end_ns:
+        self.formed += 1
+        oldest = min(self.waiting, key=lambda item: item.ticket)
+        if self.formed % 16 == 0 and oldest.arrival_ns + PATIENCE_NS <= now_ns:
+            bucket, limit = [item for item in self.waiting if item.shape == oldest.shape], policy.max_rows
+            first = bucket[0]
+        elif policy.is_shedding and policy.curve and first.end_ns:
             within = self.rows_within(first.end_ns - now_ns, limit)
             limit = within if within >= first.rows else limit
         chosen = [first]
@@ -262,7 +268,7 @@ class FormerMachine(RuleBasedStateMachine):
             self.real.cancel(item.ticket)
             self.plain.waiting.remove(item)
 
-    @rule(by=st.integers(0, 300))
+    @rule(by=st.one_of(st.integers(0, 300), st.just(PATIENCE_NS)))
     def pass_time(self, by: int) -> None:
         self.now += by
 
@@ -318,6 +324,23 @@ def test_shapes_never_flush_each_other() -> None:
     assert former.form(100) == ([first], 1, 0)
     assert former.form(100) == ([], 0, 110)
     assert former.form(110) == ([second], 1, 0)
+
+
+def test_no_level_starves() -> None:
+    former = BatchFormer(2)
+    patient = [former.push(0, level=4), former.push(0, level=3)]
+    now, served = PATIENCE_NS - 100, []
+    for _ in range(40):
+        urgent = [former.push(now), former.push(now)]
+        served.append(former.form(now)[0])
+        now += 10
+        if served[-1] != urgent:
+            assert served[-1] == patient, "in the order of arrival, whatever their levels"
+            break
+    assert len(served) == 16
+    for _ in range(15):
+        assert former.form(now)[0] == urgent
+        urgent = [former.push(now), former.push(now)]
 
 
 def test_a_full_batch_does_not_wait() -> None:

@@ -142,7 +142,7 @@ async def test_refused_at_the_door(scheduler: Scheduler, mailbox: Mailbox) -> No
         mailbox.submit(scheduler, message(7), deadline_ns=time.monotonic_ns() + 30 * MS)
     seen = check_sum(scheduler)
     assert (seen.arrivals, seen.refused_late, seen.waiting, seen.waiting_rows) == (5, 2, 3, 3)
-    assert scheduler.counters().failures["REJECTED"] == 2
+    assert scheduler.counters().failures["REJECTED"] == scheduler.counters().refused_late == 2
     scheduler.set_policy(is_shedding=False)
     batch = Batch(scheduler)
     for _ in waiting:

@@ -87,6 +87,7 @@ def test_names_and_numbers_are_exact_in_both_formats(accept):
     for name, value in COUNTERS.items():
         assert samples[name, labels] == value
     assert samples["nv_inference_pending_request_count", labels] == 4
+    assert samples["aiorch_late_requests_total", (*labels, ("where", "door"))] == 0
     failures = {key[1][1][1]: value for key, value in samples.items() if key[0] == "nv_inference_request_failure"}
     assert failures == {"REJECTED": 1, "CANCELED": 0, "BACKEND": 2, "OTHER": 0}
     assert "_total" not in text
