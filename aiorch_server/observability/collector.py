@@ -164,8 +164,9 @@ class ModelCollector(Collector):
                 _add(counters[name], labels, read(statistics))
             for reason in (*_REASONS, *sorted(statistics.failures.keys() - set(_REASONS))):
                 _add(failures, (*labels, ("reason", reason)), statistics.failures.get(reason, 0))
-            _add(late, (*labels, ("where", "door")), statistics.refused_late)
-            _add(late, (*labels, ("where", "queue")), statistics.dropped_late)
+            if statistics.refused_late or statistics.dropped_late:  # few models have an objective
+                _add(late, (*labels, ("where", "door")), statistics.refused_late)
+                _add(late, (*labels, ("where", "queue")), statistics.dropped_late)
             _add(pending, labels, statistics.pending)
             if (first := statistics.first_response) is not None:
                 _add(stalled, labels, statistics.stalled)
@@ -181,7 +182,8 @@ class ModelCollector(Collector):
         for name, documentation, _ in (*_COUNTERS, *(each for each in _CACHE_COUNTERS if counters[each[0]])):
             yield _family(name, documentation, "counter", counters[name])
         yield _family(_FAILURE, "Number of failed inference requests by reason", "counter", failures)
-        yield _family(_LATE, "Requests refused because no answer could have been in time", "counter", late)
+        if late:
+            yield _family(_LATE, "Requests refused because no answer could have been in time", "counter", late)
         yield _family(_PENDING, "Number of requests that wait for execution now", "gauge", pending)
         yield _histogram_family(phases)
         for name, documentation, phase in _DURATIONS:
