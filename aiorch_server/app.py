@@ -200,7 +200,12 @@ class Application:
     def _start_optimizer(self) -> None:
         from aiorch_server.optimizer.optimizer import Optimizer
 
-        self.optimizer = Optimizer(self.manager.servables, cores=count_cpus())
+        deployments = self.deployments
+        self.optimizer = Optimizer(
+            self.manager.servables,
+            cores=count_cpus(),
+            read_objectives=None if deployments is None else deployments.read_objectives,
+        )
         self.optimizer.start()
 
     def _explain(self, model: str) -> list[Account]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from aiorch_server.config.problems import Problem, format_found, suggest
 
@@ -98,7 +98,7 @@ def parse_objective(text: str) -> Objective:
         is_target = _PERCENTILE.fullmatch(name)
         key = "latency" if is_target else name
         if key in seen:
-            raise ValueError(f"found {format_found(word)} after another {key}; say it once")
+            raise ValueError(f"found {format_found(name)} after another {key}; say it once")
         seen.add(key)
         if is_target:
             percentile = float(is_target[1])
@@ -109,7 +109,7 @@ def parse_objective(text: str) -> Objective:
             objective = replace(objective, **_read(word, value, _WORDS[name]))
         else:
             raise ValueError(
-                f"found {format_found(word)}{suggest(name, ['p99', *_WORDS])}; such as 'p99=50ms' is right"
+                f"found {format_found(name)}{suggest(name, ['p99', *_WORDS])}; such as 'p99=50ms' is right"
             )
     if objective.max_instances and objective.max_instances < objective.min_instances:
         found = f"{objective.min_instances}..{objective.max_instances}"
@@ -120,6 +120,21 @@ def parse_objective(text: str) -> Objective:
 def read_objective(parameters: Mapping[str, str]) -> Objective:
     """What the parameters of a checked configuration say; one without a target where they say nothing."""
     return parse_objective(parameters.get(OBJECTIVE, ""))
+
+
+def read_fields(fields: Mapping[str, Any]) -> Objective:
+    """The objective in the fields of tuning.proto, which were checked when they were set; 0 stands for not said."""
+    plain = Objective()
+    return Objective(
+        latency_us=int(fields.get("latency_us", 0)),
+        percentile=float(fields.get("percentile", 0)) or plain.percentile,
+        error_budget=float(fields.get("error_budget", 0)),
+        min_instances=int(fields.get("min_instances", 0)) or plain.min_instances,
+        max_instances=int(fields.get("max_instances", 0)),
+        max_batch_size=int(fields.get("max_batch_size", 0)),
+        priority=int(fields.get("priority", 0)),
+        cost=float(fields.get("instance_cost", 0)) or plain.cost,
+    )
 
 
 def find_objective_problems(parameters: Mapping[str, str]) -> Iterator[Problem]:

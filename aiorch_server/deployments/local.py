@@ -6,13 +6,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aiorch_server.config.registry import RegistryConfig
 from aiorch_server.deployments.driver import Driver
 from aiorch_server.deployments.reconciler import Reconciler
 from aiorch_server.registry.checkout import Checkout
 from aiorch_server.registry.database import Database
+from aiorch_server.registry.objectives import list_objectives
 from aiorch_server.registry.records import Manifest
 from aiorch_server.registry.store import ArtefactStore, open_store
 from aiorch_server.repository import RegisteredRepository, RegisteredVersion
@@ -96,6 +97,10 @@ class LocalDeployments:
         await self._reconciler.start()
         self._driver = driver
         driver.start()
+
+    async def read_objectives(self) -> dict[str, dict[str, Any]]:
+        """Those that operators have set, as fields of tuning.proto by model; RegistryUnavailable."""
+        return await self.database.run(list_objectives)
 
     def nudge(self) -> None:
         """What should run has changed, or what became of it: look at the registry at once, and tell it."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from aiorch_server._core import Scheduler
-from aiorch_server.config.objective import POLICIES, POLICY, Objective, read_objective
-from aiorch_server.errors import ModelNotReady
+from aiorch_server.config.objective import POLICIES, POLICY, Objective, read_fields, read_objective
+from aiorch_server.errors import AiorchError, ModelNotReady
 from aiorch_server.execution.thread_executor import InstanceGroup
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.lifecycle.threads import run_blocking
@@ -21,6 +22,8 @@ from aiorch_server.types import BatchingPolicy, SchedulerObservation
 logger = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 1.0
+#: How long a new objective of an operator may take to be heard of.
+READ_S: Final = 5.0
 #: So long a server waits for one more instance to load.
 _LOAD_S: Final = 300.0
 
@@ -83,7 +86,8 @@ class _Entry:
 class Optimizer:
     """For the event loop's thread; nothing is moved before ``start``, and all stays as it is after ``stop``.
 
-    ``list_servables`` gives what serves now. ``objective_of`` may name an objective that wins over the configuration's.
+    ``list_servables`` gives what serves now. ``read_objectives`` gives those that operators have set for models, as
+    fields of tuning.proto; they win over the configuration's. Where that fails, what it gave last holds.
     Models are left alone that have no objective, say ``tuning: off``, or have no one queue of their own (ensembles,
     sequences).
     """
@@ -94,10 +98,12 @@ class Optimizer:
         *,
         cores: int,
         interval_s: float = INTERVAL_S,
-        objective_of: Callable[[str], Objective | None] = lambda model: None,
+        read_objectives: Callable[[], Awaitable[Mapping[str, Mapping[str, Any]]]] | None = None,
     ) -> None:
-        self._list_servables, self._objective_of = list_servables, objective_of
+        self._list_servables, self._read_objectives = list_servables, read_objectives
         self._cores, self._interval_s = cores, interval_s
+        self._objectives: dict[str, Objective] = {}
+        self._read_at_s = -math.inf
         self._entries: dict[int, _Entry] = {}  # by id of the servable, which the entry holds
         self._task: asyncio.Task[None] | None = None
 
@@ -118,6 +124,14 @@ class Optimizer:
 
     async def tick(self) -> None:
         """One look at everything; a version's error is logged and hinders no other."""
+        if self._read_objectives is not None and time.monotonic() - self._read_at_s >= READ_S:
+            self._read_at_s = time.monotonic()
+            try:
+                found = await self._read_objectives()
+            except AiorchError as error:
+                logger.warning("objectives cannot be read, those known hold: %s", error)
+            else:
+                self._objectives = {model: read_fields(fields) for model, fields in found.items()}
         self._follow()
         for entry in list(self._entries.values()):
             try:
@@ -135,7 +149,7 @@ class Optimizer:
         """Takes up what has come, drops what has gone, and begins anew where the objective has changed."""
         live = {}
         for each in self._list_servables():
-            objective = self._objective_of(each.name) or read_objective(each.config.to_strings())
+            objective = self._objectives.get(each.name) or read_objective(each.config.to_strings())
             if objective != Objective() and _can_be_tuned(each):
                 live[id(each)] = each, objective
         for key in self._entries.keys() - live.keys():

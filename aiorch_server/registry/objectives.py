@@ -26,6 +26,12 @@ def get_objective(session: Session, model: str) -> dict[str, Any]:
     return found
 
 
+def list_objectives(session: Session) -> dict[str, dict[str, Any]]:
+    """Those of all models that have one, by model."""
+    rows = session.execute(select(objectives.c.model, objectives.c.objective))
+    return {model: dict(objective) for model, objective in rows}
+
+
 def set_objective(session: Session, model: str, objective: Mapping[str, Any], *, actor: str) -> dict[str, Any]:
     """Sets all fields; NotFoundError for an unknown model."""
     models.get(session, model)

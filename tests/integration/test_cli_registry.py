@@ -104,7 +104,7 @@ def test_the_way_of_a_model(started: tuple[Served, Path], tmp_path: Path) -> Non
     assert "aiorch objective set times --p99 50ms" in run("objective", "show", "times", *url).stderr
     assert "99 % of requests within 50 ms" in run("objective", "set", "times", "--p99", "50ms", *url).stdout
     assert "99 % of requests within 50 ms" in run("objective", "show", "times", *url).stdout
-    assert "this server has no optimizer" in run("objective", "explain", "times", *url).stderr
+    assert "gives it no objective" in run("objective", "explain", "times", *url).stderr
     assert "did you mean 'times'?" in run("objective", "show", "time", *url).stderr
     assert run("undeploy", "times", *url).exit_code == 0
 

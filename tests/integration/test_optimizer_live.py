@@ -17,6 +17,8 @@ from aiorch_proto.v2.service import InferenceStub
 
 from aiorch_server.app import Application
 from aiorch_server.config.server import ServerConfig
+from aiorch_server.errors import AiorchError, RegistryUnavailable
+from aiorch_server.optimizer import optimizer
 
 RUN_S, MAX_ROWS, TARGET_S = 0.04, 4, 0.3
 CAPACITY = MAX_ROWS / RUN_S
@@ -116,3 +118,28 @@ async def test_instances_follow_their_bounds(tmp_path: Path) -> None:
     assert "miss the objective" in decisions[0].reason or "first look" in decisions[0].reason
     good = sum(code == "OK" and taken_s <= TARGET_S for code, taken_s, _ in found)
     assert good >= 0.9 * len(found)
+
+
+async def test_what_an_operator_sets_wins_and_holds_while_it_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "READ_S", 0.0)
+    said: list[dict[str, dict[str, float]] | AiorchError] = [{"m": {"latency_us": 50_000, "percentile": 95.0}}]
+
+    async def read() -> dict[str, dict[str, float]]:
+        if isinstance(said[0], AiorchError):
+            raise said[0]
+        return said[0]
+
+    async with serving(tmp_path, objective="p99=100ms") as (app, stub):
+        own = optimizer.Optimizer(app.manager.servables, cores=1, read_objectives=read)
+        await own.tick()
+        (account,) = own.explain("m")
+        assert str(account.objective) == "p95=50ms"
+        said[0] = RegistryUnavailable("away")
+        await own.tick()
+        assert str(own.explain("m")[0].objective) == "p95=50ms"
+        said[0] = {}
+        await own.tick()
+        assert str(own.explain("m")[0].objective) == "p99=100ms"
+        assert (await call(stub, 7))[0] == "OK"

@@ -14,6 +14,7 @@ from aiorch_server.config.objective import (
     format_duration,
     parse_duration_us,
     parse_objective,
+    read_fields,
     read_objective,
 )
 from aiorch_server.errors import ModelLoadError
@@ -50,9 +51,9 @@ def test_short_lines(text: str, expected: Objective) -> None:
         ("p99=0ms", "p99: found '0ms'; a time"),
         ("p99=2000000s", "of at most an hour"),
         ("p0=5ms", "a percentile from p1 to p99.999"),
-        ("p100=5ms", "found 'p100=5ms'"),
-        ("p99=5ms p50=1ms", "found 'p50=1ms' after another latency"),
-        ("latency=5ms", "found 'latency=5ms'"),
+        ("p100=5ms", "found 'p100'"),
+        ("p99=5ms p50=1ms", "found 'p50' after another latency"),
+        ("latency=5ms", "found 'latency'"),
         ("max_batch=5", "did you mean 'max_batch_size'?"),
         ("instances=0", "instances: found '0'; a whole number from 1 to 1024"),
         ("instances=4..2", "instances: found 4..2; the smaller first"),
@@ -62,7 +63,7 @@ def test_short_lines(text: str, expected: Objective) -> None:
         ("cost=1e400", "cost: found '1e400'"),
         ("priority=1.5", "priority: found '1.5'"),
         ("p99=\uff15ms", "p99: found"),
-        ("=", "found '='"),
+        ("=", "found ''"),
         ("p99=5ms " * 100, "one line of at most 500"),
     ],
 )
@@ -133,3 +134,9 @@ def test_durations(duration_us: int) -> None:
 def test_the_default_is_no_target() -> None:
     assert not str(Objective())
     assert str(replace(Objective(), cost=2.0)) == "cost=2"
+
+
+def test_fields_of_an_operator() -> None:
+    found = read_fields({"latency_us": 20_000, "percentile": 0.0, "max_instances": 3, "instance_cost": 2.0})
+    assert found == Objective(20_000, 99.0, max_instances=3, cost=2.0)
+    assert read_fields({}) == Objective()

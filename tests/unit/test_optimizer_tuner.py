@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aiorch_server.optimizer.sight import Sight
 from aiorch_server.optimizer.predict import Knobs
+from aiorch_server.optimizer.sight import Sight
 from aiorch_server.optimizer.tuner import TRANSITIONS, Bounds, Move, Outlook, Situation, State, Tuner
 
 BOUNDS = Bounds(max_rows=64, max_delay_us=10_000, min_instances=1, max_instances=4)

@@ -206,6 +206,7 @@ def test_objectives(database: Database) -> None:
     for objective in ({"percentile": 99.9}, {"latency_us": 2**40}):
         database.run_blocking(lambda s, it=objective: objectives.set_objective(s, "digits", it, actor="al"))
         assert database.read_blocking(lambda s: objectives.get_objective(s, "digits")) == objective
+    assert database.read_blocking(objectives.list_objectives) == {"digits": objective}
 
 
 def test_uploads(database: Database) -> None:

@@ -43,5 +43,5 @@ class TuningMethods(AdminConnection):
         return self._call(call, timeout_s)
 
     def explain(self, model: str, *, timeout_s: float | None = None) -> Explanation:
-        """Why the knobs stand where they stand; RequestError (UNIMPLEMENTED) from a server without an optimizer."""
+        """Why the knobs stand where they stand; NotFoundError where nothing of it is tuned there."""
         return self._call(tuning_calls.explain(model), timeout_s)
