@@ -39,7 +39,7 @@ class Door:
 def check_ready(output: ClientOutput, door: Door, timeout_s: float) -> None:
     """Says that the server is ready; CommandError with the reason where it is not, UnreachableError."""
     with open_client(
-        door.url, timeout_s=timeout_s, tls=door.tls, token=door.token, metadata=door.metadata
+        door.url, timeout_s=timeout_s, tls=door.tls, token=door.token, metadata=tuple(door.metadata.items())
     ) as client:  # fmt: skip
         is_ready = client.is_ready()
         if not is_ready:
