@@ -254,10 +254,12 @@ class DeployedModel:
     async def _withdraw(self) -> None:
         self._repository.remove(self.name)
         self._put = {}
-        await self._manager.withdraw(self.name)
-        self._manager.set_traffic(self.name, None)
-        self._samples.set_sampling(self.name)
-        self._sampler.begin("", {})
+        try:
+            await self._manager.withdraw(self.name)
+        finally:  # also where the folder cannot be looked at: a model of that name may come back
+            self._manager.set_traffic(self.name, None)
+            self._samples.set_sampling(self.name)
+            self._sampler.begin("", {})
 
     def _find_missing(self) -> list[int]:
         """What should serve and does not; candidates are not tried again: their rollout decides."""

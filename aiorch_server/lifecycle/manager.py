@@ -191,13 +191,15 @@ class LifecycleManager(ModelDirectory):
     async def withdraw(self, name: str) -> None:
         """Takes a deployed model away, drained; nothing happens where there is none."""
         model = self._models.get(name)
-        if model is not None and model.is_deployed:
-            model.follow_demand(False, None)
-            await self._tasks.run(self._changes.unload(model, forget=True))
-            model.is_deployed = False
-            if await run_blocking(f"look at {name}", lambda: self._repository.look(name)) is None:
-                self._snapshots = {other: each for other, each in self._snapshots.items() if other != name}
-        self._withheld.discard(name)
+        try:
+            if model is not None and model.is_deployed:
+                model.follow_demand(False, None)
+                await self._tasks.run(self._changes.unload(model, forget=True))
+                model.is_deployed = False
+                if await run_blocking(f"look at {name}", lambda: self._repository.look(name)) is None:
+                    self._snapshots = {other: each for other, each in self._snapshots.items() if other != name}
+        finally:
+            self.withhold(name, False)
 
     def withhold(self, name: str, is_withheld: bool = True) -> None:
         """Gives a model no more requests, at once, whatever is being done with it; ``withdraw`` waits for that.

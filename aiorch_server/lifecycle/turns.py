@@ -43,9 +43,11 @@ class Turns:
 
     async def end(self, model: ManagedModel, reason: str) -> bool:
         """Pauses the model, and unloads it for ``reason`` once its requests are answered; whether it came to that."""
+        # A change under way may wait for the very model whose load asks for this; waiters were told that it is ready,
+        # and have yet to take their leases; what is no longer on demand would be brought back by nobody.
+        if model.is_changing or model.waiters or not model.is_on_demand:
+            return False
         async with model.changing():
-            if model.waiters:  # they were told that it is ready, and have yet to take their leases
-                return False
             limit_s = _choose_pause(model)
             began = time.monotonic()
             model.pause()
