@@ -30,6 +30,11 @@ class Holding:
         """Bytes by device."""
         return self._charge
 
+    @property
+    def is_budgeted(self) -> bool:
+        """Whether there is a budget for some device."""
+        return self._ledger.has_budgets
+
     def settle(self, charge: Charge) -> None:
         """It turned out to be so much; whether that fits is not asked any more."""
         with self._ledger.lock:

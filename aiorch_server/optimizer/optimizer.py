@@ -38,6 +38,7 @@ class ServableLevers:
         self._label = f"{servable.name}:{servable.version}"
         self._scheduler: Scheduler = scheduler
         self._group: InstanceGroup = instances
+        self._is_budgeted = servable.memory is not None and servable.memory.is_budgeted
         self.largest_rows = max(1, servable.signature.max_batch_size)
         self.observe: Callable[[], SchedulerObservation] = scheduler.observe
         self.policy: Callable[[], BatchingPolicy] = scheduler.policy
@@ -50,8 +51,8 @@ class ServableLevers:
 
     @property
     def can_grow(self) -> bool:
-        """Whether instances may come and go."""
-        return self._group.can_grow
+        """Whether instances may come and go: not where memory is budgeted, of which they would take some unasked."""
+        return self._group.can_grow and not self._is_budgeted
 
     async def set_instances(self, count: int) -> None:
         """Loads one after another, or lets go; raises what the load of one raises."""

@@ -10,6 +10,7 @@ from typing import Final, Protocol
 
 from aiorch_server.config.objective import Objective
 from aiorch_server.errors import AiorchError
+from aiorch_server.lifecycle.threads import run_blocking
 from aiorch_server.optimizer.burstiness import Traffic
 from aiorch_server.optimizer.predict import Correction, Demand, Knobs, Scenario, Surroundings
 from aiorch_server.optimizer.service_time import ServiceTime
@@ -148,6 +149,12 @@ class TunedVersion:
         before, self._before = self._before, observation
         if before is None or observation.at_ns <= before.at_ns:
             return
+        # in a thread: what is simulated for a decision takes some 50 ms
+        move = await run_blocking(f"tune {self.name}:{self.version}", lambda: self._think(before, observation))
+        if move is not None:
+            await self._make(move)
+
+    def _think(self, before: SchedulerObservation, observation: SchedulerObservation) -> Move | None:
         self.window = window = Window.between(before, observation)
         self.service_time.observe(window.runs, instances=max(1, window.instances), now_s=window.end_s)
         self.traffic.observe(window.slots)
@@ -157,8 +164,7 @@ class TunedVersion:
         move = self.tuner.step(now_s, self._describe(window), self._situate(window))
         if self.tuner.verdict != verdict and self.decisions:
             self.decisions[-1].effect = self.tuner.verdict
-        if move is not None:
-            await self._make(move)
+        return move
 
     def _hand_on_curve(self) -> None:
         if not self.service_time.is_known:

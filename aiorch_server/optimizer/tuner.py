@@ -95,6 +95,7 @@ class Pace:
     judge_answers: int = 300
     rest_s: float = 20.0
     longest_rest_s: float = 1800.0
+    look_s: float = 2.0
     review_s: float = 30.0
     longest_review_s: float = 600.0
 
@@ -131,6 +132,8 @@ class Tuner:
         self._before: Sight | None = None
         self._known: tuple[float, float] | None = None  # rate and run time of the last decision
         self._review_s = self._pace.review_s
+        self._look_s = self._pace.look_s
+        self._looks_at_s = -math.inf  # not before then, where the last look found nothing and all is as it was
 
     def step(self, now_s: float, sight: Sight, situation: Situation) -> Move | None:
         """Takes in what was seen since the last call; gives the move to make now, if any. ``knobs`` has made it."""
@@ -174,12 +177,12 @@ class Tuner:
         if self._known is None:
             return "first look"
         rate, known_run_us = self._known
-        if self.allowed_misses is not None and seen.misses_surely(self.allowed_misses):
-            return f"{100 * seen.missed_share:.1f} % of requests miss the objective"
         if not 1 / _CHANGED < seen.rate / max(rate, 1e-9) < _CHANGED and abs(seen.rate - rate) * seen.seconds > 30:
             return f"the load went from {rate:.0f} to {seen.rate:.0f} requests/s"
         if not 1 / _CHANGED < run_us / max(known_run_us, 1e-9) < _CHANGED:
             return f"a batch takes {run_us:.0f} us, no longer {known_run_us:.0f} us"
+        if self.allowed_misses is not None and now_s >= self._looks_at_s and seen.misses_surely(self.allowed_misses):
+            return f"{100 * seen.missed_share:.1f} % of requests miss the objective"
         return "review" if now_s - self._since_s >= self._review_s else ""
 
     def _choose(self, now_s: float, situation: Situation, reason: str) -> Move | None:
@@ -197,8 +200,10 @@ class Tuner:
                 best, promised = Move(knob, self.knobs, wanted, ""), outlook
         if best is None:
             self._review_s = min(2 * self._review_s, self._pace.longest_review_s)
+            self._looks_at_s = now_s + self._look_s
+            self._look_s = min(2 * self._look_s, self._pace.longest_review_s)
             return None
-        self._review_s = self._pace.review_s
+        self._review_s, self._look_s = self._pace.review_s, self._pace.look_s
         self._move = replace(best, reason=f"{reason}; {_tell_promise(present, promised)}")
         self._before, self.verdict = seen, ""
         self.knobs = best.after

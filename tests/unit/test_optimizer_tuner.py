@@ -172,6 +172,21 @@ def test_whatever_is_seen_the_knobs_stay_in_bounds_and_moves_are_few(
     assert moves <= 1 + len(looks) / 2
 
 
+def test_a_miss_that_nothing_mends_is_looked_into_less_and_less_often() -> None:
+    tuner, looks = Tuner(START, BOUNDS, allowed_misses=0.01), []
+
+    def belief(knobs: Knobs) -> Outlook:
+        looks.append(knobs)
+        return Outlook(0.5, 0.0, 5000.0)
+
+    world = World(lambda knobs: Outlook(0.5, 0.0, 5000.0), belief)
+    world.live(tuner, 600)
+    first, before = len(looks), tuner.knobs
+    world.live(tuner, 600, since=600)
+    assert before == tuner.knobs == START
+    assert len(looks) - first <= 4 * 10
+
+
 def test_states_that_do_not_follow_are_refused() -> None:
     with pytest.raises(ValueError, match="does not go from learning to judging"):
         Tuner(START, BOUNDS)._enter(State.JUDGING, 0.0)
