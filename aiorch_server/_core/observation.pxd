@@ -5,7 +5,13 @@
 # Contract: the scheduler's lock guards all of it; times never run backwards but for what threads do between looking at the
 # clock and taking the lock, which counts as no time.
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from aiorch_server._core.histogram cimport N_BUCKETS, bucket_of
+
+cdef enum:
+    MAX_TIMED_SIZES = 64    # batch sizes whose run times are kept one by one, so that rare stalls can be told apart
+    N_TIMES = 313           # pairs of the histogram's buckets: 8 to the power of two
 
 cdef extern from * nogil:
     """
@@ -18,6 +24,10 @@ cdef struct RunCount:
     uint64_t executions
     uint64_t busy_ns
     double busy_squares
+
+
+cdef struct RunTimes:
+    uint32_t counts[N_TIMES]        # may run over: differences modulo 2**32 are right
 
 
 cdef struct Observed:               # zero-initialised, then init_observed
@@ -42,6 +52,8 @@ cdef struct Observed:               # zero-initialised, then init_observed
     double slot_squares
     RunCount *runs                  # owned: by rows, n_runs of them; what is larger counts in the last
     int64_t n_runs
+    RunTimes *times                 # owned: by rows, n_times of them; larger sizes have none
+    int64_t n_times
 
 
 # False: out of memory, there is nothing to drop.
@@ -71,3 +83,5 @@ cdef inline void count_busy(Observed *observed, int64_t rows, int64_t busy_ns) n
     run.executions += 1
     run.busy_ns += <uint64_t> busy_ns
     run.busy_squares += <double> busy_ns * <double> busy_ns
+    if rows <= observed.n_times:
+        observed.times[rows - 1].counts[bucket_of(busy_ns) >> 1] += 1

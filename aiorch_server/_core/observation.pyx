@@ -2,6 +2,8 @@
 
 from libc.stdlib cimport calloc, free
 
+from aiorch_server._core.histogram cimport lower_bound
+
 from aiorch_server.types import RunObservation
 
 cdef enum:
@@ -11,11 +13,18 @@ cdef enum:
 cdef bint init_observed(Observed *observed, int64_t max_rows) noexcept nogil:
     observed.n_runs = max(1, min(max_rows, MAX_RUN_SIZES))
     observed.runs = <RunCount *> calloc(<size_t> observed.n_runs, sizeof(RunCount))
-    return observed.runs != NULL
+    observed.n_times = min(observed.n_runs, <int64_t> MAX_TIMED_SIZES)
+    observed.times = <RunTimes *> calloc(<size_t> observed.n_times, sizeof(RunTimes))
+    if observed.runs == NULL or observed.times == NULL:
+        drop_observed(observed)
+        return False
+    return True
 
 
 cdef void drop_observed(Observed *observed) noexcept nogil:
     free(observed.runs)
+    free(observed.times)
+    observed.runs, observed.times = NULL, NULL
 
 
 cdef void close_slots(Observed *observed, int64_t now_ns) noexcept nogil:
@@ -26,6 +35,14 @@ cdef void close_slots(Observed *observed, int64_t now_ns) noexcept nogil:
         observed.slot_squares += <double> observed.slot_arrivals * <double> observed.slot_arrivals
         observed.slot_arrivals = 0
     observed.slot_end_ns = now_ns - now_ns % SLOT_NS + SLOT_NS
+
+
+cdef dict describe_times(const RunTimes *times):
+    return {
+        lower_bound(min(2 * i + 2, N_BUCKETS - 1)): times.counts[i]
+        for i in range(N_TIMES)
+        if times.counts[i]
+    }
 
 
 cdef dict describe_observed(const Observed *observed):
@@ -46,7 +63,9 @@ cdef dict describe_observed(const Observed *observed):
         "slots": observed.slots,
         "slot_squares": observed.slot_squares,
         "runs": tuple([
-            RunObservation(i + 1, observed.runs[i].executions, observed.runs[i].busy_ns, observed.runs[i].busy_squares)
+            RunObservation(
+                i + 1, observed.runs[i].executions, observed.runs[i].busy_ns, observed.runs[i].busy_squares,
+                describe_times(&observed.times[i]) if i < observed.n_times else {})
             for i in range(observed.n_runs)
             if observed.runs[i].executions
         ]),

@@ -9,7 +9,7 @@ from aiorch_server._core.counters cimport describe_counters, describe_durations
 from aiorch_server._core.curve cimport describe_curve
 from aiorch_server._core.forecast cimport remove_late
 from aiorch_server._core.levels cimport MAX_SPAN_US, count_out, delay_expired, make_levels
-from aiorch_server._core.observation cimport Observed, RunCount, close_slots, count_busy, describe_observed
+from aiorch_server._core.observation cimport Observed, RunCount, RunTimes, close_slots, count_busy, describe_observed
 from aiorch_server._core.queue cimport Bucket, remove_all, remove_expired
 from aiorch_server._core.request cimport REQUEST_RUNNING, now_ns, pthread_mutex_lock, pthread_mutex_unlock
 from aiorch_server._core.scheduler_state cimport (
@@ -293,7 +293,10 @@ cdef class Scheduler:
         cdef int instances, busy
         cdef const Bucket *bucket
         cdef RunCount *runs = <RunCount *> calloc(<size_t> state.observed.n_runs, sizeof(RunCount))
-        if runs == NULL:
+        cdef RunTimes *times = <RunTimes *> calloc(<size_t> state.observed.n_times, sizeof(RunTimes))
+        if runs == NULL or times == NULL:
+            free(runs)
+            free(times)
             raise MemoryError
         at_ns = now_ns()
         with nogil:
@@ -301,7 +304,8 @@ cdef class Scheduler:
             close_slots(&state.observed, at_ns)
             now = state.observed
             memcpy(runs, now.runs, <size_t> now.n_runs * sizeof(RunCount))
-            now.runs = runs
+            memcpy(times, now.times, <size_t> now.n_times * sizeof(RunTimes))
+            now.runs, now.times = runs, times
             waiting, busy, instances = state.queue.n, state.n_runs, state.waiting + state.n_runs
             bucket = state.queue.buckets
             while bucket != NULL:
@@ -314,6 +318,7 @@ cdef class Scheduler:
                 durations=self.durations(), **describe_observed(&now))
         finally:
             free(runs)
+            free(times)
 
     def wait_idle(self, double timeout_s):
         """Blocks, without the interpreter lock, until nothing is queued or running; False when the time is over first."""

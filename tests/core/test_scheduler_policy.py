@@ -366,3 +366,18 @@ async def test_the_counters_add_up_among_threads(mailbox: Mailbox) -> None:
     assert seen.answered == sum(not isinstance(each, BaseException) for each in done)
     assert seen.in_time + seen.late == seen.answered
     assert (seen.waiting, seen.running) == (0, 0)
+
+
+async def test_run_times_are_kept_one_by_one_for_small_batches(mailbox: Mailbox) -> None:
+    scheduler = Scheduler(make_spec(100))
+    batch = Batch(scheduler)
+    for rows in (1, 1, 64, 65):
+        answer = mailbox.submit(scheduler, message(*range(rows)))
+        take_and_answer(scheduler, batch)
+        await answer
+    scheduler.close()
+    assert not scheduler.take(batch)
+    runs = {run.rows: run for run in scheduler.observe().runs}
+    assert [sum(runs[rows].times.values()) for rows in (1, 64, 65)] == [2, 1, 0]
+    (upper_ns,) = runs[64].times
+    assert 7 / 8 * upper_ns <= runs[64].busy_ns < upper_ns
