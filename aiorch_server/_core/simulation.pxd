@@ -5,6 +5,7 @@
 #   door      one thread reads requests, one after the other, for `door_ns` each, and writes answers, for `answer_ns` each
 #   sleep     an idle instance looks into the queue `wake_ns` after it was called
 #   run       the truth's time for the rows, times a lognormal factor of the truth's spread at that size
+#   stall     after so much time of running, whoever runs is held up for a while: by others on the machine
 #   cores     where as many instances run as there are cores, or more, the door's work holds them up
 #   slowdown  how many times slower a run is while so many instances run, compared with one alone
 # Order: time, and at one time what ends before what comes.
@@ -66,6 +67,11 @@ cdef struct World:
     int64_t *batch_of
     const double *noise             # standard normal values, used in turn by batches
     Py_ssize_t n_noise
+    const int64_t *stall_gaps_ns    # time of running between stalls, and how long these are; used in turn
+    const int64_t *stalls_ns
+    Py_ssize_t n_stalls
+    Py_ssize_t stall
+    int64_t until_stall_ns
     Py_ssize_t n_batches
     int64_t *batch_starts_ns
     int64_t *batch_ends_ns

@@ -43,4 +43,6 @@ def simulate(
     door_ns: int = 0,
     answer_ns: int = 0,
     wake_ns: int = 0,
+    stall_gaps_ns: npt.NDArray[np.int64] | Sequence[int] = (),
+    stalls_ns: npt.NDArray[np.int64] | Sequence[int] = (),
 ) -> Simulation: ...

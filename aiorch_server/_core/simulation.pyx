@@ -14,7 +14,7 @@ from aiorch_server._core.batch_former cimport (
     find_end,
     form_batch,
 )
-from aiorch_server._core.curve cimport MAX_ROWS, read_curve, run_time
+from aiorch_server._core.curve cimport MAX_ROWS, MAX_RUN_NS, read_curve, run_time
 from aiorch_server._core.forecast cimport MAX_FORETOLD, Forecast, foretell, remove_late
 from aiorch_server._core.queue cimport clear_queue, init_queue, push_request, remove_all, remove_expired
 from aiorch_server._core.request cimport free_request, new_request
@@ -58,6 +58,21 @@ cdef int64_t draw_run(World *world, int64_t rows) noexcept nogil:
     return max(LEAST_RUN_NS, <int64_t> run_ns)
 
 
+cdef int64_t meet_stalls(World *world, int64_t run_ns) noexcept nogil:
+    """By how much they make this run longer."""
+    cdef int64_t held_up_ns = 0
+    cdef int64_t left_ns = run_ns
+    if world.n_stalls == 0:
+        return 0
+    while left_ns >= world.until_stall_ns:
+        left_ns -= world.until_stall_ns
+        held_up_ns += world.stalls_ns[world.stall % world.n_stalls]
+        world.stall += 1
+        world.until_stall_ns = world.stall_gaps_ns[world.stall % world.n_stalls]
+    world.until_stall_ns -= left_ns
+    return held_up_ns
+
+
 cdef void change_speed(World *world, int running, int64_t now) noexcept nogil:
     """So many instances run from now on: what is left of each run takes longer or shorter."""
     cdef double ratio = world.machine.slowdowns[running] / world.machine.slowdowns[max(1, world.running)]
@@ -80,9 +95,11 @@ cdef void hold_up(World *world, int64_t work_ns) noexcept nogil:
 
 cdef void start(World *world, Runner *runner, const FormedBatch *batch, int64_t now) noexcept nogil:
     cdef Request *request = batch.first
+    cdef int64_t run_ns
     change_speed(world, world.running + 1, now)
     runner.first, runner.rows, runner.taken_ns, runner.batch = batch.first, batch.rows, now, world.n_batches
-    runner.end_ns = now + <int64_t> (<double> draw_run(world, batch.rows) * world.machine.slowdowns[world.running])
+    run_ns = <int64_t> (<double> draw_run(world, batch.rows) * world.machine.slowdowns[world.running])
+    runner.end_ns = now + run_ns + meet_stalls(world, run_ns)
     world.batch_starts_ns[world.n_batches] = now
     world.batch_rows[world.n_batches] = batch.rows
     while request != NULL:
@@ -293,19 +310,21 @@ def simulate(arrivals_ns, *, truth, rows=None, levels=None, deadlines_ns=None, s
              int64_t delay_ns=0, int64_t target_ns=0, int64_t margin_ns=0, preferred=(), bint is_deferring=False,
              bint is_shedding=False, curve=(), int instances=1, int64_t max_waiting=16384, int64_t expiry_ns=0,
              spreads=(), noise=None, slowdowns=(), double cores=64.0, int64_t door_ns=0, int64_t answer_ns=0,
-             int64_t wake_ns=0):
+             int64_t wake_ns=0, stall_gaps_ns=(), stalls_ns=()):
     """What becomes of requests that arrive at these times; see simulation.pxd for the machine.
 
     The policy's fields are those of ``Scheduler.set_policy`` in nanoseconds; ``curve`` is what the policy believes of run
     times, ``truth`` what they are. Levels count from 0, the most urgent; deadlines are times as arrivals are, 0 for none;
     requests of different ``shapes`` share no batch. ``noise`` are standard normal values, one for each batch in turn,
-    ``spreads`` the standard deviation of the logarithm of a run time at each point of the truth. ValueError where a number
+    ``spreads`` the standard deviation of the logarithm of a run time at each point of the truth; ``stalls_ns`` come after ``stall_gaps_ns`` of running (at least
+    1 us), each in turn. ValueError where a number
     is out of its bounds, or arrivals do not ascend from 0 on. Runs without the interpreter lock.
     """
     cdef const int64_t[::1] times = np.ascontiguousarray(arrivals_ns, np.int64)
     cdef Py_ssize_t n = len(times)
     cdef const int64_t[::1] row_numbers, level_numbers, deadline_numbers, shape_numbers
     cdef const double[::1] normals = np.ascontiguousarray([] if noise is None else noise, np.float64)
+    cdef const int64_t[::1] gaps, stalls
     cdef int64_t[::1] latencies, batches, starts, ends, sizes
     cdef World *world
     cdef bint is_done = True
@@ -319,6 +338,8 @@ def simulate(arrivals_ns, *, truth, rows=None, levels=None, deadlines_ns=None, s
     level_numbers = read_numbers(levels, n, 0, 0, 1 << 20, "levels")
     deadline_numbers = read_numbers(deadlines_ns, n, 0, 0, NEVER >> 1, "deadlines_ns")
     shape_numbers = read_numbers(shapes, n, 0, -(NEVER >> 1), NEVER >> 1, "shapes")
+    gaps = read_numbers(stall_gaps_ns, len(stalls_ns), 0, 1000, NEVER >> 1, "stall_gaps_ns")
+    stalls = read_numbers(stalls_ns, len(stalls_ns), 0, 0, MAX_RUN_NS, "stalls_ns")
     result = Simulation()
     result.latencies_ns, result.batch_of = np.zeros(n, np.int64), np.full(n, -1, np.int64)
     starts, ends, sizes = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
@@ -339,6 +360,9 @@ def simulate(arrivals_ns, *, truth, rows=None, levels=None, deadlines_ns=None, s
             world.n_noise = len(normals)
             if world.n_noise:
                 world.noise = &normals[0]
+            world.n_stalls = len(stalls)
+            if world.n_stalls:
+                world.stall_gaps_ns, world.stalls_ns, world.until_stall_ns = &gaps[0], &stalls[0], gaps[0]
             with nogil:
                 is_done = run_world(world, n, &row_numbers[0], &level_numbers[0], &deadline_numbers[0], &shape_numbers[0])
         if not is_done:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from aiorch_server._core import simulate
 from aiorch_server.optimizer.arrivals import Floats, Ints, OnOff
+from aiorch_server.optimizer.runs import Stalls
 from aiorch_server.optimizer.service_time import Estimate
 
 _NS_PER_S = 1e9
@@ -27,6 +28,8 @@ _NORMAL = NormalDist()
 #: Of the simulated time, left out of what is counted: the queue begins empty.
 _WARM_UP = 0.1
 _MIN_REQUESTS = 200
+#: Stalls drawn for a repetition; used in turn where that is not enough.
+_STALLS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,8 @@ class Demand:
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What a request costs besides its run, as measured: the door's time for it and for its answer, an idle instance's
-    way to its batch, and the cores that instances and the door share. ``slowdowns``: see simulation.pxd; empty: none.
+    way to its batch, what holds up runs, and the cores that instances and the door share. ``slowdowns``: see
+    simulation.pxd; empty: none.
     """
 
     door_ns: int = 0
@@ -61,6 +65,15 @@ class Surroundings:
     wake_ns: int = 0
     cores: float = 64.0
     slowdowns: tuple[float, ...] = ()
+    stalls: Stalls = field(default_factory=lambda: Stalls(0.0, ()))
+
+    def draw_stalls(self, count: int, random: np.random.Generator) -> tuple[Ints, Ints]:
+        """So many stalls and the times of running before them, for ``simulate``; none where none were seen."""
+        seen = self.stalls.lengths_ns
+        if not seen or self.stalls.running_ns <= 0:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        gaps = np.maximum(1000, random.exponential(self.stalls.running_ns / len(seen), count))
+        return gaps.astype(np.int64), random.choice(np.array(seen), count).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +108,7 @@ class Scenario:
     traffic: Sequence[tuple[Ints, Ints]] = ()
     noise: Floats = field(default_factory=lambda: np.zeros(0))
     doubts: Sequence[float] = ()
+    stalls: Sequence[tuple[Ints, Ints]] = ()
 
     @classmethod
     def of(
@@ -118,14 +132,17 @@ class Scenario:
             # whole rows around their mean: the server knows no more of them
             rows = np.floor(rows_per_request + random.random(len(times_ns))).astype(np.int64)
             traffic.append((times_ns, np.maximum(1, rows)))
+        around = surroundings or Surroundings()
+        stalls = [around.draw_stalls(_STALLS, random) for _ in range(repetitions)]
         doubts = [_NORMAL.inv_cdf((number + 0.5) / repetitions) for number in range(repetitions)]
         return cls(
             curve,
             demand or Demand(),
-            surroundings or Surroundings(),
+            around,
             traffic,
             random.standard_normal(4096),
             random.permutation(doubts).tolist(),
+            stalls,
         )
 
     def predict(self, knobs: Knobs) -> Prediction:
@@ -157,6 +174,8 @@ class Scenario:
                 door_ns=around.door_ns,
                 answer_ns=around.answer_ns,
                 wake_ns=around.wake_ns,
+                stall_gaps_ns=self.stalls[number][0],
+                stalls_ns=self.stalls[number][1],
             )
             busy_ns = float((done.batch_ends_ns - done.batch_starts_ns).sum())
             tries.append(self._judge(times_ns, done.latencies_ns, done.batch_rows, busy_ns / knobs.instances))

@@ -1,5 +1,9 @@
 """What was seen of runs of one batch size at one number of instances: windows, and what they say together. Pure.
 
+Where run times were kept one by one, a run that took several times the usual was held up by something else on the
+machine: such stalls are told apart from the model's own time, and kept as what they are, a time of running after which
+one comes and how long it is.
+
 A window is the difference of two snapshots: how often, and the sums of run times and of their squares. Its mean says
 little where one run in it was held up, so the mean of a cell is a robust one over windows (Tukey's biweight around
 their weighted median), each weighted by its runs and by its age. Where three windows in a row differ plainly from those
@@ -10,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 _MAX_WINDOWS = 64
 #: Windows in a row that have to agree on a change, and how much they have to differ: in standard errors, relatively.
@@ -26,18 +30,22 @@ _MIN_WINDOWS_TO_SCALE = 5
 _NORMAL_MAD = 1.4826
 #: Runs that a window's own spread must exceed the usual one by (in variance) to say that something else happened in it.
 _DISTURBED = 4.0
+#: Times the median run that make a run a stalled one; and how wide buckets of run times are, relative to their bound.
+_STALLED = 2.5
+_BUCKET_WIDTH = 1.0 / 12.0
 
 
 @dataclass(frozen=True, slots=True)
 class Runs:
     """Runs of batches of ``rows`` rows (a mean, where several sizes are taken together) within a window: how many, the
-    sum of their times, and of the squares.
+    sum of their times, and of the squares. ``times``, where known: runs by the upper bound of their time in ns.
     """
 
     rows: float
     executions: int
     sum_ns: float
     sum_ns2: float
+    times: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def mean_ns(self) -> float:
@@ -50,6 +58,39 @@ class Runs:
         if self.executions < 2:
             return 0.0
         return max(0.0, self.sum_ns2 - self.sum_ns**2 / self.executions) / (self.executions - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Stalls:
+    """How long runs were held up beyond their usual time, one by one, within so much time of running."""
+
+    running_ns: float
+    lengths_ns: tuple[float, ...]
+
+
+def take_apart(runs: Runs) -> tuple[Runs, Stalls]:
+    """The runs without those that were stalled, and the stalls. Nothing is told apart where there are no ``times``."""
+    limit_ns = _STALLED * _weighted_median(runs.times.items()) if runs.times else math.inf
+    stalled = {upper_ns: count for upper_ns, count in runs.times.items() if upper_ns > limit_ns}
+    if not runs.times or sum(runs.times.values()) != runs.executions:
+        return runs, Stalls(runs.sum_ns, ())
+    middles = {upper_ns: upper_ns * (1.0 - _BUCKET_WIDTH / 2) for upper_ns in runs.times}
+    usual = [(middles[upper_ns], count) for upper_ns, count in runs.times.items() if upper_ns not in stalled]
+    executions = sum(count for _, count in usual)
+    rough_ns = sum(middle * count for middle, count in usual) / executions
+    # the exact sum, less what stalled runs took about; where that is most of it, the buckets are the better source
+    sum_ns = runs.sum_ns - sum(middles[upper_ns] * count for upper_ns, count in stalled.items())
+    if not 0.95 * rough_ns <= sum_ns / executions <= 1.05 * rough_ns:
+        sum_ns = rough_ns * executions
+    mean_ns = sum_ns / executions
+    if stalled:
+        between = sum(count * (middle - rough_ns) ** 2 for middle, count in usual) / executions
+        variance = max(0.0, between - (_BUCKET_WIDTH * rough_ns) ** 2 / 12)
+    else:
+        variance = max(0.0, runs.sum_ns2 / executions - mean_ns**2)
+    lengths = [middles[upper_ns] - mean_ns for upper_ns, count in stalled.items() for _ in range(count)]
+    running_ns = mean_ns * runs.executions
+    return Runs(runs.rows, executions, sum_ns, executions * (variance + mean_ns**2)), Stalls(running_ns, tuple(lengths))
 
 
 @dataclass(slots=True)

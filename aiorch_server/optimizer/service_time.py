@@ -13,13 +13,14 @@ Runs at another number of instances tell of the same curve up to a factor, learn
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from aiorch_server.optimizer.runs import Cell, Level, Runs
+from aiorch_server.optimizer.runs import Cell, Level, Runs, Stalls, take_apart
 
 Floats = npt.NDArray[np.float64]
 
@@ -31,6 +32,9 @@ _CELLS_PER_OCTAVE = 4
 #: Deviations from a line, as relative standard deviations, and the octaves over which they are alike.
 _DEVIATIONS = (0.01, 0.03, 0.1, 0.3)
 _CORRELATED_OCTAVES = 2.0
+#: Windows whose stalls are remembered, and stalls of one of them.
+_STALL_WINDOWS = 30
+_MAX_STALLS = 1000
 #: Spread of one run before anything is known of it, and for how many runs this belief counts.
 _PRIOR_SPREAD = 0.1
 _PRIOR_RUNS = 8.0
@@ -73,12 +77,22 @@ class ServiceTime:
         self._instances = 1
         self._points = _choose_points(max_rows)
         self._solved: dict[int, tuple[Estimate, ...]] = {}
+        self._stalls: deque[Stalls] = deque(maxlen=_STALL_WINDOWS)
 
-    def observe(self, runs: Iterable[Runs], *, instances: int, now_s: float) -> None:
+    def observe(self, given: Iterable[Runs], *, instances: int, now_s: float) -> None:
         """Takes what was seen since the last call, while there were so many instances."""
         self._now_s, self._instances = now_s, instances
         self._solved = {}
         spread = self.spread()
+        runs, stalls = [], []
+        for seen in given:
+            if seen.executions > 0:
+                usual, held_up = take_apart(seen)
+                runs.append(usual)
+                stalls.append(held_up)
+        lengths = [length for each in stalls for length in each.lengths_ns]
+        kept = min(len(lengths), _MAX_STALLS) / max(1, len(lengths)) if lengths else 1.0
+        self._stalls.append(Stalls(kept * sum(each.running_ns for each in stalls), tuple(lengths[:_MAX_STALLS])))
         for key, seen in _join(runs).items():
             cell = self._cells.get((instances, key))
             if cell is None:
@@ -88,6 +102,11 @@ class ServiceTime:
                 for other in self._cells.values():
                     if other is not cell:
                         other.shift(change)
+
+    def stalls(self) -> Stalls:
+        """What held up runs of late, on this machine and at this load."""
+        running_ns = sum(each.running_ns for each in self._stalls)
+        return Stalls(running_ns, tuple(length for each in self._stalls for length in each.lengths_ns))
 
     @property
     def is_known(self) -> bool:

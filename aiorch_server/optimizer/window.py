@@ -14,6 +14,7 @@ from aiorch_server.types import SchedulerObservation
 _NS_PER_S = 1_000_000_000
 #: Parts of a power of two that the core's histograms tell apart, as a power of two.
 _SUB_BITS = 4
+_TIMES_MODULUS = 1 << 32
 _NORMAL = NormalDist()
 
 
@@ -71,7 +72,8 @@ class Window:
             if executions > 0:
                 busy_ns = run.busy_ns - (old.busy_ns if old else 0)
                 squares = run.busy_squares - (old.busy_squares if old else 0.0)
-                seen.append(Runs(run.rows, executions, float(busy_ns), max(squares, busy_ns**2 / executions)))
+                times = _subtract(run.times, old.times if old else {})
+                seen.append(Runs(run.rows, executions, float(busy_ns), max(squares, busy_ns**2 / executions), times))
         durations = {
             upper_ns: count - before.durations.get(upper_ns, 0)
             for upper_ns, count in after.durations.items()
@@ -157,6 +159,12 @@ def find_percentile(durations: Mapping[int, int], quantile: float, confidence: f
         _at_rank(durations, high) if high < total else math.inf,
         total,
     )
+
+
+def _subtract(after: Mapping[int, int], before: Mapping[int, int]) -> dict[int, int]:
+    """Differences of counts that may have run over."""
+    counts = {upper_ns: (count - before.get(upper_ns, 0)) % _TIMES_MODULUS for upper_ns, count in after.items()}
+    return {upper_ns: count for upper_ns, count in counts.items() if count}
 
 
 def _at_rank(durations: Mapping[int, int], rank: float) -> float:

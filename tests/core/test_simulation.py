@@ -253,6 +253,15 @@ def test_the_door_takes_its_time_and_that_of_a_shared_core() -> None:
     assert shared.latencies_ns.tolist() == [MS + 28 * US, 2 * MS + 33 * US]
 
 
+def test_stalls_come_with_running() -> None:
+    done = simulate(
+        np.array([0, 10 * MS, 20 * MS]), truth=[(1, MS)], stall_gaps_ns=[1500 * US, MS], stalls_ns=[3 * MS, 5 * MS]
+    )
+    assert done.latencies_ns.tolist() == [MS, 4 * MS, 6 * MS]
+    short = simulate(np.zeros(1, np.int64), truth=[(1, MS)], stall_gaps_ns=[400 * US], stalls_ns=[MS])
+    assert short.latencies_ns.tolist() == [3 * MS]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -260,7 +269,9 @@ def test_the_door_takes_its_time_and_that_of_a_shared_core() -> None:
         {"rows": np.array([0])}, {"rows": np.array([1, 1])}, {"levels": np.array([-1])}, {"instances": 0},
         {"instances": 65}, {"max_rows": 0}, {"delay_ns": -1}, {"spreads": [0.1, 0.1]}, {"spreads": [float("nan")]},
         {"noise": [float("inf")]}, {"slowdowns": [0]}, {"slowdowns": [1, 2]}, {"cores": 0}, {"cores": float("nan")},
-        {"door_ns": -1}, {"max_waiting": 0}, {"expiry_ns": -1}, {"preferred": [0]}, {"deadlines_ns": np.array([-5])},
+        {"door_ns": -1},
+        {"stalls_ns": [5]}, {"stalls_ns": [-1], "stall_gaps_ns": [5000]}, {"stalls_ns": [5], "stall_gaps_ns": [0]},
+        {"max_waiting": 0}, {"expiry_ns": -1}, {"preferred": [0]}, {"deadlines_ns": np.array([-5])},
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:

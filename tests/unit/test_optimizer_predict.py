@@ -12,6 +12,7 @@ import pytest
 from aiorch_server._core import Histogram, simulate
 from aiorch_server.optimizer.arrivals import OnOff
 from aiorch_server.optimizer.predict import Correction, Demand, Knobs, Scenario, Surroundings
+from aiorch_server.optimizer.runs import Stalls
 from aiorch_server.optimizer.service_time import Estimate
 from aiorch_server.optimizer.window import Window, find_percentile
 from aiorch_server.types import RunObservation, SchedulerObservation
@@ -48,6 +49,13 @@ def test_observations_that_make_no_window_are_refused() -> None:
     for before, after in ((LATER, NOTHING), (LATER, LATER), (LATER, dataclasses.replace(NOTHING, at_ns=9_000_000_000))):
         with pytest.raises(ValueError, match="two observations"):
             Window.between(before, after)
+
+
+def test_run_times_are_differences_even_where_counts_ran_over() -> None:
+    before = dataclasses.replace(LATER, runs=(RunObservation(1, 10, 1_000_000, 1.1e11, {1152: 2**32 - 2, 1280: 5}),))
+    runs = (RunObservation(1, 20, 2_000_000, 2.2e11, {1152: 3, 1280: 5, 1408: 1}),)
+    after = dataclasses.replace(LATER, at_ns=8_000_000_000, runs=runs)
+    assert Window.between(before, after).runs[0].times == {1152: 5, 1408: 1}
 
 
 def histogram_of(values: np.ndarray) -> dict[int, int]:
@@ -132,6 +140,15 @@ def test_what_is_not_known_of_the_model_makes_unsure() -> None:
     vague = tuple(Estimate(each.rows, each.mean_ns, 0.2 * each.mean_ns, each.spread) for each in MLP)
     sure, unsure = (Scenario.of(curve, OnOff.steady(3000.0)).predict(Knobs(8)) for curve in (MLP, vague))
     assert unsure.percentile_error_ns > 2 * sure.percentile_error_ns
+
+
+def test_stalls_lengthen_the_tail_and_not_the_middle() -> None:
+    stalls = Surroundings(stalls=Stalls(1e9, (20e6,) * 5))
+    quiet, held_up = (
+        Scenario.of(MLP, OnOff.steady(1000.0), surroundings=each).predict(Knobs(8)) for each in (None, stalls)
+    )
+    assert held_up.percentile_ns > 5 * quiet.percentile_ns
+    assert held_up.median_ns < 1.1 * quiet.median_ns
 
 
 def test_nothing_that_could_be_answered_is_no_error() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
-from aiorch_server.optimizer.runs import Runs
+from aiorch_server.optimizer.runs import Runs, take_apart
 from aiorch_server.optimizer.service_time import MAX_POINTS, ServiceTime
 
 Truth = Callable[[float], float]
@@ -131,6 +131,47 @@ def test_a_stall_does_not_move_the_curve() -> None:
     assert stalled.mean_ns > 5 * before.mean_ns
     assert model.estimate(4).mean_ns == pytest.approx(before.mean_ns, rel=0.01)
     assert model.spread() == pytest.approx(0.1, rel=0.2)
+
+
+def timed_runs(times_ns: np.ndarray, rows: int) -> Runs:
+    """With a bucket for each eighth of a power of two, as the core counts them."""
+    octaves = np.floor(np.log2(times_ns))
+    uppers = (2**octaves * (1 + (np.floor((times_ns / 2**octaves - 1) * 8) + 1) / 8)).astype(np.int64)
+    counts = dict(zip(*(each.tolist() for each in np.unique(uppers, return_counts=True)), strict=True))
+    return Runs(rows, len(times_ns), float(times_ns.sum()), float((times_ns**2).sum()), counts)
+
+
+def test_stalls_are_told_apart_where_run_times_were_kept() -> None:
+    random = np.random.default_rng(13)
+    usual = line(4) * np.exp(random.normal(0, 0.1, 1000))
+    held_up = usual + np.where(random.random(1000) < 0.02, random.exponential(5e6, 1000) + 1e6, 0)
+    runs, stalls = take_apart(timed_runs(held_up, 4))
+    assert timed_runs(held_up, 4).mean_ns > 1.5 * usual.mean()
+    assert runs.mean_ns == pytest.approx(usual.mean(), rel=0.06)
+    assert math.sqrt(runs.variance_ns2) / runs.mean_ns == pytest.approx(0.1, abs=0.04)
+    assert len(stalls.lengths_ns) == 1000 - runs.executions == (held_up > usual).sum()
+    assert sum(stalls.lengths_ns) == pytest.approx((held_up - usual).sum(), rel=0.1)
+    assert stalls.running_ns == pytest.approx(usual.sum(), rel=0.06)
+    untold = runs_of(random, 4, 10, line(4), 0.1)
+    assert take_apart(untold) == (untold, take_apart(untold)[1]) and not take_apart(untold)[1].lengths_ns
+
+
+def test_stalls_in_every_window_do_not_move_the_curve_either() -> None:
+    random = np.random.default_rng(14)
+    model = ServiceTime(32)
+    for window in range(10):
+        seen = []
+        for rows in (1, 8):
+            times = line(rows) * np.exp(random.normal(0, 0.1, 200))
+            seen.append(timed_runs(times + np.where(random.random(200) < 0.05, 20e6, 0), rows))
+        model.observe(seen, instances=1, now_s=window)
+    for rows in (1, 8):
+        assert model.estimate(rows).mean_ns == pytest.approx(line(rows), rel=0.06)
+    assert model.spread() < 0.2
+    stalls = model.stalls()
+    assert len(stalls.lengths_ns) == pytest.approx(200, rel=0.2)
+    assert np.mean(stalls.lengths_ns) == pytest.approx(20e6, rel=0.1)
+    assert stalls.running_ns == pytest.approx(10 * 200 * (line(1) + line(8)), rel=0.06)
 
 
 def test_a_stall_at_the_beginning_makes_unsure() -> None:
