@@ -257,7 +257,9 @@ class _Predictor:
                 demand=Demand(
                     objective.latency_us, objective.percentile / 100.0, round(objective.latency_us * _MARGIN)
                 ),
-                surroundings=Surroundings(cores=float(tuned.cores), slowdowns=slowdowns),
+                surroundings=Surroundings(
+                    cores=float(tuned.cores), slowdowns=slowdowns, stalls=tuned.service_time.stalls()
+                ),
                 requests=_REQUESTS,
                 repetitions=_REPETITIONS,
             )
