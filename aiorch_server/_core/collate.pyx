@@ -77,6 +77,12 @@ cdef class Batch:
             self._members, self._room = grown, members
         return 0
 
+    def leave(self):
+        """Its instance takes nothing more: no forecast counts on it. For whoever dies, while others hold the batch."""
+        pthread_mutex_lock(&self._state.lock)
+        end_run(self._state, &self._run)
+        pthread_mutex_unlock(&self._state.lock)
+
     @property
     def members(self):
         """Number of selected requests."""

@@ -122,7 +122,8 @@ cdef bint is_time_for_both(const Bucket *bucket, const BatchPolicy *policy, int6
     cdef int64_t cap = policy.max_rows
     cdef int64_t rounds = batches_for(batches_for(bucket.rows - rows, cap), max(1, policy.instances))
     cdef int64_t first_ns = run_time(&policy.curve, rows)
-    return (bucket.newest.end_ns == 0
+    # who is less urgent has no say: the head was let in because it overtakes
+    return (bucket.newest.end_ns == 0 or bucket.newest.level > most_urgent(bucket).level
             or now_ns + first_ns + rounds * run_time(&policy.curve, min(cap, bucket.rows - rows)) <= bucket.newest.end_ns)
 
 

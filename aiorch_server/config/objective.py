@@ -25,6 +25,7 @@ _PERCENTILE: Final = re.compile(r"p([0-9]{1,2}(?:\.[0-9]+)?)")
 _LARGEST_US: Final = 3600 * 1_000_000
 _MOST: Final = 1024
 _LONGEST: Final = 500
+_LARGEST_PERCENTILE: Final = 99.999
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +128,10 @@ def read_fields(fields: Mapping[str, Any]) -> Objective:
     plain = Objective()
     return Objective(
         latency_us=int(fields.get("latency_us", 0)),
-        percentile=float(fields.get("percentile", 0)) or plain.percentile,
+        percentile=min(float(fields.get("percentile", 0)), _LARGEST_PERCENTILE) or plain.percentile,
         error_budget=float(fields.get("error_budget", 0)),
-        min_instances=int(fields.get("min_instances", 0)) or plain.min_instances,
-        max_instances=int(fields.get("max_instances", 0)),
+        min_instances=min(int(fields.get("min_instances", 0)), _MOST) or plain.min_instances,
+        max_instances=min(int(fields.get("max_instances", 0)), _MOST),
         max_batch_size=int(fields.get("max_batch_size", 0)),
         priority=int(fields.get("priority", 0)),
         cost=float(fields.get("instance_cost", 0)) or plain.cost,

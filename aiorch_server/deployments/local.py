@@ -100,7 +100,7 @@ class LocalDeployments:
 
     async def read_objectives(self) -> dict[str, dict[str, Any]]:
         """Those that operators have set, as fields of tuning.proto by model; RegistryUnavailable."""
-        return await self.database.run(list_objectives)
+        return await self.database.read(list_objectives)
 
     def nudge(self) -> None:
         """What should run has changed, or what became of it: look at the registry at once, and tell it."""

@@ -63,6 +63,7 @@ class RequestLoop:
             # The error's traceback keeps the batch, and would leave what has not been taken out of it waiting.
             batch.select(None)
             batch.fail(*self._answer(error))
+            batch.leave()
             self.fail_open(*self._answer(error))
             raise
 

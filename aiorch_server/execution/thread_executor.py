@@ -80,7 +80,8 @@ class InstanceGroup:
         self._lock = threading.Lock()
         self._instances = {index: _InstanceThread(self, index, context) for index, context in enumerate(contexts)}
         self._alive = 0
-        self._leaving = 0
+        self._serving = 0  # of these: loaded, and not on their way out
+        self._leaving = 0  # told to go, and not gone yet
         self._reason = ""
 
     @property
@@ -102,7 +103,16 @@ class InstanceGroup:
             if error is not None:
                 self.scheduler.abandon(Code.UNAVAILABLE, f"model '{self.label}' failed to load")
                 raise error
-        self._tell_instances()
+
+    @property
+    def serving(self) -> int:
+        """Number of instances that take batches."""
+        return self._serving
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether a run is over when all of its batch is answered: not where a model answers request by request."""
+        return not any(instance.answers_singly for instance in list(self._instances.values()))
 
     @property
     def can_grow(self) -> bool:
@@ -116,7 +126,7 @@ class InstanceGroup:
         group ends.
         """
         with self._lock:
-            if not self.can_grow or not self._alive or self.ended.done():
+            if isinstance(self.scheduler, SchedulerGroup) or self.scheduler.is_closed or not self._alive:
                 raise ModelNotReady(f"'{self.label}' takes no further instance")
             self._alive += 1
             index = next(index for index in itertools.count() if index not in self._instances)
@@ -132,7 +142,6 @@ class InstanceGroup:
         error = self._load(instance, timeout_s, timeout_s)
         if error is not None:
             raise error
-        self._tell_instances()
 
     def shrink(self) -> bool:
         """Lets one instance go once it has answered what it runs, and unloads it; False where it is the last one.
@@ -140,7 +149,7 @@ class InstanceGroup:
         Never blocks: it may take as long as a batch runs.
         """
         with self._lock:
-            if not self.can_grow or self._alive - self._leaving < 2:
+            if not self.can_grow or self._serving - self._leaving < 2:
                 return False
             self._leaving += 1
         assert isinstance(self.scheduler, Scheduler)
@@ -165,10 +174,15 @@ class InstanceGroup:
         found.__cause__ = error
         return found
 
-    def _tell_instances(self) -> None:
+    def begin_serving(self) -> None:
+        """Called by an instance that is loaded, before it says so."""
+        with self._lock:
+            self._count_serving(1)
+
+    def _count_serving(self, change: int) -> None:
+        self._serving += change
         if isinstance(self.scheduler, Scheduler):
-            with self._lock:
-                self.scheduler.set_policy(instances=self._alive)
+            self.scheduler.set_policy(instances=self._serving)
 
     def abandon(self, code: int, text: str) -> None:
         """Closes the scheduler and fails what is queued, and what models hold that answer request by request.
@@ -181,23 +195,26 @@ class InstanceGroup:
 
     def may_leave(self) -> bool:
         """Asked by an instance that gets no more batches: False where it was told to go, but is the last one now."""
-        if isinstance(self.scheduler, SchedulerGroup) or self.scheduler.is_closed:
-            return True
         with self._lock:
-            self._leaving -= 1
-            return self._alive > 1
+            if not isinstance(self.scheduler, SchedulerGroup) and not self.scheduler.is_closed:
+                self._leaving -= 1
+                if self._serving < 2:
+                    return False
+            self._count_serving(-1)
+            return True
 
-    def on_thread_end(self, index: int, reason: str) -> None:
-        """Called by each thread as its last act; ``reason`` is "" unless the thread died."""
+    def on_thread_end(self, index: int, reason: str, *, was_serving: bool = False) -> None:
+        """Called by each thread as its last act; ``reason`` is "" unless the thread died, perhaps while it served."""
         if isinstance(self.scheduler, SchedulerGroup):  # what this instance alone would serve
             self.scheduler.members[index].abandon(Code.UNAVAILABLE, reason or f"model '{self.label}' is unloaded")
         with self._lock:
             del self._instances[index]
             self._alive -= 1
+            if was_serving:
+                self._count_serving(-1)
             self._reason = reason or self._reason
             is_last = self._alive == 0
             reason = self._reason
-        self._tell_instances()
         if is_last:
             # Also after an orderly end: close() leaves nothing queued, so then there is nothing to fail.
             self.scheduler.abandon(Code.UNAVAILABLE, reason or f"model '{self.label}' is unloaded")
@@ -217,6 +234,12 @@ class _InstanceThread(threading.Thread):
         self._loop: RequestLoop | None = None
         self._lock = threading.Lock()
         self._is_given_up = False
+        self._is_serving = False
+
+    @property
+    def answers_singly(self) -> bool:
+        """Whether its model answers request by request; known once it serves."""
+        return self._loop is not None
 
     def give_up(self) -> bool:
         """It is to end as soon as it is loaded; False where it is loaded by now."""
@@ -243,11 +266,14 @@ class _InstanceThread(threading.Thread):
                 return
             with self._lock:
                 if not self._is_given_up:
+                    self._group.begin_serving()
+                    self._is_serving = True
                     self.loaded.set_result(None)
-            if not self._is_given_up:
+            if self._is_serving:
                 self._serve(instance)
                 while not self._group.may_leave():
                     self._serve(instance)
+                self._is_serving = False
         except BaseException as error:
             reason = f"instance {self.index} of '{self._group.label}' died: {describe_error(error)}"
             logger.critical("%s", reason, exc_info=error)
@@ -257,7 +283,7 @@ class _InstanceThread(threading.Thread):
                 instance = None
                 trim_heap()
             finally:
-                self._group.on_thread_end(self.index, reason)
+                self._group.on_thread_end(self.index, reason, was_serving=self._is_serving)
 
     def _require_requests(self, instance: ModelInstance) -> None:
         if self._group.signature.is_decoupled and not isinstance(instance, RequestInstance):
@@ -301,6 +327,7 @@ class _InstanceThread(threading.Thread):
             # batch is kept by its traceback, and would leave its members waiting.
             batch.select(None)
             batch.fail(*self._answer(error))
+            batch.leave()
             raise
 
     def _settle_failed(self, instance: ModelInstance, batch: Batch, error: Exception) -> None:

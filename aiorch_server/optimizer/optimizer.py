@@ -45,9 +45,9 @@ class ServableLevers:
         self.set_policy = scheduler.set_policy
 
     @property
-    def alive(self) -> int:
-        """Instances that serve, or load."""
-        return self._group.alive
+    def serving(self) -> int:
+        """Instances that take batches."""
+        return self._group.serving
 
     @property
     def can_grow(self) -> bool:
@@ -56,9 +56,9 @@ class ServableLevers:
 
     async def set_instances(self, count: int) -> None:
         """Loads one after another, or lets go; raises what the load of one raises."""
-        while self._group.alive < count:
+        for _ in range(count - self._group.serving):
             await run_blocking(f"grow {self._label}", lambda: self._group.grow(timeout_s=_LOAD_S))
-        for _ in range(self._group.alive - count):
+        for _ in range(self._group.serving - count):
             if not self._group.shrink():
                 raise ModelNotReady(f"'{self._label}' keeps its last instance")
 
@@ -81,7 +81,9 @@ class Account:
 class _Entry:
     servable: Servable
     written: BatchingPolicy
+    instances: int  # as written, too
     tuned: TunedVersion
+    task: asyncio.Task[None] | None = None
 
 
 class Optimizer:
@@ -105,6 +107,7 @@ class Optimizer:
         self._cores, self._interval_s = cores, interval_s
         self._objectives: dict[str, Objective] = {}
         self._read_at_s = -math.inf
+        self._returns: set[asyncio.Task[None]] = set()
         self._entries: dict[int, _Entry] = {}  # by id of the servable, which the entry holds
         self._task: asyncio.Task[None] | None = None
 
@@ -115,8 +118,10 @@ class Optimizer:
     async def stop(self) -> None:
         """Ends; a move under way is given up."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            tasks = [self._task, *(entry.task for entry in self._entries.values() if entry.task is not None)]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._task = None
 
     def explain(self, model: str = "") -> list[Account]:
@@ -134,16 +139,19 @@ class Optimizer:
             else:
                 self._objectives = {model: read_fields(fields) for model, fields in found.items()}
         self._follow()
-        for entry in list(self._entries.values()):
-            try:
-                await entry.tuned.tick()
-            except Exception:
-                logger.exception("'%s:%d' could not be tuned", entry.servable.name, entry.servable.version)
+        for entry in self._entries.values():
+            if entry.task is None or entry.task.done():  # a move may take as long as an instance takes to load
+                entry.task = asyncio.create_task(_tick(entry))
+        if tasks := [entry.task for entry in self._entries.values() if entry.task is not None]:
+            await asyncio.wait(tasks, timeout=self._interval_s)
 
     async def _run(self) -> None:
         while True:
             began = time.monotonic()
-            await self.tick()
+            try:
+                await self.tick()
+            except Exception:
+                logger.exception("the optimizer's look at the models failed; the next one comes in due time")
             await asyncio.sleep(max(0.1, self._interval_s - (time.monotonic() - began)))
 
     def _follow(self) -> None:
@@ -157,24 +165,50 @@ class Optimizer:
             gone = self._entries.pop(key)
             if gone.servable.is_open:
                 gone.tuned.give_back(gone.written)
+                self._returns.add(task := asyncio.create_task(_return_instances(gone)))
+                task.add_done_callback(self._returns.discard)
         for key, (servable, objective) in live.items():
             entry = self._entries.get(key)
             if entry is not None and entry.tuned.objective == objective:
                 continue
             levers = ServableLevers(servable)
             written = levers.policy() if entry is None else entry.written
+            instances = levers.serving if entry is None else entry.instances
             if entry is not None:
                 entry.tuned.give_back(written)
+                if entry.task is not None:
+                    entry.task.cancel()
             tuned = TunedVersion(
-                servable.name, servable.version, levers, objective, cores=self._cores, on_decision=_log_decision
+                servable.name,
+                servable.version,
+                levers,
+                objective,
+                cores=self._cores,
+                written_instances=instances,
+                on_decision=_log_decision,
             )
-            self._entries[key] = _Entry(servable, written, tuned)
+            self._entries[key] = _Entry(servable, written, instances, tuned)
+
+
+async def _tick(entry: _Entry) -> None:
+    """An error is logged, and hinders no other version."""
+    try:
+        await entry.tuned.tick()
+    except Exception:
+        logger.exception("'%s:%d' could not be tuned", entry.servable.name, entry.servable.version)
+
+
+async def _return_instances(entry: _Entry) -> None:
+    try:
+        await ServableLevers(entry.servable).set_instances(entry.instances)
+    except AiorchError as error:
+        logger.warning("'%s:%d' keeps its instances: %s", entry.servable.name, entry.servable.version, error)
 
 
 def _can_be_tuned(servable: Servable) -> bool:
     if servable.plain_scheduler is None or not isinstance(servable.instances, InstanceGroup):
         return False
-    if servable.signature.is_decoupled or not servable.is_open:
+    if servable.signature.is_decoupled or not servable.instances.is_batched or not servable.is_open:
         return False
     return servable.config.to_strings().get(POLICY, POLICIES[0]) == POLICIES[0]
 

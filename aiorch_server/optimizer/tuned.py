@@ -15,7 +15,7 @@ from aiorch_server.optimizer.burstiness import Traffic
 from aiorch_server.optimizer.predict import Correction, Demand, Knobs, Scenario, Surroundings
 from aiorch_server.optimizer.service_time import ServiceTime
 from aiorch_server.optimizer.sight import Sight
-from aiorch_server.optimizer.tuner import Bounds, Move, Outlook, Situation, Tuner
+from aiorch_server.optimizer.tuner import Bounds, Move, Outlook, Situation, State, Tuner
 from aiorch_server.optimizer.window import Window
 from aiorch_server.types import BatchingPolicy, SchedulerObservation
 
@@ -28,6 +28,8 @@ _CHEAPER: Final = 0.03
 #: Of the target, kept free for what the curve does not know; and no more of it than this in one run.
 _MARGIN, _LONGEST_RUN = 0.05, 0.5
 _REQUESTS, _REPETITIONS = 2000, 3
+#: That the simulation knows.
+_MOST_INSTANCES: Final = 64
 
 
 class Levers(Protocol):
@@ -39,8 +41,8 @@ class Levers(Protocol):
         ...
 
     @property
-    def alive(self) -> int:
-        """Instances that serve, or load."""
+    def serving(self) -> int:
+        """Instances that take batches."""
         ...
 
     @property
@@ -98,6 +100,7 @@ class TunedVersion:
         objective: Objective,
         *,
         cores: int,
+        written_instances: int,
         now_s: Callable[[], float] = time.monotonic,
         on_decision: Callable[[TunedVersion, Decision], None] = lambda version, decision: None,
     ) -> None:
@@ -108,17 +111,16 @@ class TunedVersion:
         self.cores = cores
         written = levers.policy()
         limit = min(levers.largest_rows, objective.max_batch_size or levers.largest_rows)
-        fewest = objective.min_instances if levers.can_grow else levers.alive
-        most = (objective.max_instances or max(levers.alive, cores)) if levers.can_grow else levers.alive
+        fewest, most = _bound_instances(objective, written_instances if levers.can_grow else levers.serving, cores)
         longest_us = objective.max_delay_us or written.delay_us or objective.latency_us // 2
-        self.bounds = Bounds(limit, longest_us, min(fewest, levers.alive), max(most, levers.alive))
+        self.bounds = Bounds(limit, longest_us, fewest, most)
         has_target = bool(objective.latency_us)
         knobs = Knobs(
             max_rows=min(limit, written.max_rows),
             delay_us=min(written.delay_us, longest_us),
             is_deferring=has_target,
             is_shedding=has_target,
-            instances=levers.alive,
+            instances=levers.serving,
         )
         self.tuner = Tuner(knobs, self.bounds, allowed_misses=objective.allowed_misses if has_target else None)
         self.service_time = ServiceTime(levers.largest_rows, cores=float(cores))
@@ -140,11 +142,14 @@ class TunedVersion:
         return {
             "max_batch_size": self.tuner.knobs.max_rows,
             "delay_us": self.tuner.knobs.delay_us,
-            "instances": self._levers.alive,
+            "instances": self._levers.serving,
         }
 
     async def tick(self) -> None:
         """Looks, learns, and makes the move that is due, if any; returns when it is made."""
+        count = min(max(self._levers.serving, self.bounds.min_instances), self.bounds.max_instances)
+        if count != self._levers.serving and self.tuner.state is State.LEARNING:
+            await self._levers.set_instances(count)
         observation = self._levers.observe()
         before, self._before = self._before, observation
         if before is None or observation.at_ns <= before.at_ns:
@@ -160,6 +165,9 @@ class TunedVersion:
         self.traffic.observe(window.slots)
         self._hand_on_curve()
         now_s = self._now_s()
+        # instances may have died, or come late: moves begin where things stand
+        if self.tuner.state in (State.LEARNING, State.STEADY):
+            self.tuner.knobs = replace(self.tuner.knobs, instances=self._levers.serving)
         verdict = self.tuner.verdict
         move = self.tuner.step(now_s, self._describe(window), self._situate(window))
         if self.tuner.verdict != verdict and self.decisions:
@@ -219,7 +227,7 @@ class TunedVersion:
             if after.instances != before.instances:
                 await self._levers.set_instances(after.instances)
             self._levers.set_policy(max_rows=after.max_rows, delay_us=after.delay_us)
-        except AiorchError as error:
+        except (AiorchError, ValueError) as error:
             decision.effect = f"it could not be made: {error}"
             self.tuner.reject(self._now_s(), decision.effect)
 
@@ -267,6 +275,14 @@ class _Predictor:
         good = 1.0 - found.late - found.lost
         error = found.goodput_error / max(found.goodput, 1e-9) * good
         return Outlook(good, error, found.percentile_ns / 1e3 * tuned.correction.factor)
+
+
+def _bound_instances(objective: Objective, written: int, cores: int) -> tuple[int, int]:
+    """From and to how many; what the objective does not say stays as it is written."""
+    if not objective.max_instances and objective.min_instances == Objective().min_instances:
+        return written, written
+    most = min(objective.max_instances or max(cores, objective.min_instances), _MOST_INSTANCES)
+    return min(objective.min_instances, most), most
 
 
 def _promise_nothing(knobs: Knobs) -> Outlook:

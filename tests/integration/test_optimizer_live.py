@@ -83,7 +83,7 @@ async def test_twice_what_can_be_served(tmp_path: Path) -> None:
     assert set(codes) == {"OK", "UNAVAILABLE"}
     good = sum(code == "OK" and taken_s <= TARGET_S for code, taken_s, _ in found)
     assert good / 5.0 >= 0.75 * CAPACITY
-    assert codes["OK"] - good <= 0.05 * codes["OK"]
+    assert codes["OK"] - good <= 0.1 * codes["OK"]
     refusals = [(taken_s, text) for code, taken_s, text in found if code == "UNAVAILABLE"]
     assert all("objective" in text for _, text in refusals)
     assert np.median([taken_s for taken_s, _ in refusals]) < TARGET_S

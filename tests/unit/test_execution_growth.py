@@ -37,7 +37,7 @@ async def test_an_instance_more_and_one_less_under_load() -> None:
         callers = [asyncio.create_task(call()) for _ in range(8)]
         for _ in range(5):
             await asyncio.to_thread(rig.group.grow, None, 10)
-            assert (rig.group.alive, rig.scheduler.policy().instances) == (2, 2)
+            assert (rig.group.alive, rig.group.serving, rig.scheduler.policy().instances) == (2, 2, 2)
             assert rig.group.shrink()
             await wait_until_alive(rig, 1)
         is_over.set()
@@ -134,3 +134,38 @@ async def test_closing_ends_those_that_came_later() -> None:
         rig.scheduler.close()
         assert await asyncio.wait_for(asyncio.wrap_future(rig.group.ended), 10) == ""
         assert [len(instance.closed) for instance in backend.instances] == [1, 1]
+
+
+async def test_of_two_only_one_goes_while_the_other_takes_long_to_close() -> None:
+    may_close = threading.Event()
+    backend = ScriptedBackend(double)
+    async with running(backend) as rig:
+        await asyncio.to_thread(rig.group.grow)
+        for instance in backend.instances:
+            instance.close = lambda: may_close.wait(10)  # type: ignore[method-assign]
+        assert rig.group.shrink()
+        async with asyncio.timeout(10):
+            while rig.group.serving != 1:
+                await asyncio.sleep(0.002)
+        assert not rig.group.shrink()
+        assert await rig.answers(5) == [10]
+        may_close.set()
+        await wait_until_alive(rig, 1)
+
+
+async def test_a_dead_instance_is_not_counted_on() -> None:
+    """Its batch is kept by what its model calls others with: a run that never ends would make all requests late."""
+
+    def execute(x: NumpyArray) -> NumpyArray:
+        if x[0, 0] == 13:
+            raise SystemExit("a model's own end")
+        return x
+
+    async with running(ScriptedBackend(execute), instances=2) as rig:
+        kept = []
+        rig.scheduler.set_policy(target_us=50_000, is_shedding=True, curve=[(1, 1_000_000), (8, 1_000_000)])
+        kept.append(await rig.answers(13))
+        await wait_until_alive(rig, 1)
+        await asyncio.sleep(0.1)  # longer than the target: what would be overdue is overdue now
+        assert await rig.answers(7) == [7]
+        assert rig.scheduler.observe().busy_instances == 0
