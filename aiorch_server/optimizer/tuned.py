@@ -12,7 +12,7 @@ from aiorch_server.config.objective import Objective
 from aiorch_server.errors import AiorchError
 from aiorch_server.lifecycle.threads import run_blocking
 from aiorch_server.optimizer.burstiness import Traffic
-from aiorch_server.optimizer.predict import Correction, Demand, Knobs, Scenario, Surroundings
+from aiorch_server.optimizer.predict import Demand, Knobs, Scenario, Surroundings
 from aiorch_server.optimizer.service_time import ServiceTime
 from aiorch_server.optimizer.sight import Sight
 from aiorch_server.optimizer.tuner import Bounds, Move, Outlook, Situation, State, Tuner
@@ -125,7 +125,6 @@ class TunedVersion:
         self.tuner = Tuner(knobs, self.bounds, allowed_misses=objective.allowed_misses if has_target else None)
         self.service_time = ServiceTime(levers.largest_rows, cores=float(cores))
         self.traffic = Traffic()
-        self.correction = Correction()
         self._curve: tuple[tuple[int, int], ...] = ()
         self._before: SchedulerObservation | None = None
         levers.set_policy(
@@ -274,7 +273,7 @@ class _Predictor:
         found = self._scenario.predict(knobs)
         good = 1.0 - found.late - found.lost
         error = found.goodput_error / max(found.goodput, 1e-9) * good
-        return Outlook(good, error, found.percentile_ns / 1e3 * tuned.correction.factor)
+        return Outlook(good, error, found.percentile_ns / 1e3)
 
 
 def _bound_instances(objective: Objective, written: int, cores: int) -> tuple[int, int]:
