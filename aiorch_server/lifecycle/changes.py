@@ -58,7 +58,6 @@ class Changes:
         self, name: str, config_json: str | bytes | None, files: Mapping[str, bytes], *, is_asked: bool
     ) -> None:
         """Brings a model to what the repository, or what is given, says. Raises as LifecycleManager.load."""
-        is_new = name not in self._models
         model = self._find_model(name)
         async with model.changing():
             try:
@@ -66,10 +65,10 @@ class Changes:
                     model, config_json, files, self._look(name), is_asked=is_asked
                 )
             except AiorchError as error:
-                if is_new and is_asked and model.is_untouched():
-                    self._models.pop(name, None)  # a request with a wrong name must leave no trace
-                else:
+                if not (is_asked and model.is_forgotten):
                     model.fail(str(error))
+                elif not model.is_contended:
+                    self._models.pop(name, None)  # a request with a wrong name must leave no trace
                 raise
             source = Source(opened)
             failures: dict[str, str] = {}
@@ -118,8 +117,10 @@ class Changes:
         """Takes a model away, drained, and out of the table if it is to be forgotten and nobody else wants it."""
         async with model.changing():
             await model.unload()
-            if forget and not model.is_contended:
-                self._models.pop(model.name, None)
+            if forget:
+                model.forget_versions()
+                if not model.is_contended:  # else whoever comes next finds it as if it were new
+                    self._models.pop(model.name, None)
 
     async def _load_version(
         self, model: ManagedModel, source: Source, version: int, fingerprint: str, failures: dict[str, str]

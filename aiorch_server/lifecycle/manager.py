@@ -194,12 +194,15 @@ class LifecycleManager(ModelDirectory):
         try:
             if model is not None and model.is_deployed:
                 model.follow_demand(False, None)
-                await self._tasks.run(self._changes.unload(model, forget=True))
-                model.is_deployed = False
+                await self._tasks.run(self._take_away(model))
                 if await run_blocking(f"look at {name}", lambda: self._repository.look(name)) is None:
                     self._snapshots = {other: each for other, each in self._snapshots.items() if other != name}
         finally:
             self.withhold(name, False)
+
+    async def _take_away(self, model: ManagedModel) -> None:
+        await self._changes.unload(model, forget=True)
+        model.is_deployed = False  # before whoever waited for the change goes on
 
     def withhold(self, name: str, is_withheld: bool = True) -> None:
         """Gives a model no more requests, at once, whatever is being done with it; ``withdraw`` waits for that.

@@ -138,9 +138,14 @@ class ManagedModel:
         if self.offered and not self.is_wanted and not self.versions:
             self.reason = ON_DEMAND
 
-    def is_untouched(self) -> bool:
-        """Whether nothing was ever loaded, and nobody else is about to: the record may be forgotten."""
-        return not self.versions and not self.is_contended
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether nothing is known of it, and nobody wants it; who changes it last may drop it."""
+        return not (self.versions or self.is_wanted or self.is_deployed or self.is_on_demand)
+
+    def forget_versions(self) -> None:
+        """Leaves no trace of versions that do not serve."""
+        self.versions = {each.version: each for each in self.versions.values() if each.servable is not None}
 
     def ready(self) -> dict[int, Servable]:
         """The servables that take requests now, by version."""
