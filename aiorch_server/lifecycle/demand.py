@@ -79,8 +79,10 @@ class Demand:
             left_s = min(left_s, max(0.0, deadline_ns / 1e9 - loop.time()))
         model.waiters += 1  # keeps what was loaded from being evicted before it was used
         try:
-            # where it was only paused, its load may stand in line behind the one that it was paused for
-            await asyncio.wait((task, model.when_resumed()), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            until = loop.time() + left_s
+            while not (task.done() or model.ready()) and (left_s := until - loop.time()) > 0:
+                # where it was only paused, its load may stand in line behind the one that it was paused for
+                await asyncio.wait((task, model.when_resumed()), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             model.waiters -= 1
         if not task.done() and model.ready():

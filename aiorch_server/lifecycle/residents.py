@@ -21,7 +21,7 @@ from aiorch_server.lifecycle.model import ManagedModel
 from aiorch_server.lifecycle.scale import Scale
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.lifecycle.threads import run_blocking
-from aiorch_server.lifecycle.turns import LOOK_S, Turns
+from aiorch_server.lifecycle.turns import LONGEST_PAUSE_S, LOOK_S, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ Order = Callable[[Group], float]
 @dataclass(frozen=True, slots=True)
 class MemoryTerms:
     """``budgets`` are bytes by device. A model stays for ``residence_s`` at least; ``patience_s``: longest wait for
-    room while models that could be evicted are in use.
+    room while models that could be evicted are in use, but for the end of a turn.
     """
 
     budgets: Mapping[str, int]
@@ -94,7 +94,7 @@ class Residents:
         return servable
 
     async def _make_room(self, label: str, need: Charge) -> Holding:
-        until = time.monotonic() + self._terms.patience_s
+        until = self._find_latest(need)
         while (holding := self.ledger.take(label, need)) is None:
             lacks = self.ledger.find_lack(need)
             resting = self._choose(lacks, self._is_resting, _find_last_use)
@@ -107,6 +107,12 @@ class Residents:
             else:
                 await asyncio.sleep(LOOK_S)
         return holding
+
+    def _find_latest(self, need: Charge) -> float:
+        """How long room is waited for: whose load takes long has long turns, and who waits for one sees its end."""
+        serving = self._choose(self.ledger.find_lack(need), lambda _: True, _find_load) or ()
+        turn_s = max(map(self._turns.find_end, serving), default=0.0) + LONGEST_PAUSE_S
+        return max(time.monotonic() + self._terms.patience_s, turn_s)
 
     async def _shed(self, label: str) -> None:
         """Where a model took more than was thought, others go; what serves on demand alone may still be too much."""

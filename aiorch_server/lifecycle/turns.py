@@ -17,7 +17,7 @@ SHORTEST_TURN_S: Final = 1.0
 #: A pause is so many times as long as the model's requests take on average, within bounds.
 _PAUSE_FACTOR: Final = 20
 _SHORTEST_PAUSE_S: Final = 0.1
-_LONGEST_PAUSE_S: Final = 2.0
+LONGEST_PAUSE_S: Final = 2.0
 _PAUSED_SHARE: Final = 0.1
 #: How often it is looked whether requests are answered: on the compiled path they wake nobody when they end.
 LOOK_S: Final = 0.02
@@ -38,8 +38,12 @@ class Turns:
             and not model.waiters
             and self._left_alone.get(model.name, 0.0) <= now
             and not any(each.has_sequences for each in model.servables())
-            and all(each.loaded_at + max(self._residence_s, each.load_seconds) <= now for each in model.servables())
+            and self.find_end(model) <= now
         )
+
+    def find_end(self, model: ManagedModel) -> float:
+        """When its turn is over, on the monotonic clock, if nothing else is against that."""
+        return max((each.loaded_at + max(self._residence_s, each.load_seconds) for each in model.servables()), default=0.0)
 
     async def end(self, model: ManagedModel, reason: str) -> bool:
         """Pauses the model, and unloads it for ``reason`` once its requests are answered; whether it came to that."""
@@ -79,4 +83,4 @@ async def unload_for_others(model: ManagedModel, reason: str) -> None:
 def _choose_pause(model: ManagedModel) -> float:
     answered = [each.statistics().success for each in model.servables()]
     longest_ns = max((each.ns / each.count for each in answered if each.count), default=0.0)
-    return min(max(_PAUSE_FACTOR * longest_ns / 1e9, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)
+    return min(max(_PAUSE_FACTOR * longest_ns / 1e9, _SHORTEST_PAUSE_S), LONGEST_PAUSE_S)

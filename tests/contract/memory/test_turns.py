@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from pathlib import Path
@@ -107,3 +108,54 @@ async def test_a_stop_in_the_middle_of_a_turn_ends(tmp_path: Path) -> None:
         await asyncio.wait_for(other, 5)
         lease.release()
         await asyncio.wait_for(stop, 5)
+
+
+async def test_who_waits_for_room_waits_for_a_turn_that_lasts_longer_than_its_patience(tmp_path: Path) -> None:
+    write_model(tmp_path, "a", mib=60, add=1, delay_ms=20)
+    write_model(tmp_path, "b", mib=60, add=2)
+    async with running(configure(tmp_path, budget_mib=100, lifecycle={"room_timeout_secs": 0.2})) as site:
+        await site.infer("a")
+        site.manager.find("a").load_seconds = 1.5
+        load = asyncio.create_task(keep_busy(site, "a", 1, time.monotonic() + 2.5))
+        await asyncio.sleep(0.1)
+        assert await site.infer("b") == 3.0
+        await load
+
+
+async def test_who_waits_for_a_model_that_died_while_it_was_paused_gets_it_from_its_load(tmp_path: Path) -> None:
+    write_model(tmp_path, "a", mib=60, add=1)
+    write_model(tmp_path, "b", mib=60, add=2)
+    async with running(configure(tmp_path, budget_mib=100, lifecycle={"room_timeout_secs": 10})) as site:
+        await site.infer("a")
+        servable = site.manager.find("a")
+        lease = site.manager.acquire("a")
+        other = asyncio.create_task(site.infer("b"))
+        await site.until(lambda: not site.ready())
+        waiting = [asyncio.create_task(site.infer("a")) for _ in range(3)]
+        await site.until(lambda: site.manager._models["a"].waiters == 3)
+        servable.abandon("it died")
+        assert await other == 3.0
+        lease.release()
+        assert await asyncio.gather(*waiting) == [2.0] * 3
+        assert BallastBackend.loads == Counter(a=2, b=1)
+
+
+@pytest.mark.parametrize("state", ["changing", "waited for", "not on demand"])
+async def test_nobodys_turn_ends_who_is_changed_waited_for_or_not_on_demand_any_more(
+    tmp_path: Path, state: str
+) -> None:
+    """That may have come about since it was chosen, while the turn of another one ended."""
+    write_model(tmp_path, "a", mib=1, add=1)
+    async with running(configure(tmp_path)) as site, contextlib.AsyncExitStack() as stack:
+        await site.infer("a")
+        model = site.manager._models["a"]
+        if state == "changing":
+            await stack.enter_async_context(model.changing())
+        elif state == "waited for":
+            model.waiters += 1
+        else:
+            model.follow_demand(False, None)
+        async with asyncio.timeout(5):
+            assert not await turns.Turns(0).end(model, "for others")
+        assert site.ready() == ["a"]
+        assert await site.infer("a") == 2.0
