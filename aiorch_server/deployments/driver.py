@@ -11,9 +11,9 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from aiorch_server.deployments.rollout import CLOCK_S, Observation, abandon, advance, begin_anew
+from aiorch_server.deployments.rollout import CLOCK_S, Observation, abandon, advance, begin_anew, has_begun_before
 from aiorch_server.deployments.samples import merge, name_step
 from aiorch_server.deployments.writing import write_move
 from aiorch_server.errors import AiorchError, Conflict, RegistryUnavailable
@@ -43,6 +43,18 @@ LONGEST_CALL_S: Final = 5.0
 _FORGOTTEN_S: Final = 600.0
 
 
+class _Look(NamedTuple):
+    """What the database's clock showed, and by how much that is ahead of the monotonic one."""
+
+    now: datetime
+    ahead_s: float
+
+
+def _look(session: Session) -> _Look:
+    now = read_clock(session)
+    return _Look(now, now.timestamp() - time.monotonic())
+
+
 class Driver:
     """``server`` is this server's name; ``on_change`` is called after each change. For one event loop's thread."""
 
@@ -64,8 +76,11 @@ class Driver:
         self._holder = f"{server} {secrets.token_hex(4)}"
         self._lease: Lease | None = None
         self._is_rolling = False
-        #: By how much the database's clock was ahead of the monotonic one when it was last looked at.
+        #: By how much the database's clock was ahead of the monotonic one when it was last looked at: by servers that
+        #: do not drive, too, for they may be the next, and because the clock was set.
         self._ahead_s: float | None = None
+        #: What it showed when it was seen that it had been set; steps that began before begin anew.
+        self._set_at: datetime | None = None
         self._end = asyncio.Event()
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -126,33 +141,37 @@ class Driver:
             self._news.clear()
 
     async def _ask(self) -> None:
-        lease = await self._database.run(
-            lambda session: acquire_lease(session, LEASE, self._holder, duration_s=self._lease_s)
-        )
+        def ask(session: Session) -> tuple[_Look, Lease | None]:
+            return _look(session), acquire_lease(session, LEASE, self._holder, duration_s=self._lease_s)
+
+        look, lease = await self._database.run(ask)
+        self._follow_clock(look)
         if (lease is None) != (self._lease is None):
             logger.info("%s drives the rollouts", "this server" if lease is not None else "another server")
         self._lease = lease
 
     async def _drive(self, lease: Lease) -> None:
-        def look(session: Session) -> tuple[float, list[str]]:
-            ahead_s = read_clock(session).timestamp() - time.monotonic()
-            return ahead_s, [rollout.id for rollout in read_open_rollouts(session)]
+        def read(session: Session) -> tuple[_Look, list[str]]:
+            return _look(session), [rollout.id for rollout in read_open_rollouts(session)]
 
-        ahead_s, ids = await self._database.read(look)
-        was_set = self._ahead_s is not None and abs(ahead_s - self._ahead_s) > CLOCK_S
-        if was_set:
-            logger.warning("the registry's clock was set: rollouts begin their steps anew")
+        look, ids = await self._database.read(read)
+        self._follow_clock(look)
         for id in ids:
             try:
-                if await self._database.run(lambda session, id=id: self._step(session, lease, id, was_set)):  # type: ignore[misc]
+                if await self._database.run(lambda session, id=id: self._step(session, lease, id)):  # type: ignore[misc]
                     self._on_change()
             except (RegistryUnavailable, Conflict):
                 raise
             except Exception:  # the others go on
                 logger.exception("rollout %s could not be driven; it is tried again", id)
-        self._ahead_s = ahead_s
 
-    def _step(self, session: Session, lease: Lease, id: str, was_set: bool) -> bool:
+    def _follow_clock(self, look: _Look) -> None:
+        if self._ahead_s is not None and abs(look.ahead_s - self._ahead_s) > CLOCK_S:
+            logger.warning("the registry's clock was set: rollouts begin their steps anew")
+            self._set_at = look.now
+        self._ahead_s = look.ahead_s
+
+    def _step(self, session: Session, lease: Lease, id: str) -> bool:
         """One move of one rollout, if there is one; gives whether it changed what should run."""
         now = check_lease(session, lease)
         rollout = get_rollout(session, id)
@@ -165,7 +184,8 @@ class Driver:
         heard = read_servers(session)
         statuses = {each.server: each for each in read_server_statuses(session, rollout.model)}
         seen = observe(rollout, deployment, statuses, heard, now, silent_s=self._silent_s)
-        move = begin_anew(rollout, now) if was_set else advance(rollout, seen, now)
+        is_before = self._set_at is not None and has_begun_before(rollout, self._set_at)
+        move = begin_anew(rollout, now) if is_before else advance(rollout, seen, now)
         write_move(session, rollout, move, deployment, actor=self._server, is_driver=True)
         return bool(move.text)
 

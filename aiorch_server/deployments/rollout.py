@@ -192,6 +192,11 @@ def command(rollout: Rollout, verb: Command, now: datetime, *, actor: str, reaso
     return _go(rollout, target, text, now)
 
 
+def has_begun_before(rollout: Rollout, moment: datetime) -> bool:
+    """Whether it is in a step that began before ``moment``."""
+    return rollout.state is S.RUNNING and rollout.step_began_at is not None and rollout.step_began_at < moment
+
+
 def begin_anew(rollout: Rollout, now: datetime) -> Move:
     """The present step from its beginning, for the clock was set: how long it has lasted, nobody knows any more."""
     if rollout.state is not S.RUNNING or rollout.step_began_at is None:

@@ -93,3 +93,30 @@ async def test_a_step_lasts_as_long_as_it_should(fleet: Fleet, monkeypatch: pyte
     assert ended.state is RolloutState.SUCCEEDED, ended.reason
     assert time.monotonic() - began >= 4.0 * PATIENCE
     await until(lambda: server.manager.versions("m") == [2])
+
+
+async def test_who_drives_because_the_clock_was_set_promotes_nobody_early(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease ran out by the new clock, and the next driver had never driven."""
+    offset = [timedelta()]
+    servers = [await fleet.start(name) for name in ("one", "two")]
+    await fleet.serve_first()
+    for module in ("registry.leases", "registry.servers", "deployments.driver", "deployments.service"):
+        monkeypatch.setattr(f"aiorch_server.{module}.read_clock", lambda session: datetime.now(UTC) + offset[0])
+    plan = RolloutPlan(Strategy.BLUE_GREEN, bake_s=4.0 * PATIENCE)
+    rollout = await fleet.deploy(await fleet.push(), plan)
+    await fleet.wait(rollout.id, RolloutState.RUNNING)
+    parts = [each.deployments for each in servers if each.deployments is not None]
+    driver = next(part for part in parts if part.is_driving)._driver
+    assert driver._task is not None
+    driver._task.cancel()  # as if it had died: it leaves its lease behind
+    driver._lease = None
+    began = time.monotonic()
+    offset[0] = HOUR
+    await until(lambda: any(part.is_driving for part in parts))
+    ended = await fleet.wait(rollout.id)
+    assert ended.state is RolloutState.SUCCEEDED, ended.reason
+    assert time.monotonic() - began >= 4.0 * PATIENCE
+    told = [event.text for event in await fleet.events() if "begins anew, because the clock was set" in event.text]
+    assert len(told) == 1, told
