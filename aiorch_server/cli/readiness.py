@@ -5,9 +5,11 @@ Without ``--url`` it is the one of this machine's configuration.
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "[::]": "[::1]"}
 _MOST_NAMED: Final = 5
+_CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,13 @@ class Door:
     url: str
     tls: TlsConfig | None = None
     token: str | None = None
-    metadata: dict[str, str | bytes] = field(default_factory=dict)
+    metadata: Sequence[tuple[str, str]] = ()
 
 
 def check_ready(output: ClientOutput, door: Door, timeout_s: float) -> None:
     """Says that the server is ready; CommandError with the reason where it is not, UnreachableError."""
     with open_client(
-        door.url, timeout_s=timeout_s, tls=door.tls, token=door.token, metadata=tuple(door.metadata.items())
+        door.url, timeout_s=timeout_s, tls=door.tls, token=door.token, metadata=door.metadata
     ) as client:  # fmt: skip
         is_ready = client.is_ready()
         if not is_ready:
@@ -61,11 +64,13 @@ def _find_reason(client: Client) -> str:
     return f": {'; '.join(named[:_MOST_NAMED])}{more}" if named else ""
 
 
-def find_door(file: Path | None, tls: TlsConfig | None) -> Door:
+def find_door(
+    file: Path | None, tls: TlsConfig | None, token: str | None = None, headers: Sequence[tuple[str, str]] = ()
+) -> Door:
     """The gRPC door of the server that ``aiorch serve`` starts with this file and environment; UsageError.
 
-    Its certificate is taken as it is shown, for the machine asks itself, and nothing secret goes through but the header
-    of a restriction. ``tls`` is used instead where it is given.
+    Asked with the ``token`` and the ``headers`` that were given, and with that of a restriction. Without ``tls`` the
+    server must show the certificate of the configuration: one that shows another is asked only with nothing secret.
     """
     try:
         # whether other machines may reach it is for the start of the server to judge
@@ -80,25 +85,42 @@ def find_door(file: Path | None, tls: TlsConfig | None) -> Door:
     for host, nearest in _EVERYWHERE.items():
         if config.host == host:
             url = f"{nearest}:{config.port}"
-    if tls is None and config.tls.is_enabled:
-        tls = _trust(config, url)
     restrictions = (each for each in config.restricted_protocols if Group.HEALTH in each.groups)
-    headers: dict[str, str | bytes] = {
-        f"triton-grpc-protocol-{each.key.lower()}": each.value.get_secret_value() for each in restrictions
-    }
-    return Door(url, tls, metadata=headers)
+    metadata = {f"triton-grpc-protocol-{each.key.lower()}": each.value.get_secret_value() for each in restrictions}
+    metadata.update(headers)
+    if tls is None and config.tls.is_enabled:
+        tls = _trust(config, url, has_secrets=token is not None or bool(metadata))
+    return Door(url, tls, token, tuple(metadata.items()))
 
 
-def _trust(config: GrpcConfig, url: str) -> TlsConfig:
-    """TLS that takes the certificate which the server shows, whatever its name and authority."""
+def _trust(config: GrpcConfig, url: str, *, has_secrets: bool) -> TlsConfig:
+    """TLS that takes the certificate which the server shows, whatever its name and authority, and no other.
+
+    CommandError where that is not the configuration's own, and what is sent ``has_secrets``.
+    """
     try:
-        shown = ssl.DER_cert_to_PEM_cert(_shake_hands(url, None)[0])
+        der = _shake_hands(url, None)[0]
+        shown = ssl.DER_cert_to_PEM_cert(der)
         names = _shake_hands(url, shown)[1]
+        # one that was replaced lately is shown for some time yet
+        if has_secrets and der != _read_certificate(config.tls.certificate):
+            raise CommandError(
+                f"{url} shows another certificate than that of grpc.tls.certificate, {config.tls.certificate}: neither a "
+                "token nor a header was sent to it; name the authority to trust with --tls-root-cert",
+                ExitCode.REFUSED,
+                "UNAUTHENTICATED",
+            )
     except OSError as error:
         raise CommandError(f"{url}: no TLS server answers: {error}", ExitCode.UNREACHABLE, "UNAVAILABLE") from None
     # to servers that want one: whoever has the server's own key is no stranger
     certificate, key = (config.tls.certificate, config.tls.key) if config.tls.require_client_auth else (None, None)
     return TlsConfig(shown.encode(), certificate, key, names)
+
+
+def _read_certificate(path: Path | None) -> bytes:
+    """A server's own certificate, the first in its file."""
+    found = _CERTIFICATE.search("" if path is None else path.read_text(errors="replace"))
+    return ssl.PEM_cert_to_DER_cert(found[0]) if found is not None else b""
 
 
 def _shake_hands(url: str, trusted: str | None) -> tuple[bytes, str | None]:

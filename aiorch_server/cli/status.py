@@ -60,8 +60,9 @@ def status(
             if model or not ready or (url and config is not None):
                 raise UsageError("--ready asks for the whole server, by --url or by --config; --config is for it alone")
             given = make_tls(tls, tls_root_cert, tls_cert, tls_key)
-            token = read_token(token_file)
-            check_ready(output, Door(url, given, token) if url else find_door(config, given), timeout_secs)
+            token, headers = read_token(token_file), read_headers(header)
+            door = Door(url, given, token, headers) if url else find_door(config, given, token, headers)
+            check_ready(output, door, timeout_secs)
         return
     url = url or DEFAULT_URL
     if model:

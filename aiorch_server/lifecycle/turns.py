@@ -43,7 +43,9 @@ class Turns:
 
     def find_end(self, model: ManagedModel) -> float:
         """When its turn is over, on the monotonic clock, if nothing else is against that."""
-        return max((each.loaded_at + max(self._residence_s, each.load_seconds) for each in model.servables()), default=0.0)
+        return max(
+            (each.loaded_at + max(self._residence_s, each.load_seconds) for each in model.servables()), default=0.0
+        )
 
     async def end(self, model: ManagedModel, reason: str) -> bool:
         """Pauses the model, and unloads it for ``reason`` once its requests are answered; whether it came to that."""

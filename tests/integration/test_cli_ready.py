@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -100,6 +101,52 @@ def test_a_server_that_wants_certificates_takes_its_own_or_one_that_is_given(tmp
     tls = {**tls, "root": tls["certificate"], "require_client_auth": True}
     with serving(tmp_path, {"tls": tls}) as file:
         assert ask("--config", str(file))[0] == 0
+
+
+@pytest.mark.parametrize("is_by_url", [False, True])
+def test_what_was_given_is_sent(tmp_path: Path, is_by_url: bool) -> None:
+    model = tmp_path / "models" / "broken" / "1"
+    model.mkdir(parents=True)
+    secret = "s3cret-" + 36 * "x"
+    key = {"id": "abcd", "sha256": hashlib.sha256(secret.encode()).hexdigest(), "principal": "ann"}
+    token, code = tmp_path / "token", tmp_path / "code"
+    token.write_text(f"aio_abcd_{secret}")
+    code.write_text("hush")
+    restricted = ["model-repository:code=hush"]
+    bindings = [{"principal": "ann", "role": "admin"}]
+    security = {"insecure": True, "enabled": True, "api_keys": [key], "bindings": bindings}
+    with serving(tmp_path, {"restricted_protocols": restricted}, security=security) as file:
+        port = json.loads(file.read_text())["grpc"]["port"]
+        way = ("--url", f"127.0.0.1:{port}") if is_by_url else ("--config", str(file))
+        given = ("--token-file", str(token), "--header", f"triton-grpc-protocol-code=@{code}")
+        exit_code, text = ask(*way, *given)
+        assert exit_code == 1 and "is not ready: broken" in text, text
+        exit_code, text = ask(*way)
+        assert exit_code == 1 and "broken" not in text, "and without, nothing is told"
+        assert ask(*way, "--header", "authorization=x")[0] == 2
+
+
+@pytest.mark.parametrize("given", ["restriction", "header", "token", "nothing"])
+def test_nothing_secret_is_sent_to_a_server_with_another_certificate(tmp_path: Path, given: str) -> None:
+    (tmp_path / "other").mkdir()
+    impostor = make_certificate(tmp_path / "other", "server")
+    own = make_certificate(tmp_path, "server")
+    token = tmp_path / "token"
+    token.write_text("aio_abcd_s3cret")
+    with serving(tmp_path, {"tls": impostor}) as file:
+        document = json.loads(file.read_text())
+        document["grpc"]["tls"] = own
+        if given == "restriction":
+            document["grpc"]["restricted_protocols"] = ["health:k=secret"]
+        file.write_text(json.dumps(document))
+        options = {"header": ("--header", "k=v"), "token": ("--token-file", str(token))}.get(given, ())
+        code, text = ask("--config", str(file), *options)
+        if given == "nothing":
+            assert code == 0, text
+        else:
+            assert code == 1 and "neither a token nor a header was sent" in text, text
+            code, text = ask("--config", str(file), *options, "--tls-root-cert", own["certificate"])
+            assert code == 3, text
 
 
 @pytest.mark.parametrize(
