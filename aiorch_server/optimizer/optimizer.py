@@ -6,9 +6,10 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from aiorch_server._core import Scheduler
 from aiorch_server.config.objective import POLICIES, POLICY, Objective, read_fields, read_objective
@@ -16,7 +17,9 @@ from aiorch_server.errors import AiorchError, ModelNotReady
 from aiorch_server.execution.thread_executor import InstanceGroup
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.lifecycle.threads import run_blocking
+from aiorch_server.optimizer.baselines import RULES, RuledVersion
 from aiorch_server.optimizer.tuned import Decision, TunedVersion
+from aiorch_server.optimizer.window import Window
 from aiorch_server.types import BatchingPolicy, SchedulerObservation
 
 logger = logging.getLogger(__name__)
@@ -77,12 +80,45 @@ class Account:
     decisions: tuple[Decision, ...]
 
 
+class Tuning(Protocol):
+    """A version whose knobs are moved, by the tuner or by one of the rules that it is compared with."""
+
+    name: str
+    version: int
+    objective: Objective
+    window: Window | None
+    decisions: deque[Decision]
+
+    @property
+    def state(self) -> str:
+        """What it waits for, in a word."""
+        ...
+
+    @property
+    def rate(self) -> float:
+        """Requests/s lately."""
+        ...
+
+    @property
+    def knobs(self) -> dict[str, float]:
+        """Where they stand."""
+        ...
+
+    async def tick(self) -> None:
+        """Looks, and makes what moves are due."""
+        ...
+
+    def give_back(self, written: BatchingPolicy) -> None:
+        """Lets the version batch as it was written."""
+        ...
+
+
 @dataclass(slots=True)
 class _Entry:
     servable: Servable
     written: BatchingPolicy
     instances: int  # as written, too
-    tuned: TunedVersion
+    tuned: Tuning
     task: asyncio.Task[None] | None = None
 
 
@@ -163,6 +199,8 @@ class Optimizer:
                 live[id(each)] = each, objective
         for key in self._entries.keys() - live.keys():
             gone = self._entries.pop(key)
+            if gone.task is not None:
+                gone.task.cancel()
             if gone.servable.is_open:
                 gone.tuned.give_back(gone.written)
                 self._returns.add(task := asyncio.create_task(_return_instances(gone)))
@@ -178,16 +216,24 @@ class Optimizer:
                 entry.tuned.give_back(written)
                 if entry.task is not None:
                     entry.task.cancel()
-            tuned = TunedVersion(
-                servable.name,
-                servable.version,
-                levers,
-                objective,
-                cores=self._cores,
-                written_instances=instances,
-                on_decision=_log_decision,
-            )
+            tuned = self._tune(servable, levers, objective, instances)
             self._entries[key] = _Entry(servable, written, instances, tuned)
+
+    def _tune(self, servable: Servable, levers: ServableLevers, objective: Objective, instances: int) -> Tuning:
+        policy = _read_policy(servable)
+        if policy in RULES:
+            return RuledVersion(
+                servable.name, servable.version, levers, objective, policy, on_decision=_log_decision
+            )  # fmt: skip
+        return TunedVersion(
+            servable.name,
+            servable.version,
+            levers,
+            objective,
+            cores=self._cores,
+            written_instances=instances,
+            on_decision=_log_decision,
+        )
 
 
 async def _tick(entry: _Entry) -> None:
@@ -210,10 +256,14 @@ def _can_be_tuned(servable: Servable) -> bool:
         return False
     if servable.signature.is_decoupled or not servable.instances.is_batched or not servable.is_open:
         return False
-    return servable.config.to_strings().get(POLICY, POLICIES[0]) == POLICIES[0]
+    return _read_policy(servable) != "off"
 
 
-def _log_decision(tuned: TunedVersion, decision: Decision) -> None:
+def _read_policy(servable: Servable) -> str:
+    return servable.config.to_strings().get(POLICY, POLICIES[0])
+
+
+def _log_decision(tuned: Tuning, decision: Decision) -> None:
     logger.info(
         "'%s:%d': %s %g -> %g: %s",
         tuned.name, tuned.version, decision.knob, decision.before, decision.after, decision.reason,
@@ -227,9 +277,9 @@ def _describe(entry: _Entry) -> Account:
         entry.servable.name,
         entry.servable.version,
         tuned.objective,
-        tuned.tuner.state.value,
+        tuned.state,
         tuned.knobs,
         found.value_ns / 1e3 if found is not None else 0.0,
-        tuned.traffic.rate,
+        tuned.rate,
         tuple(tuned.decisions),
     )

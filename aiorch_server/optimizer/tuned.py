@@ -136,6 +136,16 @@ class TunedVersion:
         )
 
     @property
+    def state(self) -> str:
+        """What its tuner waits for."""
+        return self.tuner.state.value
+
+    @property
+    def rate(self) -> float:
+        """Requests/s lately."""
+        return self.traffic.rate
+
+    @property
     def knobs(self) -> dict[str, float]:
         """Where they stand, by the names of decisions."""
         return {

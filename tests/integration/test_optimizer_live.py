@@ -143,3 +143,19 @@ async def test_what_an_operator_sets_wins_and_holds_while_it_cannot_be_read(
         await own.tick()
         assert str(own.explain("m")[0].objective) == "p99=100ms"
         assert (await call(stub, 7))[0] == "OK"
+
+
+@pytest.mark.parametrize("policy", ["aimd", "linear"])
+async def test_rules_of_others_over_the_same_levers(tmp_path: Path, policy: str) -> None:
+    async with serving(tmp_path, objective="p99=300ms", tuning=policy) as (app, stub):
+        assert app.optimizer is not None
+        (servable,) = app.manager.servables()
+        assert servable.plain_scheduler is not None
+        async with asyncio.timeout(20):
+            while not (accounts := app.optimizer.explain("m")) or accounts[0].rate == 0:
+                found = await offer(stub, 0.9 * CAPACITY, 1.0)
+        policy_now = servable.plain_scheduler.policy()
+    assert accounts[0].state == policy
+    assert {code for code, _, _ in found} == {"OK"}
+    assert policy_now.max_rows == accounts[0].knobs["max_batch_size"] == MAX_ROWS
+    assert policy_now.is_shedding == (policy == "linear")
