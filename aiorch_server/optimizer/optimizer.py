@@ -44,6 +44,7 @@ class ServableLevers:
         self._is_budgeted = servable.memory is not None and servable.memory.is_budgeted
         self.largest_rows = max(1, servable.signature.max_batch_size)
         self.observe: Callable[[], SchedulerObservation] = scheduler.observe
+        self.read_arrivals: Callable[[], int] = scheduler.read_arrivals
         self.policy: Callable[[], BatchingPolicy] = scheduler.policy
         self.set_policy = scheduler.set_policy
 
@@ -119,6 +120,8 @@ class _Entry:
     written: BatchingPolicy
     instances: int  # as written, too
     tuned: Tuning
+    read_arrivals: Callable[[], int]
+    arrivals: int = -1  # when it was looked at last; a version to which nothing comes is not
     task: asyncio.Task[None] | None = None
 
 
@@ -127,8 +130,8 @@ class Optimizer:
 
     ``list_servables`` gives what serves now. ``read_objectives`` gives those that operators have set for models, as
     fields of tuning.proto; they win over the configuration's. Where that fails, what it gave last holds.
-    Models are left alone that have no objective, say ``tuning: off``, or have no one queue of their own (ensembles,
-    sequences).
+    Without an objective a model's cap is kept at the knee of its curve, unless its configuration says what sizes it
+    prefers. Models are left alone that say ``tuning: off``, or have no one queue of their own (ensembles, sequences).
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class Optimizer:
         self._cores, self._interval_s = cores, interval_s
         self._objectives: dict[str, Objective] = {}
         self._read_at_s = -math.inf
+        self._written: dict[int, tuple[Servable, Objective, bool]] = {}  # what configurations say, read once
         self._returns: set[asyncio.Task[None]] = set()
         self._entries: dict[int, _Entry] = {}  # by id of the servable, which the entry holds
         self._task: asyncio.Task[None] | None = None
@@ -176,7 +180,11 @@ class Optimizer:
                 self._objectives = {model: read_fields(fields) for model, fields in found.items()}
         self._follow()
         for entry in self._entries.values():
-            if entry.task is None or entry.task.done():  # a move may take as long as an instance takes to load
+            if entry.task is not None and not entry.task.done():  # a move may take as long as an instance takes to load
+                continue
+            arrivals, before = entry.read_arrivals(), entry.arrivals
+            entry.arrivals, entry.task = arrivals, None
+            if arrivals != before:
                 entry.task = asyncio.create_task(_tick(entry))
         if tasks := [entry.task for entry in self._entries.values() if entry.task is not None]:
             await asyncio.wait(tasks, timeout=self._interval_s)
@@ -193,10 +201,11 @@ class Optimizer:
     def _follow(self) -> None:
         """Takes up what has come, drops what has gone, and begins anew where the objective has changed."""
         live = {}
-        for each in self._list_servables():
-            objective = self._objectives.get(each.name) or read_objective(each.config.to_strings())
-            if objective != Objective() and _can_be_tuned(each):
-                live[id(each)] = each, objective
+        self._written = {id(each): self._written.get(id(each)) or _read(each) for each in self._list_servables()}
+        for key, (each, objective, is_left_alone) in self._written.items():
+            objective = self._objectives.get(each.name, objective)
+            if each.is_open and not is_left_alone and (objective != Objective() or _can_have_knee(each)):
+                live[key] = each, objective
         for key in self._entries.keys() - live.keys():
             gone = self._entries.pop(key)
             if gone.task is not None:
@@ -217,7 +226,7 @@ class Optimizer:
                 if entry.task is not None:
                     entry.task.cancel()
             tuned = self._tune(servable, levers, objective, instances)
-            self._entries[key] = _Entry(servable, written, instances, tuned)
+            self._entries[key] = _Entry(servable, written, instances, tuned, levers.read_arrivals)
 
     def _tune(self, servable: Servable, levers: ServableLevers, objective: Objective, instances: int) -> Tuning:
         policy = _read_policy(servable)
@@ -251,10 +260,22 @@ async def _return_instances(entry: _Entry) -> None:
         logger.warning("'%s:%d' keeps its instances: %s", entry.servable.name, entry.servable.version, error)
 
 
+def _read(servable: Servable) -> tuple[Servable, Objective, bool]:
+    """With what its configuration asks for, and whether it is to be left alone."""
+    return servable, read_objective(servable.config.to_strings()), not _can_be_tuned(servable)
+
+
+def _can_have_knee(servable: Servable) -> bool:
+    batching = servable.config.dynamic_batching
+    if _read_policy(servable) != POLICIES[0]:
+        return False
+    return servable.signature.max_batch_size > 1 and not (batching and batching.preferred_batch_size)
+
+
 def _can_be_tuned(servable: Servable) -> bool:
     if servable.plain_scheduler is None or not isinstance(servable.instances, InstanceGroup):
         return False
-    if servable.signature.is_decoupled or not servable.instances.is_batched or not servable.is_open:
+    if servable.signature.is_decoupled or not servable.instances.is_batched:
         return False
     return _read_policy(servable) != "off"
 

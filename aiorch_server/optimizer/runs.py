@@ -130,6 +130,11 @@ class Cell:
         self._half_life_s = half_life_s
         self._windows: deque[_Window] = deque(maxlen=_MAX_WINDOWS)
 
+    @property
+    def rows(self) -> float:
+        """Of the newest window."""
+        return self._windows[-1].rows
+
     def add(self, runs: Runs, at_s: float, spread: float) -> Change | None:
         """Takes a window; gives the change of the model that it proves, if it does."""
         if self.doubt:

@@ -113,6 +113,12 @@ class ServiceTime:
         """Whether anything was seen yet."""
         return bool(self._cells)
 
+    @property
+    def largest_seen(self) -> int:
+        """Rows of the largest batches that ran with as many instances as there are now; 0: none did."""
+        sizes = (round(cell.rows) for (count, _), cell in self._cells.items() if count == self._instances)
+        return max(sizes, default=0)
+
     def spread(self) -> float:
         """The relative standard deviation of one run's time, over all sizes."""
         found = [cell.variance() for cell in self._cells.values()]

@@ -18,7 +18,7 @@ _SURE: Final = 2.0
 class Sight:
     """Requests that came, were answered, late or not, and refused for want of time or room; in ``seconds``.
 
-    ``percentile_us`` is that of the answered ones.
+    ``percentile_us`` is that of the answered ones. Instances were busy with ``rows`` for ``busy_us`` in all.
     """
 
     seconds: float = 0.0
@@ -27,6 +27,13 @@ class Sight:
     late: int = 0
     refused: int = 0
     percentile_us: float = 0.0
+    rows: float = 0.0
+    busy_us: float = 0.0
+
+    @property
+    def row_us(self) -> float:
+        """What a row cost; 0 where none ran."""
+        return self.busy_us / self.rows if self.rows else 0.0
 
     @property
     def rate(self) -> float:
@@ -70,6 +77,8 @@ def join(sights: Iterable[Sight]) -> Sight:
         sum(each.late for each in kept),
         sum(each.refused for each in kept),
         sum(each.percentile_us * each.answered for each in kept) / answered if answered else 0.0,
+        sum(each.rows for each in kept),
+        sum(each.busy_us for each in kept),
     )
 
 

@@ -12,6 +12,7 @@ from aiorch_server.config.objective import Objective
 from aiorch_server.errors import AiorchError
 from aiorch_server.lifecycle.threads import run_blocking
 from aiorch_server.optimizer.burstiness import Traffic
+from aiorch_server.optimizer.knee import CHEAPER, KneeTuner, find_knee
 from aiorch_server.optimizer.predict import Demand, Knobs, Scenario, Surroundings
 from aiorch_server.optimizer.service_time import ServiceTime
 from aiorch_server.optimizer.sight import Sight
@@ -23,8 +24,8 @@ from aiorch_server.types import BatchingPolicy, SchedulerObservation
 MAX_DECISIONS: Final = 100
 #: A curve is handed on when a point of it moved by more than this part.
 _CURVE_CHANGE: Final = 0.03
-#: A larger batch has to be cheaper for each row by this part to be worth its longer run.
-_CHEAPER: Final = 0.03
+#: A longer stretch tells of a pause rather than of the traffic; and where there is no target, a look lasts so long.
+_PAUSE_S, _PLAIN_LOOK_S = 10.0, 5.0
 #: Of the target, kept free for what the curve does not know; and no more of it than this in one run.
 _MARGIN, _LONGEST_RUN = 0.05, 0.5
 _REQUESTS, _REPETITIONS = 2000, 3
@@ -114,7 +115,7 @@ class TunedVersion:
         fewest, most = _bound_instances(objective, written_instances if levers.can_grow else levers.serving, cores)
         longest_us = objective.max_delay_us or written.delay_us or objective.latency_us // 2
         self.bounds = Bounds(limit, longest_us, fewest, most)
-        has_target = bool(objective.latency_us)
+        self._has_target = has_target = bool(objective.latency_us)
         knobs = Knobs(
             max_rows=min(limit, written.max_rows),
             delay_us=min(written.delay_us, longest_us),
@@ -122,11 +123,16 @@ class TunedVersion:
             is_shedding=has_target,
             instances=levers.serving,
         )
-        self.tuner = Tuner(knobs, self.bounds, allowed_misses=objective.allowed_misses if has_target else None)
+        self.tuner = (
+            Tuner(knobs, self.bounds, allowed_misses=objective.allowed_misses)
+            if has_target
+            else KneeTuner(knobs, self.bounds)
+        )
         self.service_time = ServiceTime(levers.largest_rows, cores=float(cores))
         self.traffic = Traffic()
         self._curve: tuple[tuple[int, int], ...] = ()
         self._before: SchedulerObservation | None = None
+        self._looks_at_s = 0.0
         levers.set_policy(
             target_us=objective.latency_us,
             margin_us=round(objective.latency_us * _MARGIN),
@@ -159,9 +165,13 @@ class TunedVersion:
         count = min(max(self._levers.serving, self.bounds.min_instances), self.bounds.max_instances)
         if count != self._levers.serving and self.tuner.state is State.LEARNING:
             await self._levers.set_instances(count)
+        now_s = self._now_s()
+        if not self._has_target and self.tuner.state in (State.LEARNING, State.STEADY) and now_s < self._looks_at_s:
+            return
+        self._looks_at_s = now_s + _PLAIN_LOOK_S
         observation = self._levers.observe()
         before, self._before = self._before, observation
-        if before is None or observation.at_ns <= before.at_ns:
+        if before is None or not 0 < observation.at_ns - before.at_ns <= _PAUSE_S * 1e9:
             return
         # in a thread: what is simulated for a decision takes some 50 ms
         move = await run_blocking(f"tune {self.name}:{self.version}", lambda: self._think(before, observation))
@@ -184,7 +194,7 @@ class TunedVersion:
         return move
 
     def _hand_on_curve(self) -> None:
-        if not self.service_time.is_known:
+        if not self.service_time.is_known or not self._has_target:
             return
         curve = self.service_time.curve()
         is_moved = len(curve) != len(self._curve) or any(
@@ -204,10 +214,16 @@ class TunedVersion:
             window.late,
             window.lost,
             found.value_ns / 1e3 if found is not None else 0.0,
+            sum(run.rows * run.executions for run in window.runs),
+            sum(run.sum_ns for run in window.runs) / 1e3,
         )
 
     def _situate(self, window: Window) -> Situation:
         cap = self.tuner.knobs.max_rows
+        if not self._has_target and self.service_time.is_known:
+            estimates, seen = self.service_time.estimates(), self.service_time.largest_seen
+            knee = find_knee(estimates, cap=cap, largest_seen=seen, most=self.bounds.max_rows)
+            return Situation(estimates[0].mean_ns / 1e3, _promise_nothing, knee=knee)
         if not self.service_time.is_known or not self.service_time.is_trusted(min(cap, self._usual_rows())):
             return Situation(None, _promise_nothing)
         run_us = self.service_time.estimate(min(cap, self._usual_rows())).mean_ns / 1e3
@@ -225,7 +241,7 @@ class TunedVersion:
         longest_ns = self.objective.latency_us * 1000 * _LONGEST_RUN or float("inf")
         fitting = [each for each in estimates if each.mean_ns <= longest_ns] or estimates[:1]
         cheapest = min(each.mean_ns / each.rows for each in fitting)
-        return next(each.rows for each in fitting if each.mean_ns / each.rows <= (1 + _CHEAPER) * cheapest)
+        return next(each.rows for each in fitting if each.mean_ns / each.rows <= (1 + CHEAPER) * cheapest)
 
     async def _make(self, move: Move) -> None:
         before, after = move.before, move.after

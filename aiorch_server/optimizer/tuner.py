@@ -11,10 +11,13 @@ import enum
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aiorch_server.optimizer.predict import Knobs
 from aiorch_server.optimizer.sight import Sight, Trail
+
+if TYPE_CHECKING:
+    from aiorch_server.optimizer.knee import Knee
 
 
 class State(enum.Enum):
@@ -77,12 +80,13 @@ class Situation:
     """What a tuner decides by, besides what it saw itself.
 
     ``suggested`` are further knobs worth a look; ``predict`` simulates; ``run_us`` is how long a batch of the present
-    cap takes, None as long as that is not known well enough.
+    cap takes, None as long as that is not known well enough. ``knee`` is asked for where there is no target.
     """
 
     run_us: float | None
     predict: Callable[[Knobs], Outlook]
     suggested: tuple[Knobs, ...] = ()
+    knee: Knee | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,7 @@ class Tuner:
         self._since_s = 0.0
         self._rests: dict[str, tuple[float, float]] = {}  # knob -> until when, and how long it rested
         self._move: Move | None = None
+        self._moved_at_s: float | None = None
         self._before: Sight | None = None
         self._known: tuple[float, float] | None = None  # rate and run time of the last decision
         self._review_s = self._pace.review_s
@@ -193,7 +198,7 @@ class Tuner:
         present = situation.predict(self.knobs)
         best, promised = None, present
         for knob, wanted in self._list_candidates(situation):
-            if self._rests.get(knob, (0.0, 0.0))[0] > now_s:
+            if self._is_resting(knob, now_s):
                 continue
             outlook = situation.predict(wanted)
             if self._is_better(outlook, wanted, promised, best.after if best is not None else self.knobs):
@@ -204,11 +209,14 @@ class Tuner:
             self._look_s = min(2 * self._look_s, self._pace.longest_review_s)
             return None
         self._review_s, self._look_s = self._pace.review_s, self._pace.look_s
-        self._move = replace(best, reason=f"{reason}; {_tell_promise(present, promised)}")
-        self._before, self.verdict = seen, ""
-        self.knobs = best.after
+        return self._begin(now_s, replace(best, reason=f"{reason}; {_tell_promise(present, promised)}"))
+
+    def _begin(self, now_s: float, move: Move) -> Move:
+        self._move, self._moved_at_s = move, now_s
+        self._before, self.verdict = self._trail.recent(self._pace.judge_s), ""
+        self.knobs = move.after
         self._enter(State.SETTLING, now_s)
-        return self._move
+        return move
 
     def _list_candidates(self, situation: Situation) -> Iterator[tuple[str, Knobs]]:
         now, run_us = self.knobs, situation.run_us or 0.0
@@ -256,8 +264,7 @@ class Tuner:
         return Move(move.knob, move.after, move.before, f"it did harm: {self.verdict}", is_undone=True)
 
     def _is_harm(self, before: Sight, after: Sight) -> bool:
-        # what came under another load says nothing about the move
-        if not 1 / _CHANGED < after.rate / max(before.rate, 1e-9) < _CHANGED:
+        if not self._is_same_load(before, after):
             return False
         noise = 2 * math.hypot(before.share_error, after.share_error)
         if self.allowed_misses is not None:
@@ -266,6 +273,13 @@ class Tuner:
         if after.answered < self._pace.judge_answers:
             return False
         return after.percentile_us > (1 + _PERCENTILE_HARM) * before.percentile_us
+
+    def _is_same_load(self, before: Sight, after: Sight) -> bool:
+        """What came under another load says nothing about a move."""
+        return 1 / _CHANGED < after.rate / max(before.rate, 1e-9) < _CHANGED
+
+    def _is_resting(self, knob: str, now_s: float) -> bool:
+        return self._rests.get(knob, (0.0, 0.0))[0] > now_s
 
     def _rest(self, knob: str, now_s: float) -> None:
         rested_s = self._rests.get(knob, (0.0, self._pace.rest_s / 2))[1]

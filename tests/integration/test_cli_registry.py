@@ -102,7 +102,7 @@ def test_the_way_of_a_model(started: tuple[Served, Path], tmp_path: Path) -> Non
     assert "unbroken" in run("audit", "verify", *url).stdout
     assert "admin on *" in run("access", "whoami", *url).stdout
     assert "aiorch objective set times --p99 50ms" in run("objective", "show", "times", *url).stderr
-    assert "gives it no objective" in run("objective", "explain", "times", *url).stderr
+    assert "nothing of it to tune" in run("objective", "explain", "times", *url).stderr
     assert "99 % of requests within 50 ms" in run("objective", "set", "times", "--p99", "50ms", *url).stdout
     assert "99 % of requests within 50 ms" in run("objective", "show", "times", *url).stdout
     until = time.monotonic() + 20

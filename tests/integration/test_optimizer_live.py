@@ -18,7 +18,7 @@ from aiorch_proto.v2.service import InferenceStub
 from aiorch_server.app import Application
 from aiorch_server.config.server import ServerConfig
 from aiorch_server.errors import AiorchError, RegistryUnavailable
-from aiorch_server.optimizer import optimizer
+from aiorch_server.optimizer import optimizer, tuned
 
 RUN_S, MAX_ROWS, TARGET_S = 0.04, 4, 0.3
 CAPACITY = MAX_ROWS / RUN_S
@@ -30,12 +30,28 @@ output [ { name: "Y" data_type: TYPE_FP32 dims: [ 1 ] } ]
 parameters { key: "execute_delay_us" value { string_value: "40000" } }
 """
 
+#: A model whose batches save nothing.
+BY_THE_ROW = """
+import time
+
+class Model:
+    inputs = [("X", "FP32", [1])]
+    outputs = [("Y", "FP32", [1])]
+    max_batch_size = 4
+
+    def execute(self, inputs):
+        time.sleep(0.01 * len(inputs["X"]))
+        return {"Y": inputs["X"]}
+"""
+
 
 @asynccontextmanager
-async def serving(root: Path, **parameters: str) -> AsyncIterator[tuple[Application, InferenceStub]]:
+async def serving(
+    root: Path, *, model: str = MODEL, **parameters: str
+) -> AsyncIterator[tuple[Application, InferenceStub]]:
     (root / "m" / "1").mkdir(parents=True, exist_ok=True)
     told = [f'parameters {{ key: "{key}" value {{ string_value: "{text}" }} }}' for key, text in parameters.items()]
-    (root / "m" / "config.pbtxt").write_text(MODEL + "\n".join(told))
+    (root / "m" / "config.pbtxt").write_text(model + "\n".join(told))
     config = ServerConfig.model_validate(
         {
             "repository": {"paths": [str(root)]},
@@ -90,12 +106,62 @@ async def test_twice_what_can_be_served(tmp_path: Path) -> None:
     assert (account.knobs["instances"], account.objective.latency_us) == (1, 300_000)
 
 
-async def test_without_an_objective_nothing_is_moved_or_refused(tmp_path: Path) -> None:
+async def test_without_an_objective_nothing_is_refused_and_instances_stay(tmp_path: Path) -> None:
     async with serving(tmp_path) as (app, stub):
+        (servable,) = app.manager.servables()
+        assert servable.plain_scheduler is not None
+        written = servable.plain_scheduler.policy()
         found = await offer(stub, 2 * CAPACITY, 1.5)
         assert app.optimizer is not None
-        assert app.optimizer.explain() == []
+        (account,) = app.optimizer.explain("m")
+        assert servable.plain_scheduler.policy() == written
     assert {code for code, _, _ in found} == {"OK"}
+    assert (account.objective.latency_us, account.knobs["max_batch_size"], account.decisions) == (0, MAX_ROWS, ())
+
+
+async def test_without_an_objective_the_cap_goes_to_the_knee(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "_PLAIN_LOOK_S", 0.5)
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    (tmp_path / "m" / "1" / "model.py").write_text(BY_THE_ROW)
+    async with serving(tmp_path, model='backend: "python" max_batch_size: 4') as (app, stub):
+        assert app.optimizer is not None
+        async with asyncio.timeout(40):
+            while not (accounts := app.optimizer.explain("m")) or not accounts[0].decisions:
+                found = await offer(stub, 120, 1.0)
+                assert {code for code, _, _ in found} == {"OK"}
+    (decision,) = accounts[0].decisions
+    assert (decision.knob, decision.before) == ("max_batch_size", MAX_ROWS)
+    assert decision.after < MAX_ROWS
+    assert "get no cheaper" in decision.reason
+
+
+async def test_sizes_that_are_preferred_in_writing_stay(tmp_path: Path) -> None:
+    preferring = MODEL + "dynamic_batching { preferred_batch_size: [ 2 ] }\n"
+    async with serving(tmp_path, model=preferring) as (app, stub):
+        await offer(stub, CAPACITY, 1.5)
+        assert app.optimizer is not None
+        assert app.optimizer.explain() == []
+
+
+async def test_who_gets_no_requests_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path, objective="p99=300ms") as (app, stub):
+        assert app.optimizer is not None
+        await app.optimizer.stop()
+        await call(stub, 1)
+        (servable,) = app.manager.servables()
+        looks: list[str] = []
+
+        async def tick(self: tuned.TunedVersion) -> None:
+            looks.append(self.name)
+
+        monkeypatch.setattr(tuned.TunedVersion, "tick", tick)
+        own = optimizer.Optimizer(lambda: [servable], cores=1)
+        for _ in range(3):
+            await own.tick()
+        assert looks == ["m"]
+        await call(stub, 2)
+        await own.tick()
+        assert looks == ["m", "m"]
 
 
 async def test_off_leaves_all_as_written(tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ class TuningServicer:
         accounts = self._explain(request.model)
         if not accounts:
             raise NotFoundError(
-                f"nothing of model {request.model!r} is tuned on this server: it does not serve here, or its "
-                "configuration gives it no objective"
+                f"nothing of model {request.model!r} is tuned on this server: it does not serve here, or there is "
+                "nothing of it to tune"
             )
         account = max(accounts, key=lambda each: each.version)
         answer = pb.Explanation(

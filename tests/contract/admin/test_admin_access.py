@@ -237,7 +237,7 @@ async def test_objectives(site: Site) -> None:
     ] == "NOT_FOUND"
     assert (await status_of(stub.SetObjective(tuning_pb2.SetObjectiveRequest())))[0] == "INVALID_ARGUMENT"
     error, _ = await refused(stub.Explain(tuning_pb2.ExplainRequest(model="digits")))
-    assert (error.code().name, "gives it no objective" in str(error.details())) == ("NOT_FOUND", True)
+    assert (error.code().name, "nothing of it to tune" in str(error.details())) == ("NOT_FOUND", True)
 
 
 async def test_objectives_of_others(site: Site) -> None:
