@@ -178,6 +178,7 @@ class Application:
             planes,
             self._telemetry,
             list_ledgers=self._list_ledgers,
+            list_tuned=lambda: [] if self.optimizer is None else self.optimizer.list_tuned(),
             gate=self._gate,
             certificates=self._certificates,
         )

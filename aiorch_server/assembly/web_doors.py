@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from aiorch_server.assembly.certificates import Certificates
@@ -13,11 +13,13 @@ from aiorch_server.observability.cache_metrics import CacheCollector
 from aiorch_server.observability.memory_metrics import MemoryCollector
 from aiorch_server.observability.quota_metrics import QuotaCollector
 from aiorch_server.observability.sample_metrics import SampleCollector
+from aiorch_server.optimizer.metrics import TunerCollector
 
 if TYPE_CHECKING:
     from aiorch_server._core import ServerLedger
     from aiorch_server.frontends.metrics import MetricsServer
     from aiorch_server.frontends.rest import RestServer
+    from aiorch_server.optimizer.tuned import TunedVersion
     from aiorch_server.security.gate import Gate
 
 
@@ -27,6 +29,7 @@ def build_metrics(
     telemetry: Telemetry,
     *,
     list_ledgers: Callable[[], Sequence[ServerLedger]],
+    list_tuned: Callable[[], Iterable[TunedVersion]],
     gate: Gate | None,
     certificates: Certificates,
 ) -> MetricsServer | None:
@@ -42,6 +45,7 @@ def build_metrics(
         own=[
             telemetry.model_metrics,
             SampleCollector(planes.dataplane.samples.counts),
+            TunerCollector(list_tuned),
             MemoryCollector(residents.ledger.list_charges, lambda: residents.evictions),
             *([] if cache is None else [CacheCollector(cache.read_use)]),
             *([] if gate is None else [QuotaCollector(gate.list_quotas)]),

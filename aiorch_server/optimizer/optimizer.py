@@ -168,6 +168,11 @@ class Optimizer:
         """What is known of each tuned version of a model, or of all."""
         return [_describe(entry) for entry in self._entries.values() if model in ("", entry.servable.name)]
 
+    def list_tuned(self) -> list[TunedVersion]:
+        """The versions that a tuner has, those that came last at the end; none that follow another server's rule."""
+        kept = tuple(self._entries.values())
+        return [it.tuned for it in kept if isinstance(it.tuned, TunedVersion) and it.servable.is_open]
+
     async def tick(self) -> None:
         """One look at everything; a version's error is logged and hinders no other."""
         if self._read_objectives is not None and time.monotonic() - self._read_at_s >= READ_S:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
@@ -108,6 +109,10 @@ class TunedVersion:
         self.name, self.version, self.objective = name, version, objective
         self.decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self.window: Window | None = None
+        #: Decisions by their knob and what became of them: kept, undone or failed.
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        #: Processor time that looking and deciding took.
+        self.cpu_s = 0.0
         self._levers, self._now_s, self._on_decision = levers, now_s, on_decision
         self.cores = cores
         written = levers.policy()
@@ -160,6 +165,23 @@ class TunedVersion:
             "instances": self._levers.serving,
         }
 
+    @property
+    def seen(self) -> SchedulerObservation | None:
+        """What the scheduler had counted at the last look."""
+        return self._before
+
+    @property
+    def measured_us(self) -> float:
+        """The objective's percentile of what was answered between the last two looks; infinite where nothing was."""
+        found = self.window.percentile(self.objective.percentile / 100.0) if self.window is not None else None
+        return found.value_ns / 1e3 if found is not None else math.inf
+
+    @property
+    def predicted_us(self) -> float:
+        """The same percentile as the last look for a move foretold it; infinite before there was one."""
+        promised = self.tuner.promised
+        return promised.percentile_us if promised is not None else math.inf
+
     async def tick(self) -> None:
         """Looks, learns, and makes the move that is due, if any; returns when it is made."""
         count = min(max(self._levers.serving, self.bounds.min_instances), self.bounds.max_instances)
@@ -169,7 +191,9 @@ class TunedVersion:
         if not self._has_target and self.tuner.state in (State.LEARNING, State.STEADY) and now_s < self._looks_at_s:
             return
         self._looks_at_s = now_s + _PLAIN_LOOK_S
+        began_s = time.thread_time()
         observation = self._levers.observe()
+        self.cpu_s += time.thread_time() - began_s
         before, self._before = self._before, observation
         if before is None or not 0 < observation.at_ns - before.at_ns <= _PAUSE_S * 1e9:
             return
@@ -179,6 +203,13 @@ class TunedVersion:
             await self._make(move)
 
     def _think(self, before: SchedulerObservation, observation: SchedulerObservation) -> Move | None:
+        began_s = time.thread_time()
+        try:
+            return self._decide(before, observation)
+        finally:
+            self.cpu_s += time.thread_time() - began_s
+
+    def _decide(self, before: SchedulerObservation, observation: SchedulerObservation) -> Move | None:
         self.window = window = Window.between(before, observation)
         self.service_time.observe(window.runs, instances=max(1, window.instances), now_s=window.end_s)
         self.traffic.observe(window.slots)
@@ -189,8 +220,11 @@ class TunedVersion:
             self.tuner.knobs = replace(self.tuner.knobs, instances=self._levers.serving)
         verdict = self.tuner.verdict
         move = self.tuner.step(now_s, self._describe(window), self._situate(window))
-        if self.tuner.verdict != verdict and self.decisions:
+        # a new move empties the verdict of the one before, which stays told
+        if self.tuner.verdict not in (verdict, "") and self.decisions:
             self.decisions[-1].effect = self.tuner.verdict
+            is_undone = move is not None and move.is_undone
+            self.outcomes[self.decisions[-1].knob, "undone" if is_undone else "kept"] += 1
         return move
 
     def _hand_on_curve(self) -> None:
@@ -254,6 +288,7 @@ class TunedVersion:
             self._levers.set_policy(max_rows=after.max_rows, delay_us=after.delay_us)
         except (AiorchError, ValueError) as error:
             decision.effect = f"it could not be made: {error}"
+            self.outcomes[move.knob, "failed"] += 1
             self.tuner.reject(self._now_s(), decision.effect)
 
     def give_back(self, written: BatchingPolicy) -> None:

@@ -128,6 +128,8 @@ class Tuner:
         self.state = State.LEARNING
         #: What became of the last move, in words; "" as long as it is not judged.
         self.verdict = ""
+        #: What the last look for a move foretold of the knobs that it chose, or left.
+        self.promised: Outlook | None = None
         self._pace = pace or Pace()
         self._trail = Trail()
         self._since_s = 0.0
@@ -203,6 +205,7 @@ class Tuner:
             outlook = situation.predict(wanted)
             if self._is_better(outlook, wanted, promised, best.after if best is not None else self.knobs):
                 best, promised = Move(knob, self.knobs, wanted, ""), outlook
+        self.promised = promised
         if best is None:
             self._review_s = min(2 * self._review_s, self._pace.longest_review_s)
             self._looks_at_s = now_s + self._look_s
