@@ -10,6 +10,9 @@
 #   slowdown  how many times slower a run is while so many instances run, compared with one alone
 # Order: time, and at one time what ends before what comes.
 #
+# A simulation may be advanced piece by piece, and its policy changed between pieces, as a tuner does it: pieces change
+# nothing in what happens.
+#
 # Contract: pure and deterministic; noise is given. Memory: what waits and runs, bounded by `max_waiting`.
 
 from libc.stdint cimport int64_t
@@ -56,13 +59,22 @@ cdef struct World:
     int64_t max_waiting
     int64_t expiry_ns               # 0: none
     Runner runners[MAX_SIMULATED]
-    int instances
+    int places                      # runners that there can be
+    int instances                   # that take batches; may be fewer than run, which then end one by one
     int running
     int64_t look_ns                 # when an idle instance looks into the queue; NEVER: not before something happens
     int64_t door_free_ns
+    int64_t begun_ns                # when the door began to read the next request; NEVER: not settled
+    int64_t now_ns                  # all until then has happened
     Request *spare                  # requests to be used again, linked by `next`; owned
-    # what became of whom; memory of the caller. Batches: at most as many as requests
+    # what comes, and what became of whom; memory of the caller. Batches: at most as many as requests
+    Py_ssize_t n
+    Py_ssize_t next                 # who comes next
     const int64_t *arrivals_ns
+    const int64_t *rows
+    const int64_t *levels
+    const int64_t *deadlines_ns
+    const int64_t *shapes
     int64_t *latencies_ns
     int64_t *batch_of
     const double *noise             # standard normal values, used in turn by batches

@@ -278,3 +278,78 @@ def test_what_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
     given = {"arrivals_ns": np.array([5]), "truth": [(1, 100)], **wrong}
     with pytest.raises(ValueError):
         simulate(**given)
+
+
+@given(traffic(), policies(), machines(), st.lists(st.integers(0, 20 * MS), max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_pieces_change_nothing(
+    coming: dict[str, Any], policy: dict[str, Any], machine: dict[str, Any], stops_ns: list[int]
+) -> None:
+    whole = simulate(**coming, truth=LINE, **policy, **machine)
+    pieces = Simulation(**coming, truth=LINE, **policy, **machine)
+    for stop_ns in sorted(stops_ns):
+        pieces.advance(stop_ns)
+        ended = pieces.batch_ends_ns
+        assert np.all(ended <= stop_ns)
+        assert pieces.running == np.count_nonzero(ended == 0)
+    pieces.advance()
+    assert (pieces.waiting, pieces.running) == (0, 0)
+    for name in ("latencies_ns", "batch_of", "batch_starts_ns", "batch_ends_ns", "batch_rows"):
+        assert np.array_equal(getattr(pieces, name), getattr(whole, name))
+
+
+@given(traffic(), policies(), st.lists(policies(), min_size=1, max_size=8))
+@settings(max_examples=150, deadline=None)
+def test_each_request_has_one_end_whatever_the_policy_becomes(
+    coming: dict[str, Any], policy: dict[str, Any], later: list[dict[str, Any]]
+) -> None:
+    world = Simulation(**coming, truth=LINE, **{**policy, "instances": 4})
+    for number, each in enumerate(later):
+        fixed = ("preferred", "max_waiting", "expiry_ns")
+        world.set_policy(**{name: value for name, value in each.items() if name not in fixed})
+        world.advance(2 * MS * (number + 1))
+        assert world.running <= 4
+    world.advance()
+    assert (world.waiting, world.running) == (0, 0)
+    served = world.batch_of >= 0
+    assert np.array_equal(served, world.latencies_ns > 0)
+    assert set(world.latencies_ns[~served].tolist()) <= {int(fate) for fate in Fate}
+
+
+def test_a_policy_holds_from_when_it_is_changed() -> None:
+    world = Simulation(np.zeros(8, np.int64), truth=[(1, MS), (2, MS)], max_rows=1, instances=2)
+    world.set_policy(instances=1)
+    world.advance(MS // 2)
+    assert (world.waiting, world.running) == (7, 1)
+    world.set_policy(instances=2)
+    world.advance(MS - 1)
+    assert (world.waiting, world.running) == (6, 2)
+    world.set_policy(max_rows=2, instances=1)
+    world.advance(MS)
+    # the second one still runs, and what was one too many takes nothing more
+    assert (world.waiting, world.running) == (6, 1)
+    world.advance()
+    assert world.batch_rows.tolist() == [1, 1, 2, 2, 2]
+    assert world.batch_starts_ns.tolist()[2:] == [3 * MS // 2, 5 * MS // 2, 7 * MS // 2]
+
+
+def test_a_shorter_delay_holds_at_once() -> None:
+    world = Simulation(np.zeros(1, np.int64), truth=[(1, MS)], max_rows=4, delay_ns=S)
+    world.advance(MS)
+    assert (world.waiting, world.running) == (1, 0)
+    world.set_policy(delay_ns=0)
+    world.advance()
+    assert world.latencies_ns.tolist() == [2 * MS]
+
+
+def test_what_is_over_cannot_be_asked_for() -> None:
+    world = Simulation(np.zeros(1, np.int64), truth=[(1, MS)], instances=2)
+    world.advance(5)
+    with pytest.raises(ValueError, match="is over"):
+        world.advance(4)
+    for wrong in ({"instances": 3}, {"instances": 0}, {"max_rows": 0}, {"delay_ns": -1}):
+        with pytest.raises(ValueError, match="expected"):
+            world.set_policy(**wrong)
+    world.set_policy()
+    world.advance()
+    assert world.latencies_ns.tolist() == [MS]
