@@ -46,7 +46,10 @@ def follow(client: AdminClient, output: ClientOutput, deployment: Deployment, wa
 
 def finish(output: ClientOutput, rollout: Rollout, wanted: RolloutState = RolloutState.SUCCEEDED) -> None:
     """Shows how a rollout ended; CommandError where that is not as it was ``wanted``."""
-    output.show({"rollout": describe(rollout)}, *render_rollout(rollout))
+    undecided = [_say_undecided(output, rollout)] if rollout.is_undecided else []
+    output.show({"rollout": describe(rollout)}, *render_rollout(rollout), *undecided)
+    if rollout.is_undecided and rollout.state is RolloutState.RUNNING:
+        return  # as it was asked for
     if rollout.state is not wanted:
         text = f"version {rollout.to_version} of {rollout.model} was not rolled out: {_write_end(rollout)}"
         raise CommandError(text, ExitCode.REFUSED, rollout.state.value.upper().replace("-", "_"))
@@ -61,10 +64,18 @@ def _follow_deployment(client: AdminClient, output: ClientOutput, model: str, wa
     output.show({"deployment": describe(ready)}, *render_deployment(ready))
     if ready.state is DeploymentState.DEGRADED:
         raise CommandError(f"{model} does not serve everywhere: {ready.reason}", ExitCode.REFUSED, "DEGRADED")
+    if ready.rollout is not None and ready.rollout.is_undecided:  # begun since
+        finish(output, ready.rollout)
 
 
 def _write_end(rollout: Rollout) -> str:
     return f"{rollout.state.value}{f', {rollout.reason}' if rollout.reason else ''}"
+
+
+def _say_undecided(output: ClientOutput, rollout: Rollout) -> str:
+    verbs = ("promote", "abort") if rollout.state is RolloutState.RUNNING else ("resume", "promote", "abort")
+    commands = [output.write_command(verb, rollout.model) for verb in verbs]
+    return f"it stays so until somebody decides: {' or '.join(commands)}"
 
 
 def _say_goes_on(output: ClientOutput, rollout: Rollout) -> str:

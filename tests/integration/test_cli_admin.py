@@ -258,6 +258,20 @@ def test_waiting_shows_the_way_and_ends_as_the_rollout_does(server: ScriptedAdmi
     assert f"aiorch abort digits --url {server.url} goes back" in result.stderr
 
 
+def test_waiting_ends_where_only_a_person_can_go_on(server: ScriptedAdmin, artefact: Path) -> None:
+    run(server, "model", "push", "digits", artefact)
+    server.rollouts.extend((make_rollout("RUNNING"), make_rollout("PAUSED", reason="ann: pause")))
+    result = run(server, "canary", "digits", "--wait", "--wait-secs", "20")
+    assert result.exit_code == 1 and "was not rolled out: paused, ann: pause" in result.stderr
+    assert f"aiorch resume digits --url {server.url} or aiorch promote" in " ".join(result.stdout.split())
+    server.rollouts.clear()
+    endless = make_rollout("RUNNING")
+    endless.plan.strategy = deployments_pb2.STRATEGY_AB
+    server.rollouts.extend((make_rollout("LOADING"), endless))
+    result = run(server, "deploy", "digits", "--wait", "--wait-secs", "20")
+    assert result.exit_code == 0 and "until somebody decides: aiorch promote" in result.stdout, result.output
+
+
 def test_times_of_a_strategy_without_steps(server: ScriptedAdmin, artefact: Path) -> None:
     run(server, "model", "push", "digits", artefact)
     assert run(server, "deploy", "digits", "--strategy", "blue-green", "--bake-secs", "5").exit_code == 0

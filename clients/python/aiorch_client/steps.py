@@ -56,6 +56,10 @@ class CallLayer:
         """The clock's time at which a call that starts now must be over."""
         return self._clock_s() + (self.timeout_s if timeout_s is None else check_timeout(timeout_s))
 
+    def is_over(self, deadline_s: float) -> bool:
+        """Whether that time of the clock has come."""
+        return self._clock_s() >= deadline_s
+
     def remaining_s(self, deadline_s: float, method: str) -> float:
         """The seconds that are left; UnavailableError where there are none."""
         remaining_s = deadline_s - self._clock_s()

@@ -21,6 +21,7 @@ from aiorch_client.admin import (
     Strategy,
     TrafficTarget,
 )
+from aiorch_client.admin.calls import ADMIN_RETRIES, AdminLayer
 from aiorch_client.admin.follow import Watch
 from aiorch_proto.admin.v1 import deployments_pb2
 from aiorch_proto.admin.v1.service import METHODS
@@ -217,9 +218,54 @@ def test_waiting_for_an_end(server: ScriptedAdmin, client: AdminClient) -> None:
     ended = client.wait("r1", look_s=0.01, on_look=lambda rollout: seen.append(rollout.state))
     assert (ended.state, ended.reason, ended.state.is_end) == (RolloutState.ROLLED_BACK, "rolled_back", True)
     assert [state.value for state in seen] == ["pending", "loading", "running", "rolled-back"]
-    server.rollouts[0].state = deployments_pb2.ROLLOUT_STATE_PAUSED
-    with pytest.raises(UnavailableError, match=r"is paused, and has not ended within 0\.05 s"):
+    server.rollouts[0].state = deployments_pb2.ROLLOUT_STATE_PROMOTING
+    with pytest.raises(UnavailableError, match=r"is promoting, and has not ended within 0\.05 s"):
         client.wait(ended, timeout_s=0.05, look_s=0.01)
+
+
+UNDECIDED = [
+    make_rollout("PAUSED", reason="by ann"),
+    make_rollout("RUNNING", plan=deployments_pb2.RolloutPlan(strategy="STRATEGY_AB", bake_time={"seconds": 9})),
+    make_rollout("RUNNING", plan=deployments_pb2.RolloutPlan(strategy="STRATEGY_SHADOW")),
+]
+
+
+@pytest.mark.parametrize("rollout", UNDECIDED)
+def test_waiting_ends_where_only_a_person_can_go_on(
+    server: ScriptedAdmin, client: AdminClient, rollout: deployments_pb2.Rollout
+) -> None:
+    server.rollouts.extend((make_rollout("LOADING"), rollout))
+    found = client.wait("r1", timeout_s=5, look_s=0.01)
+    assert found.is_undecided and not found.state.is_end and found.reason == rollout.reason
+    state = deployments_pb2.DEPLOYMENT_STATE_PROGRESSING
+    server.deployments["digits"] = deployments_pb2.Deployment(model="digits", state=state, rollout=rollout)
+    deployment = client.wait_ready("digits", timeout_s=5, look_s=0.01)
+    assert deployment.state is DeploymentState.PROGRESSING and deployment.rollout == found
+
+
+def test_waiting_goes_on_where_no_person_is_needed(server: ScriptedAdmin, client: AdminClient) -> None:
+    shadow = deployments_pb2.RolloutPlan(strategy="STRATEGY_SHADOW", bake_time={"seconds": 9})
+    server.rollouts.extend((make_rollout("RUNNING", plan=shadow), make_rollout("SUCCEEDED", plan=shadow)))
+    assert client.wait("r1", look_s=0.01).state is RolloutState.SUCCEEDED
+
+
+def test_a_watch_that_was_silent_and_well_was_no_failed_attempt() -> None:
+    now = [100.0]
+    layer = AdminLayer(timeout_s=60.0, retry=ADMIN_RETRIES, clock_s=lambda: now[0], draw=lambda: 0.5)
+    watch = Watch(layer, "", 0, patience_s=60.0)
+    away = UnavailableError("the connection is too old", code=STATUS.UNAVAILABLE)
+    pauses = []
+    for _ in range(10):
+        watch.begin(())
+        now[0] += 1800.0
+        pauses.append(watch.pause_s(away))
+    assert pauses == [pauses[0]] * 10
+    begun = now[0]
+    with pytest.raises(UnavailableError):  # it answers, and ends at once, again and again
+        while True:
+            watch.begin(())
+            now[0] += watch.pause_s(away)
+    assert 50.0 <= now[0] - begun <= 60.0
 
 
 def make_event(number: int) -> deployments_pb2.Event:

@@ -103,6 +103,7 @@ class DeploymentMethods(AdminConnection):
     ) -> Rollout:
         """Waits until a rollout (or the one of that id) has ended, and returns it: its state says how, its reason why.
 
+        Also returns one that goes on by a person alone, ``is_undecided``: it is paused, or compares without an end.
         ``on_look`` is called with it each ``look_s``. UnavailableError (DEADLINE_EXCEEDED) after ``timeout_s``; it goes
         on all the same.
         """
@@ -119,7 +120,8 @@ class DeploymentMethods(AdminConnection):
     ) -> Deployment:
         """Waits until all servers have done what is wanted of a model, or one says that a version does not serve.
 
-        The deployment's state is READY or DEGRADED. UnavailableError (DEADLINE_EXCEEDED) after ``timeout_s``.
+        The deployment's state is READY or DEGRADED; or PROGRESSING where its rollout ``is_undecided``. UnavailableError
+        (DEADLINE_EXCEEDED) after ``timeout_s``.
         """
         return self._run(wait_deployment(self._layer, model, timeout_s, look_s, on_look))
 

@@ -120,6 +120,14 @@ class Rollout:
     began_by: str
     disagreements: tuple[str, ...]
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether only a person makes it go on: it is paused, or compares without an end."""
+        if self.state is not RolloutState.RUNNING:
+            return self.state is RolloutState.PAUSED
+        plan = self.plan
+        return plan.strategy is Strategy.AB or (plan.strategy is Strategy.SHADOW and not plan.bake_s)
+
     def report(self, version: int) -> VersionReport | None:
         """What was measured of ``version``, None where nothing was."""
         return next((each for each in self.reports if each.version == version), None)

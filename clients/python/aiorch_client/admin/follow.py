@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -24,6 +25,8 @@ _POSITION_KEY: Final = "aiorch-events-after"
 LOOK_S: Final = 0.5
 #: How long a watch tries to connect anew before it gives up.
 PATIENCE_S: Final = 60.0
+#: A watch that was open for so long was not a failed attempt, whether it told of an event or not.
+HEALTHY_S: Final = 5.0
 
 
 class Watch:
@@ -36,6 +39,7 @@ class Watch:
         self._patience_s = patience_s
         self._attempt = 0
         self._deadline_s = 0.0
+        self._healthy_at_s = math.inf
 
     @property
     def request(self) -> Any:
@@ -44,6 +48,7 @@ class Watch:
 
     def begin(self, metadata: Any) -> None:
         """The initial metadata came: a watch from now on has its place from here, before its first event."""
+        self._healthy_at_s = self._layer.start_deadline(HEALTHY_S)
         told = next((value for key, value in metadata or () if key == _POSITION_KEY), "")
         if self._after == ONLY_NEW and told.isascii() and told.isdecimal():
             self._after = int(told)
@@ -57,6 +62,9 @@ class Watch:
     def pause_s(self, error: ClientError | None) -> float:
         """The seconds to wait after a stream that ended so; raises ``error`` where that does not help."""
         found = error or UnavailableError("the server ended the watch", code=grpc.StatusCode.UNAVAILABLE)
+        if self._layer.is_over(self._healthy_at_s):  # it served, though nothing happened: this is a failure of its own
+            self._attempt = 0
+        self._healthy_at_s = math.inf
         self._attempt += 1
         if self._attempt == 1:
             self._deadline_s = self._layer.start_deadline(self._patience_s)
@@ -71,13 +79,13 @@ class Watch:
 def wait_rollout(
     layer: AdminLayer, id: str, timeout_s: float, look_s: float, on_look: Callable[[Rollout], object] | None
 ) -> Steps[Rollout]:
-    """Looks until the rollout has ended."""
+    """Looks until the rollout has ended, or goes on by a person alone."""
     deadline_s = layer.start_deadline(timeout_s)
     while True:
         rollout = yield from layer.call(deployment_calls.get_rollout(id, ""), None)
         if on_look is not None:
             on_look(rollout)
-        if rollout.state.is_end:
+        if rollout.state.is_end or rollout.is_undecided:
             return rollout
         what = f"rollout {id} of model '{rollout.model}' is {rollout.state.value}"
         yield _pause(layer, deadline_s, timeout_s, look_s, what)
@@ -86,13 +94,15 @@ def wait_rollout(
 def wait_deployment(
     layer: AdminLayer, model: str, timeout_s: float, look_s: float, on_look: Callable[[Deployment], object] | None
 ) -> Steps[Deployment]:
-    """Looks until all servers have done what is wanted, or one says that it cannot."""
+    """Looks until all servers have done what is wanted, one says that it cannot, or a person has to decide."""
     deadline_s = layer.start_deadline(timeout_s)
     while True:
         deployment = yield from layer.call(deployment_calls.get_deployment(model), None)
         if on_look is not None:
             on_look(deployment)
-        if deployment.state in (DeploymentState.READY, DeploymentState.DEGRADED):
+        rollout = deployment.rollout
+        is_undecided = rollout is not None and rollout.is_undecided
+        if deployment.state in (DeploymentState.READY, DeploymentState.DEGRADED) or is_undecided:
             return deployment
         what = f"the deployment of model '{model}' is {deployment.state.value} ({deployment.reason})"
         yield _pause(layer, deadline_s, timeout_s, look_s, what)
