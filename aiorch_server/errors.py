@@ -80,6 +80,11 @@ class AiorchError(Exception):
     #: What callers are told where the text is for operators alone, because it names places they need not know of.
     told: str = ""
 
+    @property
+    def public_text(self) -> str:
+        """What callers may read of it, also where it became the reason of something else."""
+        return self.told or str(self)
+
     def restate(self, text: str) -> Self:
         """The same error in other words: class, cause and whatever else it knows stay."""
         restated = type(self).__new__(type(self))

@@ -248,7 +248,7 @@ class DeployedModel:
         except ServerStopping:
             raise
         except AiorchError as error:
-            self._problem = error.told or str(error)
+            self._problem = error.public_text
             logger.error("%s", error)
 
     async def _withdraw(self) -> None:

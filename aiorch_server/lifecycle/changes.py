@@ -66,7 +66,7 @@ class Changes:
                 )
             except AiorchError as error:
                 if not (is_asked and model.is_forgotten):
-                    model.fail(str(error))
+                    model.fail(error.public_text)
                 elif not model.is_contended:
                     self._models.pop(name, None)  # a request with a wrong name must leave no trace
                 raise
@@ -153,7 +153,7 @@ class Changes:
                         await self.load(name, None, {}, is_asked=True)
                     self._offers.share(model, self._models[name])
             except AiorchError as error:
-                failures[name] = str(error)
+                failures[name] = error.public_text
             except Exception as error:
                 failures[name] = self._note_unexpected(name, error)
 

@@ -136,7 +136,7 @@ class Demand:
                 if is_room:
                     pause_s = ROOM_PAUSE_S
                 until = asyncio.get_running_loop().time() + pause_s
-                model.failure = Failure(model.name, str(error), is_room, pause_s, until)
+                model.failure = Failure(model.name, error.public_text, is_room, pause_s, until)
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,7 +206,7 @@ class ManagedModel:
             try:
                 await self._bring_up(record, aspired[record.version], load)
             except AiorchError as error:
-                failures[record.version] = str(error)
+                failures[record.version] = error.public_text
                 has_room = has_room and not isinstance(error, MemoryBudgetExceeded)
         for version, fingerprint in aspired.items():
             record = self.versions[version]
@@ -328,7 +328,9 @@ class ManagedModel:
             servable = await load(record.version, fingerprint)
         except AiorchError as error:
             record.failed = fingerprint
-            self._note_failure(record, str(error))
+            if error.told:
+                logger.warning("'%s' version %d did not load: %s", self.name, record.version, error)
+            self._note_failure(record, error.public_text)
             raise
         except asyncio.CancelledError:
             self._note_failure(record, "the load was cancelled")
