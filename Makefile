@@ -11,7 +11,7 @@ CORE := $(wildcard aiorch_server/_core/*.pyx aiorch_server/_core/*.pxd aiorch_se
     backends/aiorch_backends/*/*.pyx backends/aiorch_backends/*/*.h) setup.py
 
 .PHONY: serve test test-sanitize leak-run fuzz chaos lint compile debug models bench-micro bench-peers bench-memory \
-    bench-profile bench-rollout clean
+    bench-profile bench-rollout bench-optimizer clean
 
 serve: $(CACHE)/examples $(CACHE)/compiled models
 	$(VENV)/bin/aiorch serve --model-repository $(MODELS) --log-level warning $(SERVE_ARGS)
@@ -97,6 +97,10 @@ bench-rollout: $(CACHE)/test $(CACHE)/compiled
 	@command -v openssl >/dev/null || deploy/install-packages openssl
 	$(PY) benchmarks/scenarios/rollout.py
 	$(PY) benchmarks/report.py
+
+# QUICK=1 finishes within ten minutes
+bench-optimizer: $(CACHE)/test $(CACHE)/compiled
+	$(PY) benchmarks/optimizer/run.py
 
 bench-profile: $(CACHE)/test $(CACHE)/compiled
 	@command -v perf >/dev/null || deploy/install-packages linux-perf

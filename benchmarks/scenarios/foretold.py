@@ -121,9 +121,9 @@ def write_wide(path: Path) -> None:
 class Watched:
     """A server process that tells what its tuner would see."""
 
-    def __init__(self, repository: Path) -> None:
+    def __init__(self, repository: Path, cpu: int = 0) -> None:
         self._process = subprocess.Popen(
-            ["taskset", "-c", "0", sys.executable, str(HERE / "watched.py"), str(repository)],
+            ["taskset", "-c", str(cpu), sys.executable, str(HERE / "watched.py"), str(repository)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         self.has_priority = raise_priority(self._process.pid)

@@ -1,9 +1,10 @@
-"""Sends one request at times fixed beforehand, whatever the server does: ``timed.py PORT TIMES MESSAGE OUTPUT``.
+"""Sends one request at times fixed beforehand, whatever the server does.
 
-TIMES is an .npz with ``times_ns`` from the start, MESSAGE a serialised ModelInferRequest. OUTPUT gets, for each
-request, ``sent_ns`` and ``answered_ns`` on the monotonic clock (0: never) and ``code``, gRPC's status. A process of its
-own, so that it can have a core of its own; it takes as little part in HTTP/2's header compression as it may (a table of
-size 0), which makes equal headers equal bytes.
+``timed.py PORT TIMES MESSAGE OUTPUT [DRAIN]``: TIMES is an .npz with ``times_ns`` from the start, MESSAGE a serialised
+ModelInferRequest. OUTPUT gets, for each request, ``sent_ns`` and ``answered_ns`` on the monotonic clock (0: never) and
+``code``, gRPC's status. Answers are waited for DRAIN seconds after the last was due. A process of its own, so that it
+can have a core of its own; it takes as little part in HTTP/2's header compression as it may (a table of size 0), which
+makes equal headers equal bytes.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class Caller:
 
 def main() -> int:
     port, times_path, message_path, output = int(sys.argv[1]), *map(Path, sys.argv[2:5])
+    drain_s = float(sys.argv[5]) if len(sys.argv) > 5 else _DRAIN_S
     with np.load(times_path) as stored:
         due_ns = stored["times_ns"].tolist()
     codes: dict[bytes, int] = {}
@@ -106,7 +108,7 @@ def main() -> int:
             callers[number % CONNECTIONS].ask(number)
             number += 1
         if number == len(due_ns):
-            end_ns = end_ns or time.monotonic_ns() + int(_DRAIN_S * 1e9)
+            end_ns = end_ns or time.monotonic_ns() + int(drain_s * 1e9)
             wait_s = 0.1
         else:
             wait_s = max(0.0, (begun_ns + due_ns[number] - time.monotonic_ns()) / 1e9)
