@@ -54,7 +54,7 @@ class Aimd:
     """Additive increase, multiplicative decrease of the largest batch, as Clipper has it (Crankshaw et al., NSDI 2017,
     section 4.3.1).
 
-    Beginning at 1, one row more as long as full batches are run within the objective; 10 % less when a batch took
+    Beginning at 1, one request more as long as full batches are run within the objective; 10 % less when a batch took
     longer. Only a batch's own run time counts. Batches never wait for company, and nothing is refused.
     """
 
@@ -71,8 +71,8 @@ class Aimd:
         """One step up or down, if any."""
         if any(run.mean_ns > self._target_ns for run in window.runs):
             self._rows = max(1.0, 0.9 * self._rows)
-        elif any(run.rows >= int(self._rows) for run in window.runs):
-            self._rows = min(float(self._largest_rows), self._rows + 1.0)
+        elif any(run.rows + window.rows_per_request > int(self._rows) for run in window.runs):
+            self._rows = min(float(self._largest_rows), self._rows + window.rows_per_request)
 
 
 class Linear:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -59,6 +59,14 @@ def test_aimd_is_moved_by_full_batches_alone() -> None:
     assert rule.setting.max_rows == 10
     rule.step(see({1: (1, 10_001.0)}))
     assert rule.setting.max_rows == 9
+
+
+def test_aimd_counts_in_requests() -> None:
+    rule = Aimd(64, TARGET_US)
+    for _ in range(4):  # a batch of 24 rows is full under a cap of 25 where each request has 8
+        window = see({rule.setting.max_rows // 8 * 8 or 8: (3, 100.0)}, arrivals=5)
+        rule.step(replace(window, arrived_rows=40))
+    assert rule.setting.max_rows == 33
 
 
 def test_aimd_stays_between_one_and_the_most() -> None:
@@ -140,7 +148,13 @@ def observe_full_batches(count: int) -> SchedulerObservation:
     """So many batches of each size, 1 ms long, and as many seconds."""
     runs = tuple(RunObservation(rows, count, count * MS, count * 1e12) for rows in range(1, 17))
     kept = dict.fromkeys(SchedulerObservation.__slots__, 0) | {"gap_squares": 0.0, "slot_squares": 0.0}
-    kept |= {"at_ns": count * 1000 * MS, "arrivals": 10 * count, "answered": 10 * count, "instances": 1}
+    kept |= {
+        "at_ns": count * 1000 * MS,
+        "arrivals": 10 * count,
+        "arrived_rows": 10 * count,
+        "answered": 10 * count,
+        "instances": 1,
+    }
     return SchedulerObservation(**(kept | {"runs": runs, "durations": {2 * MS: 10 * count}}))  # type: ignore[arg-type]
 
 
