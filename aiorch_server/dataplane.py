@@ -305,6 +305,7 @@ class DataPlane:
             deadline_ns=deadline_ns,
             stamps=None if run is None else run.stamps,
             trace=(None if run is None else run.trace) or find_trace(),
+            tenant=current_access.get().share,
         )
 
 

@@ -10,14 +10,14 @@ from aiorch_server._core.scheduler_state cimport SchedulerState
 
 cdef enum EnqueueResult:
     ENQUEUED = 0
-    REFUSED_FULL = 1
+    REFUSED_FULL = 1        # the request is failed with words and a time to try again
     REFUSED_CLOSED = 2
     REFUSED_LEVEL = 3       # a priority above the configured levels
-    REFUSED_LATE = 4        # it could not be answered in time: the request is failed with words and a time to try again
+    REFUSED_LATE = 4        # it could not be answered in time: as for REFUSED_FULL
 
 
 # Puts a bound request into the queue; priority and timeout as the caller gave them, 0 for none. On ENQUEUED the queue
-# owns it; else it is still the caller's. Wakes nobody.
+# owns it; else it is still the caller's. Wakes nobody. Requests of tenants that hold more may be refused in its place.
 cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t priority, int64_t timeout_us,
                            int64_t now) noexcept nogil
 # Rows of the slab for a tensor that is coming in; see slabs.reserve_rows. False: there are none.

@@ -40,6 +40,21 @@ class BatchFormer:
         expires_ns: int = 0,
         received_ns: int | None = None,
     ) -> int: ...
+    def admit(
+        self,
+        now_ns: int,
+        free_ns: Sequence[int],
+        *,
+        tenant: int = 0,
+        weight: float = 1.0,
+        max_waiting: int = 16384,
+        rows: int = 1,
+        shape: Sequence[int] = (0,),
+        level: int = 0,
+        deadline_ns: int = 0,
+        expires_ns: int = 0,
+        received_ns: int | None = None,
+    ) -> tuple[int, list[int]]: ...
     def foretell(
         self,
         now_ns: int,

@@ -1,8 +1,10 @@
 """Decides which requests run together, and when."""
 
 from libc.stddef cimport size_t
+from libc.stdint cimport uint64_t
 
 from aiorch_server._core.curve cimport MAX_ROWS, read_curve, rows_within
+from aiorch_server._core.fairness cimport make_room, make_time
 from aiorch_server._core.forecast cimport MAX_FORETOLD, Forecast, foretell, remove_late
 from aiorch_server._core.levels cimport MAX_SPAN_US
 from aiorch_server._core.queue cimport (
@@ -213,6 +215,45 @@ cdef class BatchFormer:
             raise MemoryError
         self._waiting[self._next_ticket] = <size_t> request
         return self._next_ticket
+
+    def admit(self, int64_t now_ns, free_ns, *, uint64_t tenant=0, double weight=1.0, Py_ssize_t max_waiting=16384,
+              rows=1, shape=(0,), level=0, deadline_ns=0, expires_ns=0, received_ns=None):
+        """Queues a tenant's request as a scheduler's door does: ``(ticket, displaced tickets)``, ticket 0 if refused.
+
+        Refused is what would be late, where the policy sheds, and what finds ``max_waiting`` others, unless somebody
+        has to make way. ``free_ns``: when each instance is free.
+        """
+        cdef int64_t free[MAX_FORETOLD]
+        cdef int64_t free_again[MAX_FORETOLD]
+        cdef Forecast forecast
+        cdef Request *request
+        cdef Request *displaced = NULL
+        cdef int n = len(free_ns)
+        if not 1 <= n <= MAX_FORETOLD:
+            raise ValueError(f"{n} instances; expected 1..{<int> MAX_FORETOLD}")
+        for i in range(n):
+            free[i] = free_again[i] = free_ns[i]
+        request = self.make_request(now_ns, rows, shape, level, deadline_ns, expires_ns, received_ns)
+        request.tenant, request.weight = tenant, weight
+        if self._policy.is_shedding and self._policy.curve.n and request.end_ns:
+            foretell(&self._queue, &self._policy, request, free, n, now_ns, &forecast)
+            if forecast.late_ns and tenant:
+                displaced = make_time(&self._queue, &self._policy, request, free_again, n, now_ns, &forecast)
+            if forecast.late_ns:
+                free_request(request)
+                return 0, []
+        if self._queue.n >= max_waiting and displaced == NULL:
+            displaced = make_room(&self._queue, &self._policy, request, False, 0) if tenant else NULL
+            if displaced == NULL:
+                free_request(request)
+                return 0, []
+        self._next_ticket += 1
+        request.owner = <void *> <size_t> self._next_ticket
+        if not push_request(&self._queue, request):
+            free_request(request)
+            raise MemoryError
+        self._waiting[self._next_ticket] = <size_t> request
+        return self._next_ticket, self.drop_chain(displaced)
 
     def foretell(self, int64_t now_ns, free_ns, *, rows=1, shape=(0,), level=0, deadline_ns=0, received_ns=None):
         """``(finish_ns, late_ns)`` of a request that would be pushed now; ``free_ns``: when each instance is free."""

@@ -11,6 +11,9 @@ from aiorch_server._core.request cimport Request
 
 cdef enum:
     MAX_FORETOLD = 64       # instances that a forecast looks at; with more of them it is a little too dark
+    USUAL_PAUSE_NS = 1000000000     # where nobody knows how long a run takes
+    MIN_PAUSE_NS = 1000000
+    MAX_PAUSE_NS = 30000000000
 
 
 cdef struct Forecast:
@@ -26,7 +29,9 @@ cdef int64_t finish_of(const BatchPolicy *policy, int64_t *free_ns, int n, int64
 # would be served before it counts.
 cdef void foretell(const Queue *queue, const BatchPolicy *policy, const Request *request, int64_t *free_ns, int n,
                    int64_t now_ns, Forecast *forecast) noexcept nogil
+# How long whoever finds no room had better stay away: until half of what waits will have been served, as far as one knows.
+cdef int64_t find_pause(const Queue *queue, const BatchPolicy *policy) noexcept nogil
 # For an instance that is free now: takes out, as a chain linked by `next`, whoever would have to be served next and cannot
 # be answered in time, or only by a batch so small that others would be late for it; by how much they would be late is their
-# retry_after_ns. NULL: nobody. Never the last one.
+# retry_after_ns. In place of a tenant that holds less, others go first. NULL: nobody. Never the last one.
 cdef Request *remove_late(Queue *queue, const BatchPolicy *policy, int64_t now_ns) noexcept nogil

@@ -1,5 +1,6 @@
 """Predicted finishes, and who is too late already; see forecast.pxd."""
 
+from aiorch_server._core.batch_former cimport expected_run
 from aiorch_server._core.curve cimport rows_within, run_time
 from aiorch_server._core.queue cimport (
     Bucket,
@@ -10,6 +11,7 @@ from aiorch_server._core.queue cimport (
     rows_before,
     urgency_of,
 )
+from aiorch_server._core.tenants cimport Line, find_rival, find_victim
 
 cdef enum:
     LEAST_RUN_NS = 1
@@ -117,14 +119,42 @@ cdef void foretell(const Queue *queue, const BatchPolicy *policy, const Request 
         forecast.late_ns = max(0, forecast.finish_ns + policy.margin_ns - request.end_ns)
 
 
-cdef bint is_time_for_both(const Bucket *bucket, const BatchPolicy *policy, int64_t rows, int64_t now_ns) noexcept nogil:
-    """Whether who came last still makes it if a batch of `rows`, smaller than the load needs, runs first."""
+cdef int64_t find_pause(const Queue *queue, const BatchPolicy *policy) noexcept nogil:
+    cdef const Bucket *bucket = queue.buckets
+    cdef double pause_ns = <double> expected_run(policy, policy.max_rows)
+    cdef int64_t batches = 0
+    if pause_ns <= 0:
+        return USUAL_PAUSE_NS
+    while bucket != NULL:
+        batches += batches_for(bucket.rows, policy.max_rows)
+        bucket = bucket.next
+    pause_ns *= <double> batches / (2 * max(1, policy.instances))
+    return <int64_t> min(max(pause_ns, <double> MIN_PAUSE_NS), <double> MAX_PAUSE_NS)
+
+
+cdef int64_t make_last_late(const Bucket *bucket, const BatchPolicy *policy, int64_t rows, int64_t now_ns) noexcept nogil:
+    """By how much who came last is late if a batch of `rows`, smaller than the load needs, runs first; 0: it makes it."""
     cdef int64_t cap = policy.max_rows
     cdef int64_t rounds = batches_for(batches_for(bucket.rows - rows, cap), max(1, policy.instances))
     cdef int64_t first_ns = run_time(&policy.curve, rows)
     # who is less urgent has no say: the head was let in because it overtakes
-    return (bucket.newest.end_ns == 0 or bucket.newest.level > most_urgent(bucket).level
-            or now_ns + first_ns + rounds * run_time(&policy.curve, min(cap, bucket.rows - rows)) <= bucket.newest.end_ns)
+    if bucket.newest.end_ns == 0 or bucket.newest.level > most_urgent(bucket).level:
+        return 0
+    return max(0, now_ns + first_ns + rounds * run_time(&policy.curve, min(cap, bucket.rows - rows))
+               - bucket.newest.end_ns)
+
+
+cdef Request *find_heavier(const Queue *queue, const Request *head) noexcept nogil:
+    """Who may be dropped in place of the head, of a tenant that holds more; NULL: nobody."""
+    cdef const Line *rival
+    cdef Request *victim
+    if head.tenant == 0 or queue.tenants == NULL:
+        return NULL
+    rival = find_rival(queue.tenants, head, True)
+    if rival == NULL:
+        return NULL
+    victim = find_victim(rival.newest, head.level, True)
+    return victim if victim.bucket == head.bucket else NULL
 
 
 cdef Request *remove_late(Queue *queue, const BatchPolicy *policy, int64_t now_ns) noexcept nogil:
@@ -132,7 +162,8 @@ cdef Request *remove_late(Queue *queue, const BatchPolicy *policy, int64_t now_n
     cdef Request *head
     cdef Bucket *bucket = queue.buckets
     cdef Bucket *following
-    cdef int64_t left_ns, rows
+    cdef Request *heavier
+    cdef int64_t left_ns, last_late_ns, rows
     if not policy.is_shedding or policy.curve.n == 0:
         return NULL
     while bucket != NULL:
@@ -143,10 +174,18 @@ cdef Request *remove_late(Queue *queue, const BatchPolicy *policy, int64_t now_n
             if head.end_ns == 0 or run_time(&policy.curve, min(policy.max_rows, bucket.rows)) <= left_ns:
                 break
             rows = rows_within(&policy.curve, left_ns, min(policy.max_rows, bucket.rows))
-            if rows >= head.rows and is_time_for_both(bucket, policy, rows, now_ns):
+            last_late_ns = make_last_late(bucket, policy, rows, now_ns) if rows >= head.rows else 0
+            if rows >= head.rows and last_late_ns == 0:
                 break
+            heavier = NULL
+            if rows >= head.rows and 2 * rows >= min(policy.max_rows, bucket.rows):
+                heavier = find_heavier(queue, head)     # a batch that is half full costs little, a lighter tenant a lot
+            if heavier != NULL:
+                head = heavier
+                head.retry_after_ns = last_late_ns
+            else:
+                head.retry_after_ns = run_time(&policy.curve, min(policy.max_rows, bucket.rows)) - left_ns
             rows = bucket.n
-            head.retry_after_ns = run_time(&policy.curve, min(policy.max_rows, bucket.rows)) - left_ns
             remove_request(queue, head)
             head.next = chain
             chain = head

@@ -113,14 +113,15 @@ cdef class Mailbox:
 
     def submit(self, Scheduler scheduler not None, bytes message not None, contents=None, *, uint64_t priority=0,
                int64_t timeout_us=0, int64_t deadline_ns=0, object attachment=None,
-               object stamps=None, bytes trace=None):
+               object stamps=None, bytes trace=None, uint64_t tenant=0, double weight=1.0):
         """Queues a serialized ModelInferRequest and gives a future of the serialized ModelInferResponse, a memoryview.
 
         ``contents``, if given, are buffers with the bytes of the inputs, which the message then leaves empty. They are
         not copied but held until the request is settled, however long its caller waits; only BYTES that somebody else
         could write into meanwhile are. ``attachment`` stays with the request until it is settled: ``Member.attachment``.
         ``stamps``, a PhaseStamps, is filled before the future is resolved; ``trace``, the ids of trace and span
-        (16 and 8 bytes), is told with a slow request.
+        (16 and 8 bytes), is told with a slow request. ``tenant`` is the number of whose it is, 0 for nobody's, and
+        ``weight`` that of its share of what waits.
         ``deadline_ns`` is absolute on the monotonic clock, 0 for none. The message must be plain and fit the model
         (InternalError otherwise: the data plane checks before). Raises QueueFull, AnswerTooLate, ServerStopping or
         RequestError when the scheduler refuses. Cancelling the future takes the request out of the queue.
@@ -148,6 +149,7 @@ cdef class Mailbox:
             raise MemoryError
         request.received_ns = now
         request.deadline_ns = deadline_ns
+        request.tenant, request.weight = tenant, weight
         if attachment is not None:
             Py_INCREF(attachment)
             request.attachment, request.drop_attachment = <void *> attachment, drop_attachment
@@ -178,13 +180,13 @@ cdef class Mailbox:
         if result != ENQUEUED:
             if result != REFUSED_LEVEL:
                 count_failure(&scheduler.state.counters, request, FAILURE_REJECTED, now)
-            late = describe_failure(request, AnswerTooLate) if result == REFUSED_LATE else None
+            refused = None
+            if result == REFUSED_FULL or result == REFUSED_LATE:
+                refused = describe_failure(request, QueueFull if result == REFUSED_FULL else AnswerTooLate)
             give_up(request)
             ticket.request = NULL
-            if late is not None:
-                raise late
-            if result == REFUSED_FULL:
-                raise QueueFull("Exceeds maximum queue size")
+            if refused is not None:
+                raise refused
             if result == REFUSED_CLOSED:
                 raise ServerStopping(
                     "Server is stopping, scheduler for model has stopped accepting new inference requests")

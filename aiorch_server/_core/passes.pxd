@@ -42,6 +42,8 @@ cdef struct Pass:               # immutable, but for what is said to be atomic
     Slice model
     int64_t expires_ns          # CLOCK_MONOTONIC
     QuotaState *quota           # a reference; NULL: nothing is counted
+    uint64_t tenant             # as queues know it; 0: none
+    double weight
     # the table's, under its lock
     Pass *next                  # in the chain of its slot
     Pass *older

@@ -20,6 +20,8 @@ class Passes:
         expires_ns: int,
         generation: int,
         quota: Quota | None = None,
+        tenant: int = 0,
+        weight: float = 1.0,
         is_certificate: bool = False,
     ) -> bool: ...
     def holds(self, credential: bytes, model: str, now_ns: int, *, is_certificate: bool = False) -> bool: ...

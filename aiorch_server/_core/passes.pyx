@@ -297,10 +297,11 @@ cdef class Passes:
         return self.table.evicted
 
     def add(self, bytes credential not None, str model not None, *, int64_t expires_ns, uint64_t generation,
-            Quota quota=None, bint is_certificate=False):
+            Quota quota=None, uint64_t tenant=0, double weight=1.0, bint is_certificate=False):
         """Lets calls with ``credential`` to ``model`` through until ``expires_ns`` on the monotonic clock.
 
-        ``credential`` is the whole value of `authorization`, or a certificate in DER; ``quota`` counts for them.
+        ``credential`` is the whole value of `authorization`, or a certificate in DER; ``quota`` counts for them, and
+        ``tenant`` is the number by which queues know whose they are, 0 for nobody's, with the ``weight`` of its share.
         Replaces what was there for both. False, and nothing is added, where the table was cleared since it had
         ``generation`` (the decision may be outdated), for an empty credential, one that has expired, and one that is
         larger than the whole table may be.
@@ -327,6 +328,7 @@ cdef class Passes:
         memcpy(<void *> entry.model.data, asked.data, asked.size)
         entry.expires_ns = expires_ns
         entry.quota = NULL
+        entry.tenant, entry.weight = tenant, weight
         if quota is not None:
             entry.quota = quota.state
             retain_quota(entry.quota)

@@ -8,6 +8,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from aiorch_server._core.request cimport Request
+from aiorch_server._core.tenants cimport Tenants
 
 cdef enum:
     PATIENCE_NS = 1000000000
@@ -31,6 +32,7 @@ cdef struct Bucket:
 cdef struct Queue:
     Bucket *buckets
     Bucket *spare           # one empty bucket kept, so that a lone client does not allocate on each request
+    Tenants *tenants        # owned; NULL until a request of a tenant comes
     int n_key
     Py_ssize_t n
     int64_t n_bytes         # of messages

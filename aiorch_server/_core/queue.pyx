@@ -4,6 +4,8 @@ from libc.stdio cimport fprintf, stderr
 from libc.stdlib cimport abort, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
+from aiorch_server._core.tenants cimport Line, drop_tenants, join_line, leave_line
+
 cdef enum:
     MAX_OPEN = 128          # a heap of 2**60 members would need 61
 
@@ -26,7 +28,8 @@ cdef void check_queue(const Queue *queue) noexcept nogil:
     """Invariants: counts add up, each heap is ordered, each member knows its place, and both orders hold the same."""
     cdef const Bucket *bucket = queue.buckets
     cdef const Request *request
-    cdef Py_ssize_t n = 0, linked, index
+    cdef const Line *line
+    cdef Py_ssize_t n = 0, in_lines = 0, linked, index
     cdef int64_t rows
     while bucket != NULL:
         require(bucket.n > 0, b"an empty bucket is listed")
@@ -47,6 +50,17 @@ cdef void check_queue(const Queue *queue) noexcept nogil:
         require(linked == bucket.n, b"the heap and the order of arrival differ")
         bucket = bucket.next
     require(n == queue.n, b"requests do not add up")
+    for index in range(queue.tenants.n if queue.tenants != NULL else 0):
+        line = queue.tenants.heap[index]
+        rows, linked, request = 0, 0, line.newest
+        while request != NULL:
+            rows, linked = rows + request.rows, linked + 1
+            require(request.line == line, b"a request does not know its line")
+            request = request.line_older
+        require(line.n > 0 and linked == line.n and rows == line.rows, b"a line does not add up")
+        require(line.place == index, b"a line does not know its place")
+        in_lines += linked
+    require(in_lines <= queue.n, b"lines hold what does not wait")
 
 
 cdef void init_queue(Queue *queue, int n_key) noexcept nogil:
@@ -63,7 +77,8 @@ cdef void free_bucket(Bucket *bucket) noexcept nogil:
 
 cdef void clear_queue(Queue *queue) noexcept nogil:
     free_bucket(queue.spare)
-    queue.spare = NULL
+    drop_tenants(queue.tenants)
+    queue.spare, queue.tenants = NULL, NULL
 
 
 cdef uint64_t hash_key(const int64_t *key, int n) noexcept nogil:
@@ -194,6 +209,8 @@ cdef bint push_request(Queue *queue, Request *request) noexcept nogil:
         bucket.oldest = request
     bucket.newest = request
     bucket.rows += request.rows
+    if request.tenant:
+        join_line(&queue.tenants, request)
     queue.n += 1
     queue.n_bytes += <int64_t> request.message_size
     end = earliest_end(request)
@@ -222,6 +239,8 @@ cdef void remove_request(Queue *queue, Request *request) noexcept nogil:
     else:
         bucket.newest = request.older
     bucket.rows -= request.rows
+    if request.line != NULL:
+        leave_line(queue.tenants, request)
     queue.n -= 1
     queue.n_bytes -= <int64_t> request.message_size
     request.older = request.newer = NULL

@@ -55,7 +55,7 @@ cdef struct QuotaState:
 cdef struct QuotaRefusal:
     QuotaBound bound
     double limit
-    int64_t retry_after_ns      # 0: not known
+    int64_t retry_after_ns
 
 
 cdef void retain_quota(QuotaState *quota) noexcept nogil

@@ -82,7 +82,8 @@ cdef QuotaBound find_bound(QuotaState *quota, int64_t rows, int64_t now_ns, Quot
     cdef int64_t requests_ns, rows_ns
     refusal.retry_after_ns = 0
     if quota.max_in_flight and aiorch_count_flight(&quota.in_flight, 0) >= quota.max_in_flight:
-        refusal.bound, refusal.limit = BOUND_IN_FLIGHT, <double> quota.max_in_flight
+        # nobody knows when one of them is answered
+        refusal.bound, refusal.limit, refusal.retry_after_ns = BOUND_IN_FLIGHT, <double> quota.max_in_flight, SECOND_NS
         return BOUND_IN_FLIGHT
     requests_ns = find_wait_ns(&quota.requests, 1, now_ns)
     rows_ns = find_wait_ns(&quota.rows, rows, now_ns)

@@ -88,6 +88,12 @@ cdef struct Request:
     void *bucket
     Request *older
     Request *newer
+    # whose it is, and its place among what waits of its tenant: written by tenants.pyx only, but for the first two
+    uint64_t tenant         # 0: nobody's
+    double weight           # of the tenant's share; 0 is as 1
+    void *line              # NULL: it stands in none
+    Request *line_older
+    Request *line_newer
     # place among all that arrived and have not left: written by arrivals.pyx only, where answers leave in that order
     Request *sooner
     Request *later

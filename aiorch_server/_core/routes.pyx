@@ -18,7 +18,6 @@ from aiorch_server._core.request cimport (
     pthread_mutex_lock,
     pthread_mutex_unlock,
     put_settled,
-    refuse_request,
 )
 from aiorch_server._core.scheduler cimport Scheduler
 from aiorch_server._core.scheduler_state cimport release_scheduler, retain_scheduler, wake
@@ -35,8 +34,6 @@ from aiorch_server._core.wire_request cimport (
     scan_parts,
     scan_request,
 )
-
-cdef int UNAVAILABLE = 14
 
 
 cdef uint64_t hash_name(const Slice *name) noexcept nogil:
@@ -291,6 +288,8 @@ cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size,
             or tensor.size and not hold_memory(candidate, tensor.data, tensor.size, rest.buffer, NULL)):
         take_back(candidate)
         return DECLINED
+    if found != NULL:
+        candidate.tenant, candidate.weight = found.tenant, found.weight
     if found != NULL and found.quota != NULL and not admit_request(found.quota, candidate, now):
         put_settled(sink, candidate, candidate)     # the tenant's doing: none of the model's failures
         request[0] = candidate
@@ -302,12 +301,8 @@ cdef DispatchResult dispatch(RouteReader *reader, uint8_t *message, size_t size,
         return DISPATCHED
     if candidate.quota != NULL:
         give_back(found.quota, candidate.rows)
-    if result == REFUSED_FULL:
+    if result == REFUSED_FULL or result == REFUSED_LATE:
         # Answered here: under overload a refusal must cost less than a request.
-        refuse_request(candidate, UNAVAILABLE, b"Exceeds maximum queue size")
-        count_failure(&scheduler.counters, candidate, FAILURE_REJECTED, candidate.enqueued_ns)
-        put_settled(sink, candidate, candidate)
-    elif result == REFUSED_LATE:
         count_failure(&scheduler.counters, candidate, FAILURE_REJECTED, candidate.enqueued_ns)
         put_settled(sink, candidate, candidate)
     else:

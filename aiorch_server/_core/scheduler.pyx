@@ -7,7 +7,7 @@ from libc.string cimport memcpy
 from aiorch_server._core.batch_former cimport MAX_INSTANCES, MAX_PREFERRED, BatchPolicy, FormedBatch, change_policy, form_batch
 from aiorch_server._core.counters cimport describe_counters, describe_durations
 from aiorch_server._core.curve cimport describe_curve
-from aiorch_server._core.forecast cimport remove_late
+from aiorch_server._core.forecast cimport find_pause, remove_late
 from aiorch_server._core.levels cimport MAX_SPAN_US, count_out, delay_expired, make_levels
 from aiorch_server._core.observation cimport Observed, RunCount, RunTimes, close_slots, count_busy, describe_observed
 from aiorch_server._core.queue cimport Bucket, remove_all, remove_expired
@@ -56,7 +56,7 @@ cdef void abandon_queued(SchedulerState *state, int code, const char *text) noex
     chain = remove_all(&state.queue)
     mark_unserved(state, chain, &state.observed.failed)
     pthread_mutex_unlock(&state.lock)
-    refuse_chain(state, chain, code, text)
+    refuse_chain(state, chain, code, text, 0)
 
 
 cdef inline bint must_leave(SchedulerState *state) noexcept nogil:
@@ -75,7 +75,7 @@ cdef Request *take_batch(SchedulerState *state, Run *run, int *members, int64_t 
     cdef Request *expired
     cdef Request *late
     cdef int64_t now = now_ns()
-    cdef int64_t wake_ns
+    cdef int64_t wake_ns, pause_ns
     cdef bint another_is_due
     free_since[0] = now
     pthread_mutex_lock(&state.lock)
@@ -91,8 +91,9 @@ cdef Request *take_batch(SchedulerState *state, Run *run, int *members, int64_t 
             expired = delay_expired(&state.levels, &state.queue, expired, now)
         if expired != NULL:
             mark_unserved(state, expired, &state.observed.failed)
+            pause_ns = find_pause(&state.queue, &state.policy)
             pthread_mutex_unlock(&state.lock)
-            refuse_chain(state, expired, 0, NULL)
+            refuse_chain(state, expired, 0, NULL, pause_ns)
             now = now_ns()
             pthread_mutex_lock(&state.lock)
             continue

@@ -102,7 +102,8 @@ cdef void settle_chain(SchedulerState *state, Request *first) noexcept nogil:
     release_scheduler(state)
 
 
-cdef void refuse_chain(SchedulerState *state, Request *first, int status, const char *text) noexcept nogil:
+cdef void refuse_chain(SchedulerState *state, Request *first, int status, const char *text,
+                       int64_t pause_ns) noexcept nogil:
     """Fails requests that were taken out of the queue unserved, each with its own words."""
     cdef Request *request = first
     cdef int64_t now = now_ns()
@@ -115,6 +116,7 @@ cdef void refuse_chain(SchedulerState *state, Request *first, int status, const 
             refuse_request(request, DEADLINE_EXCEEDED, b"Deadline Exceeded")
         else:
             refuse_request(request, UNAVAILABLE, b"Request timeout expired")
+            request.retry_after_ns = pause_ns
         count_failure(&state.counters, request, FAILURE_REJECTED, now)
         note_unserved(state, request, request.status, now)
         request = request.next
@@ -131,6 +133,26 @@ cdef void fail_late(Request *request, int64_t finish_ns) noexcept nogil:
              b"caller waits" if request.end_ns == request.deadline_ns else b"model's objective is",
              <double> (request.end_ns - request.received_ns) / 1e6, <long long> (retry_ms // 1000), <int> (retry_ms % 1000))
     refuse_request(request, UNAVAILABLE, text)
+
+
+cdef void fail_full(Request *request) noexcept nogil:
+    refuse_request(request, UNAVAILABLE, b"Exceeds maximum queue size")
+
+
+cdef void refuse_displaced(SchedulerState *state, Request *first) noexcept nogil:
+    cdef char text[128]
+    cdef Request *request = first
+    cdef int64_t now = now_ns()
+    cdef int64_t retry_ms
+    while request != NULL:
+        retry_ms = (request.retry_after_ns + 999999) // 1000000
+        snprintf(text, sizeof(text), b"made way in the queue for a tenant that has less in it; try again in %lld.%03d s",
+                 <long long> (retry_ms // 1000), <int> (retry_ms % 1000))
+        refuse_request(request, UNAVAILABLE, text)
+        count_failure(&state.counters, request, FAILURE_REJECTED, now)
+        note_unserved(state, request, request.status, now)
+        request = request.next
+    settle_chain(state, first)
 
 
 cdef void refuse_late(SchedulerState *state, Request *first) noexcept nogil:

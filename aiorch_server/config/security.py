@@ -174,12 +174,16 @@ class ApiKeyConfig(Section):
 
 
 class QuotaConfig(Section):
-    """What a tenant may take, on each server and over all doors together; 0: no bound. ``*``: each other tenant."""
+    """What a tenant may take, on each server and over all doors together; 0: no bound. ``*``: each other tenant.
+
+    ``weight`` is that of its share of a queue from which somebody must be refused.
+    """
 
     tenant: Annotated[str, Field(min_length=1, max_length=128)]
     requests_per_s: Rate = 0.0
     rows_per_s: Rate = 0.0
     max_in_flight: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 0
+    weight: Annotated[Number, Field(ge=0.001, le=1000)] = 1.0
 
 
 class SecurityConfig(Section):

@@ -27,10 +27,12 @@ def submit(
     deadline_ns: int = 0,
     stamps: PhaseStamps | None = None,
     trace: bytes | None = None,
+    tenant: tuple[int, float] = (0, 1.0),
 ) -> asyncio.Future[memoryview]:
     """Queues ``request`` with ``tensors`` as its inputs and gives the future of its serialized answer.
 
-    Tensors that stay where they are have to keep until the request is settled. Raises what ``Mailbox.submit`` raises.
+    ``tenant`` is the number of whose it is, 0 for nobody's, and the weight of its share. Tensors that stay where they
+    are have to keep until the request is settled. Raises what ``Mailbox.submit`` raises.
     """
     contents = [tensor.data or b"" for tensor in tensors]
     is_big = sum(map(count_bytes, contents)) >= _CONTENTS_FROM_BYTES
@@ -55,6 +57,8 @@ def submit(
         attachment=details,
         stamps=stamps,
         trace=trace,
+        tenant=tenant[0],
+        weight=tenant[1],
     )
 
 

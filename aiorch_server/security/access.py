@@ -14,6 +14,7 @@ from aiorch_server.errors import PermissionDenied
 from aiorch_server.security.authenticator import Credentials
 from aiorch_server.security.identity import ANYBODY, Principal
 from aiorch_server.security.permissions import Permission, Scope
+from aiorch_server.security.quotas import NO_SHARE, TenantShare
 from aiorch_server.security.roles import Role
 
 
@@ -31,10 +32,11 @@ class Access:
 
     ``principal`` may be replaced while a long call runs (Gate.renew). ``has_asked`` tells whether a model was asked
     for: the answer of a call that names one, and whose code never asked, is held back. ``model`` is the last that was
-    permitted. ``quota`` counts the requests of the caller's tenant, None where it has no bounds.
+    permitted. ``quota`` counts the requests of the caller's tenant, None where it has no bounds; ``share`` is how
+    queues know that tenant.
     """
 
-    __slots__ = ("credentials", "generation", "has_asked", "model", "permission", "principal", "quota")
+    __slots__ = ("credentials", "generation", "has_asked", "model", "permission", "principal", "quota", "share")
 
     def __init__(
         self,
@@ -43,12 +45,14 @@ class Access:
         credentials: Credentials = _NO_CREDENTIALS,
         generation: int = 0,
         quota: Quota | None = None,
+        share: TenantShare = NO_SHARE,
     ) -> None:
         self.principal = principal
         self.permission = permission
         self.credentials = credentials
         self.generation = generation
         self.quota = quota
+        self.share = share
         self.has_asked = False
         self.model = ""
 

@@ -42,7 +42,8 @@ def open_gate(
         )
     bindings = [RoleBinding(each.principal, Role[each.role.name], each.models) for each in config.bindings]
     quotas = QuotaBook(
-        QuotaBounds(each.tenant, each.requests_per_s, each.rows_per_s, each.max_in_flight) for each in config.quotas
+        QuotaBounds(each.tenant, each.requests_per_s, each.rows_per_s, each.max_in_flight, each.weight)
+        for each in config.quotas
     )
     return Gate(authenticators, Policy(bindings), quotas, passes=passes, source=source)
 

@@ -59,6 +59,8 @@ class Passes(Protocol):
         expires_ns: int,
         generation: int,
         quota: Quota | None = None,
+        tenant: int = 0,
+        weight: float = 1.0,
         is_certificate: bool = False,
     ) -> bool:
         """Keeps a pass until ``expires_ns`` on the monotonic clock, unless it was cleared since ``generation``."""
@@ -130,7 +132,10 @@ class Gate:
         principal = await self._find_principal(credentials)
         if permission is None:
             raise PermissionDenied(f"{call} is not in the table of permissions, so nobody may call it")
-        access = Access(principal, permission, credentials, generation, self._quotas.find(principal.tenant))
+        tenant = principal.tenant
+        access = Access(
+            principal, permission, credentials, generation, self._quotas.find(tenant), self._quotas.find_share(tenant)
+        )
         role = permission.role or Role.ADMIN
         if permission.scope is Scope.SERVER:
             access.require_everywhere(role)
@@ -153,7 +158,8 @@ class Gate:
         if access.generation == self._generation and not 0 < expires_ns <= self._clock():
             return
         renewed = await self.enter(access.permission.call, access.credentials)
-        access.principal, access.generation, access.quota = renewed.principal, renewed.generation, renewed.quota
+        access.principal, access.generation = renewed.principal, renewed.generation
+        access.quota, access.share = renewed.quota, renewed.share
 
     def admit(self, access: Access, model: str) -> None:
         """Lets further ModelInfer of this caller to ``model`` through the compiled door; for a call that went well."""
@@ -170,6 +176,8 @@ class Gate:
             expires_ns=time.monotonic_ns() + min(left_ns, PASS_NS),
             generation=self._passes.generation,
             quota=access.quota,
+            tenant=access.share.number,
+            weight=access.share.weight,
             is_certificate=not credentials.authorizations,
         )
 

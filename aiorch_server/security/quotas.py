@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Final
+from functools import lru_cache
+from typing import Final, NamedTuple
 from weakref import WeakValueDictionary
 
 from aiorch_server._core import Quota
@@ -24,16 +27,30 @@ _PAUSE_NS: Final = 1_000_000_000
 MAX_TENANT_BYTES: Final = 128
 MIN_PER_S: Final = 0.001
 MAX_PER_S: Final = 1e8
+#: So that nobody can choose a name that is taken for another.
+_KEY: Final = os.urandom(16)
+
+
+class TenantShare(NamedTuple):
+    """A tenant as queues know it: a number, 0 for nobody in particular, and the weight of its share of what waits."""
+
+    number: int = 0
+    weight: float = 1.0
+
+
+#: Of what waits for nobody in particular.
+NO_SHARE: Final = TenantShare()
 
 
 @dataclass(frozen=True, slots=True)
 class QuotaBounds:
-    """A tenant's bounds; 0: none."""
+    """A tenant's bounds, 0: none; and the weight of its share where queues are full."""
 
     tenant: str
     requests_per_s: float = 0.0
     rows_per_s: float = 0.0
     max_in_flight: int = 0
+    weight: float = 1.0
 
     @property
     def is_bounded(self) -> bool:
@@ -47,6 +64,8 @@ class QuotaBounds:
 
 class QuotaBook:
     """The quotas by tenant; ``fixed`` bounds hold where no other ones are given by ``replace``. On one event loop.
+
+    Weights are those of ``fixed``, whatever else is given.
 
     A tenant has one quota for as long as anybody counts with it or its buckets are not full again: neither other bounds
     nor other tenants, however many, give it a fresh one. ``clock`` gives nanoseconds of the monotonic clock.
@@ -74,6 +93,11 @@ class QuotaBook:
                     rows_per_s=found.rows_per_s,
                     max_in_flight=found.max_in_flight,
                 )
+
+    def find_share(self, tenant: str) -> TenantShare:
+        """How queues tell the tenant's requests from those of others, and what share they have."""
+        found = self._fixed.get(tenant) or self._fixed.get(EACH)
+        return TenantShare(_number(tenant), 1.0 if found is None else found.weight)
 
     def list_quotas(self) -> list[Quota]:
         """One of each tenant that is counted now, by its name."""
@@ -113,6 +137,12 @@ class QuotaBook:
     def _find_bounds(self, tenant: str) -> QuotaBounds | None:
         found = self._bounds.get(tenant) or self._bounds.get(EACH)
         return found if found is not None and found.is_bounded else None
+
+
+@lru_cache(MAX_TENANTS)
+def _number(tenant: str) -> int:
+    digest = hashlib.blake2b(tenant.encode("utf-8", "replace"), digest_size=8, key=_KEY).digest()
+    return int.from_bytes(digest, "little") or 1
 
 
 def _fit(per_s: float) -> float:
