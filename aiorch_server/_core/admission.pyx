@@ -22,6 +22,7 @@ from aiorch_server._core.request cimport (
 from aiorch_server._core.scheduler_state cimport list_free, release_scheduler, retain_scheduler
 from aiorch_server._core.settlement cimport fail_full, fail_late, refuse_displaced, settle_taken_back
 from aiorch_server._core.slabs cimport reserve_rows
+from aiorch_server._core.sweep cimport call_sweeper, must_be_swept
 
 
 cdef void drop_scheduler(void *state) noexcept nogil:
@@ -78,6 +79,7 @@ cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t pri
     cdef Forecast forecast
     cdef Request *displaced = NULL
     cdef int64_t pause_ns = 0
+    cdef int64_t sweep_ns = 0
     if not set_level(&state.levels, request, priority):
         return REFUSED_LEVEL
     policy = policy_of(&state.levels, request)
@@ -109,9 +111,13 @@ cdef EnqueueResult enqueue(SchedulerState *state, Request *request, uint64_t pri
             policy.n += 1
         if state.keeps_order:
             note_arrival(&state.arrivals, request)
+        if must_be_swept(state, request):
+            sweep_ns = state.sweep_ns
     pthread_mutex_unlock(&state.lock)
     if displaced != NULL:
         refuse_displaced(state, displaced)
+    if sweep_ns:
+        call_sweeper(sweep_ns)
     if result == REFUSED_LATE:
         request.retry_after_ns = forecast.late_ns
         fail_late(request, forecast.finish_ns)

@@ -50,6 +50,9 @@ cdef bint push_request(Queue *queue, Request *request) noexcept nogil
 cdef void remove_request(Queue *queue, Request *request) noexcept nogil
 # Takes out all requests whose deadline_ns or expires_ns has passed; a chain linked by `next`.
 cdef Request *remove_expired(Queue *queue, int64_t now_ns) noexcept nogil
+# Takes out all requests whose end_ns has passed, but for the last one of the queue, as a chain linked by `next`: by how much
+# they are late is their retry_after_ns. `next_ns` is set to the earliest end of the others; 0: none has one.
+cdef Request *remove_overdue(Queue *queue, int64_t now_ns, int64_t *next_ns) noexcept nogil
 # Takes out everything; a chain linked by `next`.
 cdef Request *remove_all(Queue *queue) noexcept nogil
 

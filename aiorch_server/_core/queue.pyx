@@ -307,6 +307,30 @@ cdef Request *remove_expired(Queue *queue, int64_t now_ns) noexcept nogil:
     return chain
 
 
+cdef Request *remove_overdue(Queue *queue, int64_t now_ns, int64_t *next_ns) noexcept nogil:
+    cdef Request *chain = NULL
+    cdef Request *request
+    cdef Request *following
+    cdef Bucket *bucket = queue.buckets
+    cdef Bucket *next_bucket
+    next_ns[0] = 0
+    while bucket != NULL:
+        next_bucket = bucket.next           # the last member takes its bucket with it
+        request = bucket.oldest
+        while request != NULL:
+            following = request.newer
+            if request.end_ns and request.end_ns <= now_ns and queue.n > 1:
+                remove_request(queue, request)
+                request.retry_after_ns = now_ns - request.end_ns
+                request.next = chain
+                chain = request
+            elif request.end_ns and (next_ns[0] == 0 or request.end_ns < next_ns[0]):
+                next_ns[0] = request.end_ns
+            request = following
+        bucket = next_bucket
+    return chain
+
+
 cdef Request *remove_all(Queue *queue) noexcept nogil:
     cdef Request *chain = NULL
     cdef Request *request

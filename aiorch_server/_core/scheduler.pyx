@@ -25,6 +25,7 @@ from aiorch_server._core.scheduler_state cimport (
 )
 from aiorch_server._core.settlement cimport refuse_chain, refuse_late
 from aiorch_server._core.slabs cimport note_batch
+from aiorch_server._core.sweep cimport join_sweeper, leave_sweeper, mark_unserved
 from aiorch_server._core.watch cimport set_sampling, take_notes, take_sample, watch_slow
 
 from aiorch_server.types import BatchingPolicy, SchedulerObservation
@@ -38,15 +39,6 @@ cdef int64_t MAX_NAP_NS = 1000000000
 # Requests and bytes that one queue holds when the configuration names no bound.
 DEFAULT_MAX_REQUESTS = 16384
 DEFAULT_MAX_BYTES = 1 << 30
-
-
-cdef void mark_unserved(SchedulerState *state, Request *request, uint64_t *counted) noexcept nogil:
-    """A chain was taken out of the queue to be refused: no longer counted nor cancellable there. Under the lock."""
-    while request != NULL:
-        counted[0] += 1
-        count_out(&state.levels, request)
-        request.state = REQUEST_RUNNING
-        request = request.next
 
 
 cdef void abandon_queued(SchedulerState *state, int code, const char *text) noexcept nogil:
@@ -181,10 +173,12 @@ cdef class Scheduler:
         self.state.max_requests = max_queue_size or <int64_t> DEFAULT_MAX_REQUESTS
         self.state.max_bytes = max_queue_bytes or <int64_t> DEFAULT_MAX_BYTES
         self.state.keeps_order = preserve_ordering
+        join_sweeper(self.state)
 
     def __dealloc__(self):
         if self.state != NULL:
             with nogil:
+                leave_sweeper(self.state)
                 abandon_queued(
                     self.state, UNAVAILABLE,
                     b"Server is stopping, scheduler for model has stopped accepting new inference requests")

@@ -55,9 +55,12 @@ cdef struct SchedulerState:
     bint keeps_order                # constant: answers leave in the order of arrival
     Arrivals arrivals               # used only then
     Observed observed
+    int64_t sweep_ns                # when the sweeper should look into the queue, a lower bound; 0: it need not
+    int64_t swept_ns                # when it did last
     # these guard themselves
     Counters counters
     Watch watch
+    SchedulerState *next_swept      # guarded by the sweeper's lock
     # constant
     SpecState *spec                 # holds one reference
 
@@ -77,6 +80,8 @@ cdef int list_free(const SchedulerState *state, int64_t *free_ns, int64_t now) n
 cdef void wake(SchedulerState *state) noexcept nogil
 # Takes nothing new; instances that wait are told.
 cdef void close_scheduler(SchedulerState *state) noexcept nogil
+# A condition that goes by the monotonic clock.
+cdef void init_condition(pthread_cond_t *condition) noexcept nogil
 # Gives the lock away until the condition is signalled or the clock says `at_ns` (0: never); may return early.
 cdef void wait_until(pthread_cond_t *condition, pthread_mutex_t *lock, int64_t at_ns) noexcept nogil
 

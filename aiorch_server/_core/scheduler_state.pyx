@@ -39,8 +39,15 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
 
 
-cdef SchedulerState *new_scheduler(SpecState *spec) noexcept nogil:
+cdef void init_condition(pthread_cond_t *condition) noexcept nogil:
     cdef pthread_condattr_t attributes
+    pthread_condattr_init(&attributes)
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
+    pthread_cond_init(condition, &attributes)
+    pthread_condattr_destroy(&attributes)
+
+
+cdef SchedulerState *new_scheduler(SpecState *spec) noexcept nogil:
     cdef SchedulerState *state = <SchedulerState *> calloc(1, sizeof(SchedulerState))
     if state == NULL:
         return NULL
@@ -53,11 +60,8 @@ cdef SchedulerState *new_scheduler(SpecState *spec) noexcept nogil:
         return NULL
     pthread_mutex_init(&state.lock, NULL)
     init_watch(&state.watch)
-    pthread_condattr_init(&attributes)
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
-    pthread_cond_init(&state.due, &attributes)
-    pthread_cond_init(&state.idle, &attributes)
-    pthread_condattr_destroy(&attributes)
+    init_condition(&state.due)
+    init_condition(&state.idle)
     init_queue(&state.queue, spec.n_shared)
     state.references = 1
     state.spec = spec

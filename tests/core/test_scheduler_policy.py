@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiorch_server._core import Batch, Mailbox, Scheduler
-from aiorch_server.errors import AnswerTooLate, CapacityError, QueueFull, ServerStopping
+from aiorch_server.errors import AnswerTooLate, CapacityError, DeadlineExpired, QueueFull, ServerStopping
 from aiorch_server.types import SchedulerObservation
 
 MS = 1_000_000
@@ -166,6 +166,55 @@ async def test_dropped_before_it_costs(mailbox: Mailbox) -> None:
         assert not isinstance(caught.value, AnswerTooLate), "it was queued: its quota is spent"
     seen = check_sum(scheduler)
     assert (seen.answered, seen.dropped_late, seen.in_time, seen.late) == (1, 3, 1, 0)
+
+
+async def test_answered_in_time_though_the_instance_is_stuck(mailbox: Mailbox) -> None:
+    scheduler = Scheduler(make_spec(1), default_timeout_us=30_000)
+    stuck = mailbox.submit(scheduler, message(0))
+    batch = Batch(scheduler)
+    assert scheduler.take(batch)
+    with pytest.raises(CapacityError, match="Request timeout expired"):
+        await asyncio.wait_for(mailbox.submit(scheduler, message(1)), 5)
+    began = time.monotonic()
+    deadline_ns = time.monotonic_ns() + 20 * MS
+    with pytest.raises(DeadlineExpired):
+        await asyncio.wait_for(mailbox.submit(scheduler, message(2), deadline_ns=deadline_ns), 5)
+    assert 0.015 < time.monotonic() - began < 2
+    batch.settle({"Y": batch.gather()["X"] * 2})
+    assert values_of(await stuck) == [0.0]
+    assert check_sum(scheduler).failed == 2
+
+
+async def test_dropped_in_time_though_the_instance_is_stuck(mailbox: Mailbox) -> None:
+    scheduler = Scheduler(make_spec(1))
+    scheduler.set_policy(target_us=50_000, is_shedding=True, instances=1, curve=[(1, MS)])
+    stuck = mailbox.submit(scheduler, message(0))
+    batch = Batch(scheduler)
+    assert scheduler.take(batch)
+    late = [mailbox.submit(scheduler, message(each)) for each in range(1, 4)]
+    await asyncio.wait(late[:2], timeout=5)
+    for each in late[:2]:
+        with pytest.raises(CapacityError, match="cannot be answered in time"):
+            await asyncio.wait_for(each, 0)
+    assert scheduler.pending == 1, "were the curve wrong, nobody would find out if the last one were dropped, too"
+    batch.settle({"Y": batch.gather()["X"] * 2})
+    take_and_answer(scheduler, batch)
+    assert [values_of(await each) for each in (stuck, late[2])] == [[0.0], [6.0]]
+    assert check_sum(scheduler).dropped_late == 2
+
+
+async def test_who_is_delayed_when_its_time_is_over_is_served_though_the_instance_was_stuck(mailbox: Mailbox) -> None:
+    scheduler = Scheduler(make_spec(1), default_timeout_us=20_000, delay_expired=True)
+    batch = Batch(scheduler)
+    answers = [mailbox.submit(scheduler, message(each)) for each in range(3)]
+    await asyncio.sleep(0.1)
+    fresh = mailbox.submit(scheduler, message(9))
+    assert scheduler.take(batch)
+    batch.settle({"Y": batch.gather()["X"] * 2})
+    assert values_of(await asyncio.wait_for(fresh, 5)) == [18.0]
+    for _ in answers:
+        take_and_answer(scheduler, batch)
+    assert [values_of(each) for each in await asyncio.gather(*answers)] == [[0.0], [2.0], [4.0]]
 
 
 async def test_without_a_curve_nobody_is_too_late(scheduler: Scheduler, mailbox: Mailbox) -> None:
