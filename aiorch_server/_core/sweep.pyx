@@ -2,6 +2,7 @@
 
 import threading
 
+from aiorch_server._core.forecast cimport find_pause
 from aiorch_server._core.levels cimport count_out, delay_expired
 from aiorch_server._core.queue cimport remove_expired, remove_overdue
 from aiorch_server._core.request cimport (
@@ -51,13 +52,15 @@ cdef void sweep(SchedulerState *state) noexcept nogil:
     """Refuses what is overdue in one queue, and says when to come again."""
     cdef Request *expired = NULL
     cdef Request *late = NULL
-    cdef int64_t now = now_ns(), next_ns = 0
+    cdef int64_t now = now_ns(), next_ns = 0, pause_ns = 0
     pthread_mutex_lock(&state.lock)
     if state.waiting == 0 and state.queue.n:
         expired = remove_expired(&state.queue, now)
         if expired != NULL and state.levels.has_delays:
             expired = delay_expired(&state.levels, &state.queue, expired, now)
         mark_unserved(state, expired, &state.observed.failed)
+        if expired != NULL:
+            pause_ns = find_pause(&state.queue, &state.policy)
         if state.policy.is_shedding and state.policy.curve.n:
             late = remove_overdue(&state.queue, now, &next_ns)
             mark_unserved(state, late, &state.observed.dropped_late)
@@ -66,7 +69,7 @@ cdef void sweep(SchedulerState *state) noexcept nogil:
     state.swept_ns = now
     state.sweep_ns = max(next_ns, now + SWEEP_NS) if state.queue.n and next_ns else 0
     pthread_mutex_unlock(&state.lock)
-    refuse_chain(state, expired, 0, NULL)
+    refuse_chain(state, expired, 0, NULL, pause_ns)
     if late != NULL:
         refuse_late(state, late)
 
