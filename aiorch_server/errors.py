@@ -47,7 +47,10 @@ else the text.
 from __future__ import annotations
 
 import enum
-from typing import ClassVar, Self
+from typing import ClassVar, Final, Self
+
+#: When to come back where there was no room and nobody knows how long that lasts.
+USUAL_PAUSE_NS: Final = 1_000_000_000
 
 
 class Code(enum.IntEnum):
@@ -213,6 +216,9 @@ class CapacityError(AiorchError):
 class QueueFull(CapacityError):
     """The model's queue holds as many requests as its configuration allows."""
 
+    def __init__(self, text: str = "", retry_after_ns: int = USUAL_PAUSE_NS) -> None:
+        super().__init__(text, retry_after_ns)
+
 
 class AnswerTooLate(CapacityError):
     """The request was not queued: its answer would come after the model's objective, or after its caller's deadline."""
@@ -220,6 +226,9 @@ class AnswerTooLate(CapacityError):
 
 class QueueTimeout(CapacityError):
     """The request waited longer than the model's queue policy allows."""
+
+    def __init__(self, text: str = "", retry_after_ns: int = USUAL_PAUSE_NS) -> None:
+        super().__init__(text, retry_after_ns)
 
 
 class DeadlineExpired(CapacityError):

@@ -1,27 +1,21 @@
 """The way between sessions and queues; see desk.pxd."""
 
-from libc.stdint cimport uint8_t, uint32_t
-from libc.string cimport memcpy, strlen
+from libc.stdint cimport uint8_t
+from libc.string cimport strlen
 
 from aiorch_server._core.admission cimport cancel_request
-from aiorch_server._core.grpc_text cimport put_decimal
 from aiorch_server._core.h2_answer cimport answer_stream, fail_stream, finish_stream
 from aiorch_server._core.h2_request cimport make_slow, take_ready
 from aiorch_server._core.h2_stream cimport keep_metadata
 from aiorch_server._core.passes cimport CREDENTIAL_CERTIFICATE, CREDENTIAL_HEADER, CREDENTIAL_NONE
 from aiorch_server._core.request cimport free_request
+from aiorch_server._core.retry_hint cimport HINT_BYTES, pack_hint
 from aiorch_server._core.routes cimport DISPATCHED, dispatch
 from aiorch_server._core.shares cimport Choice
 
 cdef enum:
     STATUS_RESOURCE_EXHAUSTED = 8
     STATUS_INTERNAL = 13
-
-cdef extern from * nogil:
-    """
-    static const char PUSHBACK[] = "grpc-retry-pushback-ms";
-    """
-    const char PUSHBACK[23]
 
 
 cdef void abandon_request(Stream *stream) noexcept nogil:
@@ -78,17 +72,15 @@ cdef void dispatch_ready(Connection *connection, RouteReader *reader, Completion
 
 
 cdef void push_back(Stream *stream, const Request *request) noexcept nogil:
-    """Refuses with the time after which to retry, as clients with a retry policy understand it: gRFC A6."""
-    cdef char packed[64]
-    cdef char *value = packed + 8 + sizeof(PUSHBACK) - 1
-    cdef uint32_t sizes[2]
-    sizes[0] = sizeof(PUSHBACK) - 1
-    sizes[1] = <uint32_t> put_decimal(value, <size_t> ((request.retry_after_ns + 999999) // 1000000))
-    memcpy(packed, sizes, sizeof(sizes))
-    memcpy(packed + 8, PUSHBACK, sizes[0])
-    finish_stream(stream, request.status, <const uint8_t *> request.error,
-                  strlen(request.error) if request.error != NULL else 0,
-                  <const uint8_t *> packed, 8 + sizes[0] + sizes[1])
+    """Refuses with the time after which to retry."""
+    cdef uint8_t packed[HINT_BYTES]
+    cdef const char *text = b""
+    cdef size_t size
+    if request.error != NULL:
+        text = request.error
+    size = strlen(text)
+    finish_stream(stream, request.status, <const uint8_t *> text, size, packed,
+                  pack_hint(packed, request.status, text, size, request.retry_after_ns))
 
 
 cdef Connection *settle_request(Group *group, Request *request) noexcept nogil:

@@ -181,8 +181,10 @@ cdef class Mailbox:
             if result != REFUSED_LEVEL:
                 count_failure(&scheduler.state.counters, request, FAILURE_REJECTED, now)
             refused = None
-            if result == REFUSED_FULL or result == REFUSED_LATE:
-                refused = describe_failure(request, QueueFull if result == REFUSED_FULL else AnswerTooLate)
+            if result == REFUSED_FULL:
+                refused = QueueFull("Exceeds maximum queue size", request.retry_after_ns)
+            elif result == REFUSED_LATE:
+                refused = describe_failure(request, AnswerTooLate)
             give_up(request)
             ticket.request = NULL
             if refused is not None:

@@ -145,7 +145,14 @@ def test_the_server_may_ask_for_a_pause_or_forbid_another_attempt():
         metadata(-1), Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "quota", [(PUSHBACK_KEY, "1500")]), answer()
     )
     ask(script)
-    assert script.pauses == [1.5 + 0.05 * 0.25]
+    assert script.pauses == [1.5 + 1.5 / 4 / 2], "those who were refused together do not return as one"
+    script = Script(metadata(-1), Refusal(UNAVAILABLE, "late", [(PUSHBACK_KEY, "2")]), answer())
+    ask(script)
+    assert script.pauses == [pytest.approx(0.002 + 0.05 / 4)]
+    hopeless = Script(metadata(-1), *[Refusal(UNAVAILABLE, "full", [(PUSHBACK_KEY, "3600000")])] * 9)
+    with pytest.raises(UnavailableError, match="full") as caught:
+        ask(hopeless)
+    assert hopeless.pauses == [] and caught.value.retry_after_s == 3600, "a pause beyond the deadline is not begun"
     for word in ("-1", "soon", "9" * 400, "9" * 5000):
         script = Script(metadata(-1), Refusal(UNAVAILABLE, "no", [(PUSHBACK_KEY, word)]))
         with pytest.raises(UnavailableError) as caught:

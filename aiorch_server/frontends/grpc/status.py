@@ -6,7 +6,8 @@ import logging
 import sys
 from typing import Any, Final, NoReturn
 
-from aiorch_server.errors import AiorchError, CapacityError, Code
+from aiorch_server.errors import AiorchError, Code
+from aiorch_server.frontends.grpc.retry import describe_retry
 from aiorch_server.frontends.telling import tell
 
 logger = logging.getLogger(__name__)
@@ -16,8 +17,6 @@ logger = logging.getLogger(__name__)
 #: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
 MAX_TEXT_BYTES: Final = 2048
 _CUT: Final = " [...]"
-#: gRFC A6: after how many milliseconds to retry. The compiled desk sends the same.
-_PUSHBACK: Final = "grpc-retry-pushback-ms"
 
 
 def describe_error(error: Exception) -> tuple[Any, str]:
@@ -36,17 +35,10 @@ def describe_error(error: Exception) -> tuple[Any, str]:
 async def abort_call(error: Exception, context: Any) -> NoReturn:
     """Ends the call with the status and text of ``error``, and the time after which to retry where it is known."""
     code, text = describe_error(error)
-    retry = describe_retry(error)
+    retry = describe_retry(error, text)
     # What abort is given takes the place of what was set before.
     await context.abort(code, text, (*(context.trailing_metadata() or ()), *retry) if retry else ())
     raise AssertionError("abort returned")
-
-
-def describe_retry(error: Exception) -> tuple[tuple[str, str], ...]:
-    """Trailing metadata that tell when to come back; empty where nobody knows."""
-    if not isinstance(error, CapacityError) or not error.retry_after_ns:
-        return ()
-    return ((_PUSHBACK, str(-(-error.retry_after_ns // 1_000_000))),)
 
 
 def to_status(code: Code) -> Any:

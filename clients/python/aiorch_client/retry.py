@@ -14,7 +14,8 @@ class RetryPolicy:
 
     ``max_attempts`` counts the first one; 1 means no retries. The pause before attempt n + 1 is drawn evenly from
     the upper half of ``initial_backoff_s * multiplier ** (n - 1)``, at most ``max_backoff_s``. A pause that the server
-    asks for is kept instead, with up to half of ``initial_backoff_s`` on top so that clients do not return as one.
+    asks for is kept instead, with up to a quarter of it on top, or half of ``initial_backoff_s`` if that is more, so that
+    those who were refused together do not return as one.
     Only errors that are ``retryable`` are tried again: never CANCELLED or DEADLINE_EXCEEDED.
     """
 
@@ -44,8 +45,12 @@ class RetryPolicy:
         if not error.retryable or attempt >= self.max_attempts:
             return None
         if error.retry_after_s is not None:
-            return error.retry_after_s + self.initial_backoff_s * fraction / 2
+            return self.spread_s(error.retry_after_s, fraction)
         return self.backoff_s(attempt, fraction)
+
+    def spread_s(self, retry_after_s: float, fraction: float) -> float:
+        """The pause where the server asks for one."""
+        return retry_after_s + max(self.initial_backoff_s / 2, retry_after_s / 4) * fraction
 
     def backoff_s(self, attempt: int, fraction: float) -> float:
         """The pause before attempt ``attempt`` + 1 where the server asks for none."""

@@ -291,7 +291,7 @@ def test_in_flight_is_bounded_over_both_planes(steered: PassDoor) -> None:
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 "[request id: 5] quota of tenant 'acme' exceeded: 4 requests in flight; try again when one of them is "
                 "answered",
-                "",
+                "1000",
             )
         with pytest.raises(QuotaExceeded):
             quota.admit(1, time.monotonic_ns())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiorch_proto.tfserving import serving_pb2
 from running_site import encode_values
-from secured import DOORS, IDENTITY, INFER, SERVICE, serve_secured, write_models
+from secured import DOORS, INFER, SERVICE, serve_secured
 
 from aiorch_server.dataplane import _NamedRefusals
 from aiorch_server.errors import AiorchError, QuotaExceeded
@@ -62,31 +60,6 @@ async def test_http_tells_it_too(models: Path) -> None:
             refused = await site.ask("POST", path, "client", json=body)
             assert refused.status_code == 429, (path, refused.text)
             assert 50 < int(refused.headers["retry-after"]) <= 100, path
-
-
-@pytest.mark.parametrize("door", DOORS)
-async def test_a_full_queue_knows_no_time(tmp_path: Path, door: str) -> None:
-    """Nobody can say when a queue has room: clients wait as they do without being told."""
-    root = write_models(tmp_path)
-    queue = "preferred_batch_size: [8] max_queue_delay_microseconds: 60000000 "
-    queue += "default_queue_policy { max_queue_size: 1 }"
-    config = IDENTITY.replace("max_queue_delay_microseconds: 100", queue)
-    (root / "own-one" / "config.pbtxt").write_text(config)
-    async with serve_secured(root, door) as site:
-        waiting = asyncio.create_task(site.infer("client"))
-        refused: Any = None
-        async with asyncio.timeout(20):
-            while refused is None:
-                asking = asyncio.create_task(site.ask("POST", "/v2/models/own-one/infer", "client", json=V2))
-                done, _ = await asyncio.wait((asking, waiting), timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
-                assert waiting not in done or waiting.result().code == "UNAVAILABLE"
-                refused = asking.result() if asking in done else None
-                waiting = waiting if not waiting.done() else asking  # whoever was first has the place
-        assert refused.status_code == 503 and "retry-after" not in refused.headers
-        answer = await site.infer("client")
-        assert answer.code == "UNAVAILABLE" and PUSHBACK not in answer.trailing
-        waiting.cancel()
-        await asyncio.gather(waiting, asking, return_exceptions=True)
 
 
 def test_naming_the_request_keeps_what_else_an_error_knows() -> None:

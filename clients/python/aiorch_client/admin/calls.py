@@ -69,7 +69,7 @@ class AdminLayer(CallLayer):
         fraction = self._draw()
         pause_s = self._retry.backoff_s(attempt, fraction)
         if error.retry_after_s is not None:
-            pause_s = error.retry_after_s + self._retry.initial_backoff_s * fraction / 2
+            pause_s = self._retry.spread_s(error.retry_after_s, fraction)
         return None if self._clock_s() + pause_s >= deadline_s else Pause(pause_s)
 
 
