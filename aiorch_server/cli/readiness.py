@@ -105,8 +105,8 @@ def _trust(config: GrpcConfig, url: str, *, has_secrets: bool) -> TlsConfig:
         # one that was replaced lately is shown for some time yet
         if has_secrets and der != _read_certificate(config.tls.certificate):
             raise CommandError(
-                f"{url} shows another certificate than that of grpc.tls.certificate, {config.tls.certificate}: neither a "
-                "token nor a header was sent to it; name the authority to trust with --tls-root-cert",
+                f"{url} shows another certificate than that of grpc.tls.certificate, {config.tls.certificate}: neither "
+                "a token nor a header was sent to it; name the authority to trust with --tls-root-cert",
                 ExitCode.REFUSED,
                 "UNAUTHENTICATED",
             )

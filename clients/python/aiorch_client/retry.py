@@ -14,8 +14,8 @@ class RetryPolicy:
 
     ``max_attempts`` counts the first one; 1 means no retries. The pause before attempt n + 1 is drawn evenly from
     the upper half of ``initial_backoff_s * multiplier ** (n - 1)``, at most ``max_backoff_s``. A pause that the server
-    asks for is kept instead, with up to a quarter of it on top, or half of ``initial_backoff_s`` if that is more, so that
-    those who were refused together do not return as one.
+    asks for is kept instead, with up to a quarter of it on top, or half of ``initial_backoff_s`` if that is more, so
+    that those who were refused together do not return as one.
     Only errors that are ``retryable`` are tried again: never CANCELLED or DEADLINE_EXCEEDED.
     """
 

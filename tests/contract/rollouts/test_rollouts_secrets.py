@@ -1,4 +1,4 @@
-"""Why a version did not load is told to everybody who may see the model; where the store is, and who uses it, is not."""
+"""Why a version did not load is told to all who may see the model; where the store is, and who uses it, is not."""
 
 from __future__ import annotations
 
