@@ -48,6 +48,11 @@ class Announced:
         """What names the upload."""
         return self.header.model, self.upload_id
 
+    @property
+    def owned_key(self) -> tuple[str, str, str]:
+        """With whose it is: an id that was dropped may be somebody else's at once."""
+        return *self.key, self.caller.name
+
 
 def check_header(header: Any, caller: Caller) -> Announced:
     """What the header announces; raises for what the caller may not do, and for what can never be kept."""

@@ -107,7 +107,7 @@ class UploadService:
         self._patience_s = patience_s
         self._claims: dict[tuple[str, str], _Claim] = {}
         self._writing: dict[tuple[str, str], asyncio.Future[None]] = {}
-        self._finishing: dict[tuple[str, str], asyncio.Task[bytes]] = {}
+        self._finishing: dict[tuple[str, str, str], asyncio.Task[bytes]] = {}
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="aiorch-upload")
 
     def start(self, uploads: Uploads) -> None:
@@ -144,7 +144,7 @@ class UploadService:
             done, upload = await self._begin(announced)
             if upload is None:
                 return done
-            if announced.key not in self._finishing:
+            if announced.owned_key not in self._finishing:
                 with self._claiming(announced.key, claim):
                     await self._receive(upload, announced, claim, messages)
             caller.require_model(header.model)  # an upload takes long, and roles may have been taken away meanwhile
@@ -245,14 +245,14 @@ class UploadService:
 
     async def _finish(self, upload: Upload, announced: Announced) -> bytes:
         """The answer, once the version is durable; goes on where the client leaves, once for all streams."""
-        task = self._finishing.get(announced.key)
+        task = self._finishing.get(announced.owned_key)
         if task is None:
             work = self._make_version(upload, announced)
-            task = self._finishing[announced.key] = asyncio.create_task(self._transactions.finish(work))
-            task.add_done_callback(lambda task: self._forget(announced.key, task))
+            task = self._finishing[announced.owned_key] = asyncio.create_task(self._transactions.finish(work))
+            task.add_done_callback(lambda task: self._forget(announced.owned_key, task))
         return await asyncio.shield(task)
 
-    def _forget(self, key: tuple[str, str], task: asyncio.Task[bytes]) -> None:
+    def _forget(self, key: tuple[str, str, str], task: asyncio.Task[bytes]) -> None:
         del self._finishing[key]
         if not task.cancelled():
             task.exception()  # looked at: its client may be gone

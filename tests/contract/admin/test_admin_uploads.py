@@ -19,6 +19,8 @@ from aiorch_proto.admin.v1 import registry_pb2 as pb
 from aiorch_proto.admin.v1.service import AdminStub
 from databases import on_every_database
 
+from aiorch_server.errors import RequestError
+from aiorch_server.frontends.admin.upload_service import UploadService
 from aiorch_server.registry.uploads import UploadBounds
 from aiorch_server.security.roles import Role
 
@@ -386,6 +388,34 @@ async def test_a_client_that_leaves_at_the_end(site: Site, monkeypatch: pytest.M
     gate.set()
     assert (await again).version == 1
     assert await list_versions(site) == [1]
+
+
+async def test_what_becomes_of_an_upload_is_told_to_whose_it_is(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was no archive is dropped, and its id may be somebody else's before its own caller has heard of it."""
+    make, gate, dropped = UploadService._make_version, asyncio.Event(), asyncio.Event()
+
+    async def make_slowly(service: UploadService, *arguments: Any) -> bytes:
+        try:
+            return await make(service, *arguments)
+        except RequestError:
+            dropped.set()
+            await gate.wait()
+            raise
+
+    monkeypatch.setattr(UploadService, "_make_version", make_slowly)
+    wrong = pack({"../model.py": b""})
+    with speaking_as("ann", (Role.ADMIN, "*")):
+        header = make_header("digits", wrong, create_model=True, upload_id="u1")
+        first = asyncio.ensure_future(site.registry.UploadVersion(stream(wrong, header)))
+        await asyncio.wait_for(dropped.wait(), TIMEOUT_S)
+    with speaking_as("bob", (Role.ADMIN, "*")):
+        header = make_header("digits", ARCHIVE, create_model=True, upload_id="u1")
+        second = asyncio.ensure_future(site.registry.UploadVersion(stream(ARCHIVE, header)))
+        done, _ = await asyncio.wait((second,), timeout=TIMEOUT_S / 2)
+        gate.set()
+        assert done and (await second).created_by == "bob"
+    error, _ = await refused(first)
+    assert error.code().name == "INVALID_ARGUMENT"
 
 
 async def test_a_patient_server(door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
