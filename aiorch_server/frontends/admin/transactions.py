@@ -8,7 +8,6 @@ of many (refusals.py).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import math
@@ -143,8 +142,7 @@ class Transactions:
             return  # nothing was done, and nothing can be written down
         refused = Refused((caller or Caller.current()).name, method.path, find_code(error).name)
         if self._refusals.has_line(refused, model):
-            with contextlib.suppress(AiorchError):
-                await self._write_refusal(refused, model, detail)
+            await self._refusals.write(refused, model, detail)
 
     async def _write_refusal(self, refused: Refused, model: str, detail: str) -> None:
         try:
@@ -166,12 +164,12 @@ class Transactions:
     async def close(self, limit_s: float) -> None:
         """Takes no more changes, and waits for those under way; what is not done then is given up, and not made."""
         self._is_closed = True
-        await self._refusals.close(limit_s)
         if self._running:
             _, late = await asyncio.wait(set(self._running), timeout=limit_s)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        await self._refusals.close(limit_s)  # last: what was under way may have been refused
 
 
 def write_request(method: Method, request: Any, *left_out: str) -> bytes:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from admin_site import Site, refused, speaking_as
 from aiorch_proto.admin.v1 import access_pb2, registry_pb2
+from aiorch_proto.admin.v1.service import METHODS
 
-from aiorch_server.errors import RegistryUnavailable
+from aiorch_server.errors import RegistryUnavailable, RequestError
 from aiorch_server.frontends.admin import refusals
+from aiorch_server.frontends.admin.caller import Caller
 from aiorch_server.frontends.admin.refusals import BURST, OTHERS, SEVERAL, Refusals, Refused
+from aiorch_server.frontends.admin.transactions import Transactions
 from aiorch_server.registry.audit import query_audit
 from aiorch_server.registry.audit_check import verify_audit
+from aiorch_server.security.access import Access
+from aiorch_server.security.identity import Principal
 from aiorch_server.security.roles import Role
 
 REFUSED = Refused("eve", "/m", "PERMISSION_DENIED")
@@ -130,6 +135,94 @@ async def test_a_log_that_hangs_does_not_hold_up_the_end() -> None:
     assert not counted.has_line(REFUSED, "a")
     async with asyncio.timeout(TIMEOUT_S):
         await counted.close(0.05)
+
+
+async def test_the_end_tells_how_long_it_was_counted_and_what_came_back_meanwhile(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A line that is being written when the end comes, and fails, is told with the rest."""
+    gate, begun, lines = asyncio.Event(), asyncio.Event(), []
+
+    async def write(refused: Refused, model: str, detail: str) -> None:
+        begun.set()
+        await gate.wait()
+        if len(lines) < 1:
+            lines.append("failed")
+            raise RegistryUnavailable("away")
+        lines.append(json.loads(detail))
+
+    counted = Refusals(write, window_s=0.05)
+    use_up(counted)
+    assert not counted.has_line(REFUSED, "a")
+    await asyncio.wait_for(begun.wait(), TIMEOUT_S)
+    counted._window_s = counted._callers["eve"].length_s = 60.0
+    while counted.has_line(REFUSED, "b"):
+        pass
+    close = asyncio.create_task(counted.close(TIMEOUT_S))
+    await asyncio.sleep(0)
+    gate.set()
+    await close
+    assert [each if isinstance(each, str) else each["refused_again"] for each in lines] == ["failed", 2]
+    assert lines[1]["within_s"] < 50
+    assert "in no line" not in caplog.text
+    lines.clear()
+    assert not counted.has_line(REFUSED, "c")
+    await counted.close(TIMEOUT_S)
+    assert "1 refused changes are in no line of the audit log" in caplog.text
+
+
+class Slow:
+    """A database whose calls wait for ``gate``; it keeps what was written."""
+
+    def __init__(self) -> None:
+        self.gate, self.begun, self.calls = asyncio.Event(), asyncio.Event(), 0
+
+    async def run(self, work: Any) -> None:
+        self.begun.set()
+        await self.gate.wait()
+        self.calls += 1
+
+
+async def test_a_line_is_written_though_its_caller_left() -> None:
+    slow = Slow()
+    transactions = Transactions(cast(Any, slow), server="s", on_commit=lambda: None)
+    caller, method = Caller("eve", Access(Principal("eve"))), METHODS["/aiorch.admin.v1.Deployments/Deploy"]
+    call = asyncio.create_task(transactions.refuse_as(method, "m", "{}", RequestError("no"), caller))
+    await asyncio.wait_for(slow.begun.wait(), TIMEOUT_S)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    close = asyncio.create_task(transactions.close(TIMEOUT_S))
+    await asyncio.sleep(0)
+    slow.gate.set()
+    await asyncio.wait_for(close, TIMEOUT_S)
+    assert slow.calls == 1
+
+
+async def test_what_is_refused_while_the_end_waits_for_it_is_told() -> None:
+    slow = Slow()
+    transactions = Transactions(cast(Any, slow), server="s", on_commit=lambda: None)
+    caller, method = Caller("eve", Access(Principal("eve"))), METHODS["/aiorch.admin.v1.Deployments/Deploy"]
+    use_up(transactions._refusals, Refused("eve", method.path, "INVALID_ARGUMENT"))
+    goes_on = asyncio.Event()
+
+    async def work() -> None:
+        await goes_on.wait()
+        raise RequestError("no")
+
+    async def call() -> None:
+        try:
+            await transactions.finish(work())
+        except RequestError as error:
+            await transactions.refuse_as(method, "m", "{}", error, caller)
+
+    calls = [asyncio.create_task(call()) for _ in range(BURST + 1)]
+    await asyncio.sleep(0)
+    close = asyncio.create_task(transactions.close(TIMEOUT_S))
+    await asyncio.sleep(0)
+    slow.gate.set()
+    goes_on.set()
+    await asyncio.wait_for(asyncio.gather(*calls, close), TIMEOUT_S)
+    assert slow.calls == 1, "one line that counts them all"
 
 
 async def test_names_cannot_write_lines(site: Site) -> None:
