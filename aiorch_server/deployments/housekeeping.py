@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from aiorch_server.errors import AiorchError
+from aiorch_server.errors import AiorchError, ServerStopping
+from aiorch_server.lifecycle.threads import run_blocking
 from aiorch_server.registry.collect import collect_garbage
 from aiorch_server.registry.deployments import read_deployments
 from aiorch_server.registry.events import forget_events
@@ -47,13 +48,15 @@ class Housekeeping:
         self._uploads = uploads
         self._interval_s = interval_s
         self._task: asyncio.Task[None] | None = None
+        self._is_over = False
 
     def start(self) -> None:
         """Begins; the first time is after an interval."""
         self._task = asyncio.create_task(self._run(), name="registry-housekeeping")
 
     async def stop(self) -> None:
-        """Ends; what is under way on a thread ends by itself."""
+        """Ends, at once; what is under way on a thread ends with its next step, and holds up no process."""
+        self._is_over = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -62,7 +65,8 @@ class Housekeeping:
         """All of it, once; what cannot be done now is told in the log, and does not keep the rest from being done."""
         for step in (self._forget, self._forget_uploads, self._collect):
             try:
-                await asyncio.to_thread(step)
+                # a store that hangs would keep a thread of a pool, and the interpreter waits for those
+                await run_blocking("tidy up the registry", step)
             except AiorchError as error:
                 logger.info("the registry was not tidied up: %s", error)
             except Exception:
@@ -85,12 +89,15 @@ class Housekeeping:
             lambda session: forget_silent_servers(session, after_s=_SILENT_S),
         )
         for step in steps:  # each for itself: writers wait for each other
+            self._check_not_over()
             self._database.run_blocking(step)
 
     def _forget_uploads(self) -> None:
         """Rows whose time is over, and bytes that nobody adds to."""
         for row in self._database.read_blocking(read_expired_uploads):
+            self._check_not_over()
             self._database.run_blocking(lambda session, row=row: drop_upload(session, row.model, row.upload_id))  # type: ignore[misc]
+        self._check_not_over()
         self._uploads.sweep(now=datetime.now(UTC))
 
     def _collect(self) -> None:
@@ -104,4 +111,9 @@ class Housekeeping:
         while page := self._database.read_blocking(lambda session: read_referenced(session, after=after)):  # noqa: B023
             found.update(page)
             after = page[-1]
+        self._check_not_over()
         return found
+
+    def _check_not_over(self) -> None:
+        if self._is_over:
+            raise ServerStopping("the server is stopping; another one goes on, or this one when it is back")

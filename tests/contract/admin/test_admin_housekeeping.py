@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import subprocess
+import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,6 +16,7 @@ import pytest
 from admin_site import Site, make_header, pack, refused
 from aiorch_proto.admin.v1 import registry_pb2 as pb
 from databases import on_every_database
+from patience import PATIENCE
 from sqlalchemy import select, update
 
 from aiorch_server.deployments.housekeeping import Housekeeping
@@ -90,3 +95,67 @@ async def test_nothing_is_deleted_while_nobody_can_say(site: Site, monkeypatch: 
     monkeypatch.setattr(site.database, "read_blocking", fail)
     await Housekeeping(site.database, site.store, site.uploads).tidy()
     assert len(list_files(site, "blobs")) == 1
+
+
+STUCK = """
+import asyncio, sys, threading
+from aiorch_server.deployments.housekeeping import Housekeeping
+
+class Stuck:
+    def __getattr__(self, name):
+        def hang(*arguments):
+            print("hangs", flush=True)
+            threading.Event().wait()
+        return hang
+
+async def main():
+    keeping = Housekeeping(Stuck(), Stuck(), Stuck(), interval_s=0.0)
+    keeping.start()
+    await asyncio.to_thread(sys.stdin.readline)
+    await keeping.stop()
+    print("stopped", flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_a_store_that_hangs_does_not_hold_up_the_end() -> None:
+    """Nor that of the process."""
+    process = subprocess.Popen([sys.executable, "-c", STUCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "hangs\n"
+        out, _ = process.communicate("\n", timeout=10 * PATIENCE)
+        assert (out, process.returncode) == ("stopped\n", 0)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+async def test_nothing_more_is_done_after_the_end(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was under way on its thread finds out before it deletes."""
+    await site.upload("m", create_model=True)
+    age(list_files(site, "blobs"))
+    gate, begun, ended = threading.Event(), threading.Event(), threading.Event()
+    blobs, collect = site.store.blobs, Housekeeping._collect
+
+    def list_slowly() -> Any:
+        begun.set()
+        gate.wait(20)
+        return blobs()
+
+    def collect_and_tell(keeping: Housekeeping) -> None:
+        try:
+            collect(keeping)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(site.store, "blobs", list_slowly)
+    monkeypatch.setattr(Housekeeping, "_collect", collect_and_tell)
+    monkeypatch.setattr(site.database, "read_blocking", lambda work: ())  # as if nothing were referenced
+    keeping = Housekeeping(site.database, site.store, site.uploads, interval_s=0.0)
+    keeping.start()
+    assert await asyncio.to_thread(begun.wait, 20)
+    await asyncio.wait_for(keeping.stop(), 5)
+    gate.set()
+    assert await asyncio.to_thread(ended.wait, 20)
+    assert list_files(site, "blobs")
