@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from pathlib import Path
 
+import grpc
 import pytest
-from rollout_site import CONFIG, Fleet, PuppetBackend, requests, until
+from aiorch_proto.v2 import inference_pb2 as pb
+from patience import PATIENCE
+from rollout_site import CONFIG, TIMEOUT_S, Fleet, PuppetBackend, requests, until
 
 from aiorch_server.deployments import service
 from aiorch_server.errors import AiorchError, ModelLoadError
@@ -72,3 +77,37 @@ async def test_a_name_is_given_back_where_its_folder_cannot_be_looked_at(
     assert server.manager.versions("m") == [1]
     async with requests(server, callers=0) as traffic:
         assert await traffic.ask() == ("1", 8.0)
+
+
+async def test_a_model_of_the_folder_is_unloaded_while_the_database_is_away(fleet: Fleet) -> None:
+    """And loaded; one that is deployed is refused as ever. None of it asks the database."""
+    server = await fleet.start(lifecycle={"control_mode": "explicit"})
+    await fleet.serve_first(add=1)
+    folder = fleet.folder / "one" / "models" / "own"
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_bytes(CONFIG)
+    (folder / "1" / "puppet.json").write_text('{"add": 7}')
+    file = server.deployments.database.url.file  # type: ignore[union-attr]
+    assert file is not None
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        calls = {
+            verb: channel.unary_unary(
+                f"/inference.GRPCInferenceService/RepositoryModel{verb}",
+                request_serializer=getattr(pb, f"RepositoryModel{verb}Request").SerializeToString,
+            )
+            for verb in ("Load", "Unload")
+        }
+        load, unload = pb.RepositoryModelLoadRequest, pb.RepositoryModelUnloadRequest
+        await calls["Load"](load(model_name="own"), timeout=TIMEOUT_S)
+        with contextlib.closing(sqlite3.connect(file)) as other:
+            other.execute("BEGIN EXCLUSIVE")  # nobody else gets on
+            async with asyncio.timeout(5.0 * PATIENCE):
+                await calls["Unload"](unload(model_name="own"))
+                assert not server.manager.ready("own")
+                await calls["Load"](load(model_name="own"))
+                assert server.manager.versions("own") == [1]
+                with pytest.raises(grpc.aio.AioRpcError, match="deployed from the registry: it is changed by its dep"):
+                    await calls["Unload"](unload(model_name="m"))
+                with pytest.raises(grpc.aio.AioRpcError, match="neither loaded nor in the model repository"):
+                    await calls["Unload"](unload(model_name="nobody"))
+            other.rollback()
