@@ -6,6 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.optimizer_figures import (
+    find_changing_mean,
+    find_cost,
+    find_decisions,
+    find_grace,
+    find_lead,
+    find_least_of_best,
+    find_least_of_rules,
+    find_missed_windows,
+    find_near_percent,
+    find_recovery_s,
+)
 from benchmarks.rollout_figures import (
     count_misjudged,
     count_unfit,
@@ -25,6 +37,7 @@ class Figures:
     peers: Mapping[str, Any]
     memory: Mapping[str, Any] | None = None
     rollout: Mapping[str, Any] | None = None
+    optimizer: Mapping[str, Any] | None = None
 
     def row(self, contest: str, shape: str, server: str) -> Mapping[str, Any] | None:
         for row in self.peers["rows"]:
@@ -94,6 +107,43 @@ def divide(upper: float | None, lower: float | None, factor: float = 1.0) -> flo
     """A ratio, or None where a side is missing."""
     return None if upper is None or not lower else upper / lower * factor
 
+
+#: Of the comparison of batching policies, which shows them in the terminal, too.
+OPTIMIZER_GOALS = (
+    Goal(
+        "goodput of the tuner against the best fixed point, where it is least",
+        lambda figures: find_least_of_best(figures.optimizer),
+        at_least=0.95,
+    ),
+    Goal("the same in the mean over changing loads", lambda figures: find_changing_mean(figures.optimizer), at_least=1),
+    Goal("good answers against the best of four rules, mean", lambda figures: find_lead(figures.optimizer), at_least=1),
+    Goal(
+        "goodput against the best of them, where it is least",
+        lambda figures: find_least_of_rules(figures.optimizer),
+        at_least=0.97,
+    ),
+    Goal(
+        "a step from 30 to 90 %, until the objective holds again",
+        lambda figures: find_recovery_s(figures.optimizer),
+        at_most=10,
+        unit="s",
+    ),
+    Goal("goodput at twice the capacity, against once", lambda figures: find_grace(figures.optimizer), at_least=0.9),
+    Goal("moves a minute under a steady load", lambda figures: find_decisions(figures.optimizer), at_most=2, unit=""),
+    Goal(
+        "windows in a row that miss the objective after a move",
+        lambda figures: find_missed_windows(figures.optimizer),
+        at_most=1,
+        unit="",
+    ),
+    Goal(
+        "p99 foretold within 15 %, cells",
+        lambda figures: find_near_percent(figures.optimizer),
+        at_least=90,
+        unit="%",
+    ),
+    Goal("the tuner itself, of a core", lambda figures: find_cost(figures.optimizer), at_most=1, unit="%"),
+)
 
 GOALS = (
     Goal("identity 1x1, req/s, against Triton", against("triton", "identity", "1x1", "req_per_s"), at_least=1),
@@ -167,4 +217,5 @@ GOALS = (
         at_most=5,
         unit="%",
     ),
+    *OPTIMIZER_GOALS,
 )

@@ -17,6 +17,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.charts import Bar, draw_bars
 from benchmarks.goals import GOALS, OURS, Figures
+from benchmarks.optimizer.plots import draw_policies, draw_story
+from benchmarks.optimizer_page import render_optimizer
 from benchmarks.rollout_figures import render_rollout
 from benchmarks.tables import make_grid
 
@@ -26,6 +28,8 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 CHARTS = ROOT / "docs" / "benchmarks"
 #: Cores used by other programs above which a point says more about the machine than about the servers.
 QUIET_CORES = 0.15
+#: The load that is told second by second.
+STORY = "step"
 #: Above this a request is large enough for bytes per second to mean something.
 _LARGE_BYTES = 100_000
 COLUMNS = (
@@ -114,12 +118,16 @@ def render(
     memory: Mapping[str, Any] | None = None,
     profile: Mapping[str, Any] | None = None,
     rollout: Mapping[str, Any] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
 ) -> str:
     """The whole page as Markdown; what was not measured is left out."""
     parts = [_render_head()]
     if warning := warn_if_noisy(peers):
         parts.append(f"**{warning}**")
-    parts += [_render_goals(Figures(peers, memory, rollout)), _render_machine(peers["machine"], peers["settings"])]
+    parts += [
+        _render_goals(Figures(peers, memory, rollout, optimizer)),
+        _render_machine(peers["machine"], peers["settings"]),
+    ]
     parts.append(_render_servers(peers["servers"]))
     parts += [_render_contest(peers, contest) for contest in peers["contests"]]
     parts.append(_render_starts(peers))
@@ -127,6 +135,8 @@ def render(
         parts.append(_render_memory(memory))
     if rollout is not None:
         parts.append(render_rollout(rollout))
+    if optimizer is not None:
+        parts.append(render_optimizer(optimizer))
     if profile is not None:
         parts.append(_render_profile(profile))
     if peers["void"]:
@@ -222,6 +232,12 @@ def draw_charts(peers: Mapping[str, Any]) -> dict[str, str]:
     return charts
 
 
+def draw_optimizer(optimizer: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> SVG: the comparison of batching policies, and a changing load of each model second by second."""
+    charts = {"policies": draw_policies(optimizer)}
+    return charts | {f"story-{name}": draw_story(optimizer, name, STORY) for name in optimizer["workloads"]}
+
+
 def _render_starts(peers: Mapping[str, Any]) -> str:
     rows = [
         [
@@ -299,8 +315,11 @@ def main() -> int:
     if peers is None:
         print(f"no results in {RESULTS}: run 'make bench-peers' first", file=sys.stderr)
         return 1
-    texts = {PAGE: render(peers, load("micro"), load("memory"), load("profile"), load("rollout"))}
+    optimizer = load("optimizer")
+    texts = {PAGE: render(peers, load("micro"), load("memory"), load("profile"), load("rollout"), optimizer)}
     texts |= {CHARTS / f"{name}.svg": text for name, text in draw_charts(peers).items()}
+    if optimizer is not None:
+        texts |= {CHARTS / f"{name}.svg": text for name, text in draw_optimizer(optimizer).items() if text}
     if options.check:
         stale = [path.name for path, text in texts.items() if not path.exists() or path.read_text("utf-8") != text]
         print(f"differs: {', '.join(stale)}: run benchmarks/report.py" if stale else "docs/benchmarks.md is current")

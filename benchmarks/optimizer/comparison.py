@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,21 +13,23 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.optimizer import loads
-from benchmarks.optimizer.cells import find_recovery_s, run_cell
-from benchmarks.optimizer.overload import list_peers, run_peer
-from benchmarks.optimizer.site import Point, Site, SiteFailed
+from benchmarks.optimizer.cells import count_missed_windows, find_recovery_s, run_cell
+from benchmarks.optimizer.overload import QUEUES, find_triton, start_triton
+from benchmarks.optimizer.site import Point, Site
 from benchmarks.optimizer.workloads import MAKERS, Workload
-from benchmarks.peers.measure import VOID
 
 #: Seeds that the tuner may be worked on with, and the grid is searched with; never those that are reported.
 TUNING_SEEDS: Final = (1, 2)
-#: What may go wrong in a cell without ending the rest.
-FAILURES: Final = (*VOID, SiteFailed, AssertionError, ValueError, KeyError, IndexError, TimeoutError)
 #: The policies that are no grid's best point.
 POLICIES: Final = ("auto", "none", "fixed", "aimd", "linear")
+#: Parts of the capacity.
+OVERLOADS: Final = (1.0, 2.0)
 #: The door's part of a request's time, in ms: only to choose the first rate by.
 _DOOR_MS: Final = 0.03
 _CAPACITY_S: Final = 2.0
+#: What a cell takes beside its load, and what a server needs to start.
+_BESIDE_S: Final = 1.0
+_START_S: Final = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,12 @@ class Plan:
     grid_s: float
     caps: Sequence[int]
     delay_parts: Sequence[float]
+    steady_s: float
     overload_s: float
     cache: Path
     server_cpu: int
     load_cpu: int
-    day_factor: float = 1.0
+    long_factor: float = 1.0
 
     def list_points(self, workload: Workload) -> list[Point]:
         """The grid: caps in requests, waiting in parts of the objective; who does not batch need not wait."""
@@ -57,19 +60,26 @@ class Plan:
         return [Point(cap, delay) for cap, delay in itertools.product(caps, delays) if cap > 1 or not delay]
 
     def length_s(self, load: str) -> float:
-        """Of a reported cell; a day may need longer than the others."""
-        return self.seconds * (self.day_factor if load == "day" else 1.0)
+        """Of a reported cell; a day and a step need longer than the others."""
+        return self.seconds * (self.long_factor if load in ("day", "step") else 1.0)
 
     def estimate_s(self) -> float:
-        """Of everything, roughly: what a cell needs besides its load is 1.5 s."""
+        """Of everything, roughly."""
         points = len(self.caps) * len(self.delay_parts) - (len(self.delay_parts) - 1) * (1 in self.caps)
-        per_load = sum(
-            len(self.tuning_seeds) * points * (self.ramp_s / 2 + self.grid_s + 1.5) * (self.grid_s > 0)
-            + len(self.seeds) * (len(self.policies) + (self.grid_s > 0)) * (self.ramp_s + self.length_s(load) + 1.5)
-            for load in self.loads
-        )
-        overload = 7 * (self.overload_s + 3.0) if self.overload_s else 0.0
-        return len(self.workloads) * (per_load + overload + len(self.caps) * (_CAPACITY_S + 1.5) + 10.0)
+        seconds = len(self.caps) * (_CAPACITY_S + _BESIDE_S) + _START_S
+        for load in self.loads:
+            cell_s = self.ramp_s + self.length_s(load) + _BESIDE_S
+            if self.grid_s:
+                grid_s = self.ramp_s / 4 + self.grid_s + _BESIDE_S
+                seconds += len(self.tuning_seeds) * points * grid_s + len(self.seeds) * cell_s
+            else:
+                seconds += len(self.seeds) * max(0, points - 2) * cell_s
+            seconds += len(self.seeds) * len(self.policies) * cell_s
+        if self.steady_s:
+            seconds += self.ramp_s + self.steady_s + _BESIDE_S
+        if self.overload_s:
+            seconds += 8 * (self.ramp_s / 2 + self.overload_s + _BESIDE_S) + 2 * _START_S
+        return len(self.workloads) * seconds
 
 
 class Comparison:
@@ -83,22 +93,21 @@ class Comparison:
     def run(self) -> None:
         """Everything; what fails is among the result's errors."""
         for name in self._plan.workloads:
-            with self._attempt(name) as attempt, tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            with self._attempt(name), tempfile.TemporaryDirectory(prefix="bench-") as folder:
                 self._tell(f"{name}: making the model")
                 workload = MAKERS[name](self._plan.cache / "optimizer-models")
                 self._run_workload(workload, Path(folder))
-            if attempt.has_failed:
-                continue
 
     def _run_workload(self, workload: Workload, folder: Path) -> None:
         plan, name = self._plan, workload.name
+        self._tell(f"{name}: run times")
         curve = workload.measure_curve()
         about = self._result["workloads"][name] = {
             "objective_us": workload.objective_us,
             "request_rows": workload.request_rows,
             "curve_ms": {str(count): value for count, value in curve.items()},
-            "gain": max(curve[1] * count / value for count, value in curve.items()),
-            "best": {},
+            "gain": curve[1] * (most := max(curve)) / curve[most],
+            "points": {"none": str(Point(1)), "fixed": str(Point(workload.max_requests)), "best": {}},
         }
         with Site(workload, folder, plan.server_cpu, plan.load_cpu) as site:
             about["has_priority"] = site.has_priority
@@ -108,18 +117,12 @@ class Comparison:
                 return
             for load in plan.loads:
                 self._run_load(site, load, about)
+            if plan.steady_s and "auto" in plan.policies:
+                self._watch(site, about["capacity"])
             if plan.overload_s:
                 self._overload(site, about["capacity"])
         if plan.overload_s:
-            for peer in list_peers(
-                workload, folder / "peers", plan.cache, plan.server_cpu, self._result["skipped"].append
-            ):
-                with self._attempt(f"{name}, overload, {peer.title}"):
-                    self._tell(f"{name}, overload: {peer.title}")
-                    for factor in (1.0, 2.0):
-                        times_ns = loads.draw_steady(factor * about["capacity"], plan.overload_s, plan.seeds[0])
-                        row = run_peer(peer, workload, times_ns, folder, plan.load_cpu)
-                        self._add("overload", row, workload=name, load=f"{factor:g}x", seed=plan.seeds[0])
+            self._overload_peers(workload, about["capacity"], folder)
 
     def _find_capacity(self, site: Site, curve: dict[int, float]) -> float:
         """Requests/s of the best cap when there are always more."""
@@ -129,27 +132,37 @@ class Comparison:
             self._tell(f"{site.workload.name}: capacity with {cap} in a batch")
             times_ns = loads.draw_steady(rate, _CAPACITY_S, TUNING_SEEDS[0])
             done = site.drive(Point(cap), times_ns)
-            first_ns = int(done.due_ns[0]) + round(0.25 * _CAPACITY_S * 1e9)
-            is_counted = (done.code == 0) & (done.answered_ns >= first_ns) & (done.answered_ns < done.sent_ns[-1])
-            found.append(float(is_counted.sum()) / ((int(done.sent_ns[-1]) - first_ns) / 1e9))
+            out = done.out
+            first_ns = int(out["due_ns"][0]) + round(0.25 * _CAPACITY_S * 1e9)
+            last_ns = int(out["sent_ns"][-1])
+            is_counted = (out["code"] == 0) & (out["answered_ns"] >= first_ns) & (out["answered_ns"] < last_ns)
+            found.append(float(is_counted.sum()) / ((last_ns - first_ns) / 1e9))
         return max(found)
 
     def _run_load(self, site: Site, load: str, about: dict[str, Any]) -> None:
-        plan, name, capacity = self._plan, site.workload.name, about["capacity"]
+        plan, name, capacity, length_s = self._plan, site.workload.name, about["capacity"], self._plan.length_s(load)
+        points = {"none": Point(1), "fixed": Point(site.workload.max_requests)}
+        entrants: list[str | Point] = [points.get(policy, policy) for policy in plan.policies]
         best = self._search(site, load, capacity) if plan.grid_s else None
-        if best is not None:
-            about["best"][load] = {"max_requests": best.max_requests, "delay_us": best.delay_us}
+        others = plan.list_points(site.workload) if best is None else [best]
+        entrants += [point for point in others if point not in entrants]
+        good: dict[Point, list[float]] = {}
         for seed in plan.seeds:
-            entrants = list(_list_entrants(plan.policies, site.workload, best))
             random.Random(seed).shuffle(entrants)
-            times_ns = loads.draw(load, capacity, plan.ramp_s, plan.length_s(load), seed)
-            for entrant, policy in entrants:
+            times_ns = loads.draw(load, capacity, plan.ramp_s, length_s, seed)
+            for entrant in entrants:
                 with self._attempt(f"{name}, {load}, {entrant}, seed {seed}"):
                     self._tell(f"{name}, {load}: {entrant}")
-                    row = run_cell(site, policy, times_ns, plan.ramp_s, plan.length_s(load))
+                    row = run_cell(site, entrant, times_ns, plan.ramp_s, length_s)
                     if load == "step":
-                        row["recovery_s"] = find_recovery_s(row, plan.seconds / 2)
-                    self._add("cells", row, workload=name, load=load, entrant=entrant, seed=seed)
+                        row["recovery_s"] = find_recovery_s(row, length_s / 2)
+                    self._add("cells", row, workload=name, load=load, entrant=str(entrant), seed=seed)
+                    if isinstance(entrant, Point):
+                        good.setdefault(entrant, []).append(row["goodput"])
+        if best is None and good:
+            best = _choose_point(good)
+        if best is not None:
+            about["points"]["best"][load] = str(best)
 
     def _search(self, site: Site, load: str, capacity: float) -> Point | None:
         """The point of the grid with the most goodput, on the tuning seeds."""
@@ -158,26 +171,47 @@ class Comparison:
         for seed, point in itertools.product(plan.tuning_seeds, plan.list_points(site.workload)):
             with self._attempt(f"{name}, {load}, grid {point}, seed {seed}"):
                 self._tell(f"{name}, {load}: grid, {point}")
-                times_ns = loads.draw(load, capacity, plan.ramp_s / 2, plan.grid_s, seed)
-                row = run_cell(site, point, times_ns, plan.ramp_s / 2, plan.grid_s)
+                times_ns = loads.draw(load, capacity, plan.ramp_s / 4, plan.grid_s, seed)
+                row = run_cell(site, point, times_ns, plan.ramp_s / 4, plan.grid_s)
                 good.setdefault(point, []).append(row["goodput"])
-                self._add("grid", row, workload=name, load=load, seed=seed)
-        if not good:
-            return None
-        # of two that do the same, the simpler
-        return max(good, key=lambda point: (round(float(np.mean(good[point])), 1), -point.delay_us, point.max_requests))
+                self._add("grid", row, workload=name, load=load, entrant=str(point), seed=seed)
+        return _choose_point(good) if good else None
+
+    def _watch(self, site: Site, capacity: float) -> None:
+        """A load that stays as it is, for longer: what does the tuner still do, and what does it cost?"""
+        plan, name = self._plan, site.workload.name
+        with self._attempt(f"{name}, steady"):
+            self._tell(f"{name}, steady: auto")
+            times_ns = loads.draw("poisson", capacity, plan.ramp_s, plan.steady_s, plan.seeds[0])
+            row = run_cell(site, "auto", times_ns, plan.ramp_s, plan.steady_s)
+            row["missed_windows"] = count_missed_windows(row)
+            self._add("steady", row, workload=name, load="poisson", entrant="auto", seed=plan.seeds[0])
 
     def _overload(self, site: Site, capacity: float) -> None:
-        plan, name, seed = self._plan, site.workload.name, self._plan.seeds[0]
-        for factor, (entrant, policy) in itertools.product(
-            (1.0, 2.0), [("auto", "auto"), ("fixed", Point(site.workload.max_requests))]
-        ):
-            with self._attempt(f"{name}, overload {factor:g}x, {entrant}"):
-                self._tell(f"{name}, overload {factor:g}x: {entrant}")
-                ramp_s = plan.ramp_s / 2
-                times_ns = loads.draw_steady(factor * capacity, plan.overload_s + ramp_s, seed)
+        plan, name, ramp_s = self._plan, site.workload.name, self._plan.ramp_s / 2
+        for factor, policy in itertools.product(OVERLOADS, ("auto", Point(site.workload.max_requests))):
+            with self._attempt(f"{name}, overload {factor:g}x, {policy}"):
+                self._tell(f"{name}, {factor:g}x capacity: {policy}")
+                times_ns = loads.draw_steady(factor * capacity, plan.overload_s + ramp_s, plan.seeds[0])
                 row = run_cell(site, policy, times_ns, ramp_s, plan.overload_s)
-                self._add("overload", row, workload=name, load=f"{factor:g}x", entrant=entrant, seed=seed)
+                entrant = "auto" if policy == "auto" else "fixed"
+                self._add("overload", row, workload=name, factor=factor, entrant=entrant, seed=plan.seeds[0])
+
+    def _overload_peers(self, workload: Workload, capacity: float, folder: Path) -> None:
+        plan, name, ramp_s = self._plan, workload.name, self._plan.ramp_s / 2
+        if reason := find_triton(plan.cache):
+            self._result["skipped"].append(f"{name}, overload: {reason}")
+            return
+        for entrant in QUEUES:
+            with self._attempt(f"{name}, overload, {entrant}"):
+                self._tell(f"{name}, overload: starting {entrant}")
+                cpus = plan.server_cpu, plan.load_cpu
+                with start_triton(entrant, workload, capacity, folder / entrant, plan.cache, cpus) as peer:
+                    for factor in OVERLOADS:
+                        self._tell(f"{name}, {factor:g}x capacity: {entrant}")
+                        times_ns = loads.draw_steady(factor * capacity, plan.overload_s + ramp_s, plan.seeds[0])
+                        row = peer.run(workload, times_ns, ramp_s, plan.overload_s, folder, plan.load_cpu)
+                        self._add("overload", row, workload=name, factor=factor, entrant=entrant, seed=plan.seeds[0])
 
     def _add(self, kind: str, row: dict[str, Any], **which: Any) -> None:
         self._result[kind].append({**which, **row})
@@ -188,7 +222,7 @@ class Comparison:
 
 
 class Attempt:
-    """A block whose failure is told in a list and goes no further."""
+    """A block of which any failure is told in a list and goes no further: hours of other cells are worth more."""
 
     def __init__(self, what: str, errors: list[str]) -> None:
         self._what, self._errors = what, errors
@@ -198,17 +232,12 @@ class Attempt:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, FAILURES):
+        if isinstance(error, Exception):
             self.has_failed = True
             self._errors.append(f"{self._what}: {type(error).__name__}: {str(error)[-500:]}")
         return self.has_failed
 
 
-def _list_entrants(
-    policies: Sequence[str], workload: Workload, best: Point | None
-) -> Iterator[tuple[str, str | Point]]:
-    fixed = {"none": Point(1), "fixed": Point(workload.max_requests)}
-    for policy in policies:
-        yield policy, fixed.get(policy, policy)
-    if best is not None:
-        yield "best", best
+def _choose_point(good: dict[Point, list[float]]) -> Point:
+    """The one with the most goodput; of several that do the same, the one that waits least."""
+    return max(good, key=lambda point: (round(float(np.mean(good[point])), 1), -point.delay_us, point.max_requests))

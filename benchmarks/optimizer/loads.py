@@ -16,7 +16,6 @@ LOADS: Final = {
     "day": "a day from night to its peak of 110 % of capacity, 50 % in the mean",
     "step": "30 %, from the middle on 90 % of capacity",
 }
-CHANGING: Final = ("bursts", "day", "step")
 #: What comes before it counts: at the load's first rate.
 _FIRST: Final = {"poisson": 0.7, "bursts": 0.5, "day": 0.3, "step": 0.3}
 

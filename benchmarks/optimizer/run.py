@@ -38,12 +38,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--policies", default=",".join(POLICIES), help="comma-separated, from: %(default)s")
     parser.add_argument("--seeds", default="", help="comma-separated; default: drawn at random")
     parser.add_argument("--seed-count", type=int, default=1 if is_quick else 3)
-    parser.add_argument("--ramp", type=float, default=2.0 if is_quick else 6.0, help="seconds before a cell counts")
-    parser.add_argument("--seconds", type=float, default=4.0 if is_quick else 20.0, help="of a reported cell")
-    parser.add_argument("--grid-seconds", type=float, default=2.0 if is_quick else 6.0, help="0: no search")
+    parser.add_argument("--ramp", type=float, default=1.2 if is_quick else 4.0, help="seconds before a cell counts")
+    parser.add_argument("--seconds", type=float, default=3.0 if is_quick else 15.0, help="of a reported cell")
+    parser.add_argument("--grid-seconds", type=float, default=0.0 if is_quick else 4.0, help="0: no search")
     parser.add_argument("--caps", default="1,8,32" if is_quick else ",".join(map(str, _CAPS)))
-    parser.add_argument("--delays", default="0" if is_quick else "0,0.05,0.2", help="in parts of the objective")
-    parser.add_argument("--overload-seconds", type=float, default=4.0 if is_quick else 12.0, help="0: none")
+    parser.add_argument("--delays", default="0" if is_quick else "0,0.1", help="in parts of the objective")
+    parser.add_argument("--steady-seconds", type=float, default=12.0 if is_quick else 120.0, help="0: none")
+    parser.add_argument("--overload-seconds", type=float, default=3.0 if is_quick else 12.0, help="0: none")
     parser.add_argument("--cache", type=Path, default=Path(os.environ.get("AIORCH_CACHE", ROOT / ".cache")) / "bench")
     parser.add_argument("--server-cpu", type=int, default=0)
     parser.add_argument("--load-cpu", type=int, default=1)
@@ -74,11 +75,12 @@ def make_plan(options: argparse.Namespace) -> Plan:
         grid_s=options.grid_seconds,
         caps=[int(each) for each in options.caps.split(",")],
         delay_parts=[float(each) for each in options.delays.split(",")],
+        steady_s=options.steady_seconds,
         overload_s=options.overload_seconds,
         cache=options.cache.resolve(),
         server_cpu=options.server_cpu,
         load_cpu=options.load_cpu,
-        day_factor=1.0 if options.is_quick else 3.0,
+        long_factor=2.0,
     )
 
 
@@ -98,7 +100,7 @@ def main() -> int:
             "delay_parts": list(plan.delay_parts), "loads": {load: LOADS[load] for load in plan.loads},
         },
         "seeds": {"tuning": list(TUNING_SEEDS), "reported": list(plan.seeds)},
-        "workloads": {}, "cells": [], "grid": [], "overload": [], "errors": [], "skipped": [],
+        "workloads": {}, "cells": [], "grid": [], "steady": [], "overload": [], "errors": [], "skipped": [],
     }  # fmt: skip
     out.print(f"seeds {', '.join(map(str, plan.seeds))}; about {plan.estimate_s() / 60:.0f} minutes")
     began_s = time.monotonic()

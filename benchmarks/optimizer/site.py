@@ -21,6 +21,8 @@ from benchmarks.scenarios.foretold import Watched, read_observation
 _TIMED = ROOT / "benchmarks" / "scenarios" / "timed.py"
 #: Answers that come later than this after the last request was due are not waited for.
 DRAIN_S: Final = 1.0
+#: So many that what is not answered yet stays within the streams that a server allows on each.
+CONNECTIONS: Final = 64
 _EMPTY_S: Final = 20.0
 #: Looks at the server meanwhile: what a tuner's windows are made of.
 _LOOK_S: Final = 1.0
@@ -43,24 +45,17 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Drive:
-    """What became of requests, each array by request and in ns of the monotonic clock; and what the server saw of it.
+    """What became of requests, and what the server saw of it; ``looks`` are a second apart.
 
-    ``answered_ns`` is 0 where no answer came, ``code`` is gRPC's status and -1 then. ``looks`` are a second apart.
+    ``out`` has for each request ``due_ns``, ``sent_ns``, ``answered_ns`` (0: no answer) by the monotonic clock, and
+    ``code``: gRPC's status, -1 without an answer.
     """
 
-    due_ns: npt.NDArray[np.int64]
-    sent_ns: npt.NDArray[np.int64]
-    answered_ns: npt.NDArray[np.int64]
-    code: npt.NDArray[np.int16]
+    out: dict[str, npt.NDArray[Any]]
     looks: tuple[Window, ...]
     window: Window
     told_before: dict[str, Any]
     told_after: dict[str, Any]
-
-    @property
-    def lag_p99_us(self) -> float:
-        """How late requests were sent, by the fault of the caller."""
-        return float(np.quantile(self.sent_ns - self.due_ns, 0.99)) / 1e3 if len(self.due_ns) else 0.0
 
 
 def drive(
@@ -71,7 +66,7 @@ def drive(
     np.savez(folder / "times.npz", times_ns=times_ns)
     (folder / "out.npz").unlink(missing_ok=True)
     command = ["taskset", "-c", str(cpu), sys.executable, str(_TIMED), str(port)]
-    command += [str(folder / name) for name in ("times.npz", "message", "out.npz")] + [str(DRAIN_S)]
+    command += [str(folder / name) for name in ("times.npz", "message", "out.npz")] + [str(DRAIN_S), str(CONNECTIONS)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as caller:
         try:
             end_s = time.monotonic() + (float(times_ns[-1]) / 1e9 if len(times_ns) else 0.0) + 30.0
@@ -135,9 +130,8 @@ class Site:
 
         out = drive(told["port"], times_ns, self.workload.encode(model), self._folder, self._load_cpu, look)
         window = Window.between(read_observation(first, model), read_observation(told, model))
-        arrays = {name: out[name] for name in ("due_ns", "sent_ns", "answered_ns", "code")}
         self._await_empty(model)
-        return Drive(**arrays, looks=tuple(looks), window=window, told_before=first, told_after=told)
+        return Drive(out, tuple(looks), window, first, told)
 
     def _await_empty(self, model: str) -> dict[str, Any]:
         end_s = time.monotonic() + _EMPTY_S

@@ -126,8 +126,8 @@ def make_onnx(name: str, folder: Path) -> Workload:
     """``<name>.onnx`` and its rows ``<name>.npz`` of a folder; judged by onnxruntime in this process."""
     onnx = folder / f"{name}.onnx"
     session = open_session(onnx)
-    inputs = tuple(_read_signature(tensor) for tensor in session.get_inputs())
-    outputs = tuple(_read_signature(tensor) for tensor in session.get_outputs())
+    inputs = tuple(read_signature(tensor) for tensor in session.get_inputs())
+    outputs = tuple(read_signature(tensor) for tensor in session.get_outputs())
     with np.load(folder / f"{name}.npz") as stored:
         rows = {tensor.name: stored[tensor.name] for tensor in inputs}
     names = [tensor.name for tensor in outputs]
@@ -159,6 +159,6 @@ def ensure_models(folder: Path) -> Path:
     return folder
 
 
-def _read_signature(tensor: onnxruntime.NodeArg) -> TensorSignature:
+def read_signature(tensor: onnxruntime.NodeArg) -> TensorSignature:
     datatype = {"tensor(float)": "FP32", "tensor(int64)": "INT64"}[tensor.type]
     return TensorSignature(tensor.name, datatype, tuple(d if isinstance(d, int) else -1 for d in tensor.shape[1:]))

@@ -1,10 +1,10 @@
 """Sends one request at times fixed beforehand, whatever the server does.
 
-``timed.py PORT TIMES MESSAGE OUTPUT [DRAIN]``: TIMES is an .npz with ``times_ns`` from the start, MESSAGE a serialised
-ModelInferRequest. OUTPUT gets, for each request, ``sent_ns`` and ``answered_ns`` on the monotonic clock (0: never) and
-``code``, gRPC's status. Answers are waited for DRAIN seconds after the last was due. A process of its own, so that it
-can have a core of its own; it takes as little part in HTTP/2's header compression as it may (a table of size 0), which
-makes equal headers equal bytes.
+``timed.py PORT TIMES MESSAGE OUTPUT [DRAIN [CONNECTIONS]]``: TIMES is an .npz with ``times_ns`` from the start,
+MESSAGE a serialised ModelInferRequest. OUTPUT gets, for each request, ``sent_ns`` and ``answered_ns`` on the monotonic
+clock (0: never) and ``code``, gRPC's status. Answers are waited for DRAIN seconds after the last was due. A process of
+its own, so that it can have a core of its own; it takes as little part in HTTP/2's header compression as it may (a
+table of size 0), which makes equal headers equal bytes.
 """
 
 from __future__ import annotations
@@ -89,10 +89,11 @@ class Caller:
 def main() -> int:
     port, times_path, message_path, output = int(sys.argv[1]), *map(Path, sys.argv[2:5])
     drain_s = float(sys.argv[5]) if len(sys.argv) > 5 else _DRAIN_S
+    n_connections = int(sys.argv[6]) if len(sys.argv) > 6 else CONNECTIONS
     with np.load(times_path) as stored:
         due_ns = stored["times_ns"].tolist()
     codes: dict[bytes, int] = {}
-    callers = [Caller(port, message_path.read_bytes(), codes) for _ in range(CONNECTIONS)]
+    callers = [Caller(port, message_path.read_bytes(), codes) for _ in range(n_connections)]
     by_descriptor = {each.socket.fileno(): each for each in callers}
     sent_ns, answered_ns = np.zeros((2, len(due_ns)), np.int64)
     code = np.full(len(due_ns), -1, np.int16)
@@ -105,7 +106,7 @@ def main() -> int:
     while number < len(due_ns) or (any(each.n_open for each in callers) and time.monotonic_ns() < end_ns):
         while number < len(due_ns) and begun_ns + due_ns[number] <= (now_ns := time.monotonic_ns()):
             sent_ns[number] = now_ns
-            callers[number % CONNECTIONS].ask(number)
+            callers[number % n_connections].ask(number)
             number += 1
         if number == len(due_ns):
             end_ns = end_ns or time.monotonic_ns() + int(drain_s * 1e9)
