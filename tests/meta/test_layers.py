@@ -39,6 +39,7 @@ LEVELS = {
     "app": 7,
     "cli": 8,
     "testing": 8,
+    "environment": 8,
 }
 #: Within level 0: what stands on what.
 GROUND = {
@@ -68,6 +69,7 @@ KNOWN_ONLY_BY = {
     "rich": ("cli",),
     "uvloop": ("cli",),
     "aiorch_client": ("cli",),
+    "gymnasium": ("environment",),
     "aiorch_backends": (),
 }
 
