@@ -36,7 +36,7 @@ _GAUGES: Final[tuple[tuple[str, str, Callable[[TunedVersion], float]], ...]] = (
     ("aiorch_tuner_instances", "Instances that take batches", lambda it: it.knobs["instances"]),
     (
         "aiorch_objective_latency_seconds",
-        "Latency that answers should keep to; 0 where the objective has none",
+        "Latency that answers should keep to",
         lambda it: it.objective.latency_us / 1e6,
     ),
     (
@@ -63,7 +63,8 @@ _GAUGES: Final[tuple[tuple[str, str, Callable[[TunedVersion], float]], ...]] = (
 
 
 class TunerCollector:
-    """The families of all versions that ``list_tuned`` gives at the time of a scrape, 28 series for each.
+    """The families of all versions that ``list_tuned`` gives at the time of a scrape, 28 series for each, 19 of one
+    without a target.
 
     Of two generations of one version, where the older one drains after a reload, the one that came last is shown.
     """
@@ -82,7 +83,8 @@ class TunerCollector:
         for name, text, read in _GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=names)
             for labels, it in tuned.items():
-                gauge.add_metric(labels, _show(read(it)))
+                if it.objective.latency_us or not name.startswith("aiorch_objective_"):
+                    gauge.add_metric(labels, _show(read(it)))
             yield gauge
         states = GaugeMetricFamily("aiorch_tuner_state", "1 for the state that a tuner is in", labels=[*names, "state"])
         text = "Moves of a knob by what became of them"

@@ -38,7 +38,8 @@ output [ { name: "Y" data_type: TYPE_FP32 dims: [ 1 ] } ]
 parameters { key: "execute_delay_us" value { string_value: "20000" } }
 parameters { key: "objective" value { string_value: "p95=60ms, instances=1" } }
 """
-OFFERED = 300.0  # requests/s, of which 200 can be answered
+#: Requests/s in turn, each for so long; 200 of them can be answered.
+OFFERED, TURN_S = (50.0, 300.0), 2.0
 
 
 def queries() -> Iterator[tuple[str, str]]:
@@ -57,7 +58,7 @@ def put_in(query: str) -> str:
 
 @asynccontextmanager
 async def loading(port: int) -> AsyncIterator[None]:
-    """More requests than can be answered, as long as it lasts."""
+    """Now few requests, now more than can be answered, as long as it lasts: that teaches what each batch takes."""
 
     async def call(stub: InferenceStub) -> None:
         request = pb.ModelInferRequest(model_name="watched", raw_input_contents=[np.float32(7).tobytes()])
@@ -68,10 +69,11 @@ async def loading(port: int) -> AsyncIterator[None]:
             assert error.code() is grpc.StatusCode.UNAVAILABLE
 
     async def offer() -> None:
-        random, due_s = np.random.default_rng(1), time.monotonic()
+        random, began_s = np.random.default_rng(1), time.monotonic()
+        due_s = began_s
         async with asyncio.TaskGroup() as calls:
             while not is_over.is_set():
-                due_s += random.exponential(1 / OFFERED)
+                due_s += random.exponential(1 / OFFERED[int((due_s - began_s) / TURN_S) % len(OFFERED)])
                 await asyncio.sleep(max(0.0, due_s - time.monotonic()))
                 calls.create_task(call(stub))
 

@@ -23,6 +23,7 @@ max_batch_size: 4
 input [ { name: "X" data_type: TYPE_FP32 dims: [ 1 ] } ]
 output [ { name: "Y" data_type: TYPE_FP32 dims: [ 1 ] } ]
 """
+OFF = 'parameters { key: "tuning" value { string_value: "off" } }'
 SAID = 'parameters { key: "objective" value { string_value: "p95=200ms, error_budget=0.1, instances=1..2" } }'
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -46,7 +47,7 @@ async def call(stub: InferenceStub) -> None:
 
 
 async def test_the_series_of_a_tuned_version_come_and_go(tmp_path: Path) -> None:
-    for name, said in (("told", SAID), ("plain", "")):
+    for name, said in (("told", SAID), ("plain", ""), ("left", OFF)):
         (tmp_path / name / "1").mkdir(parents=True)
         (tmp_path / name / "config.pbtxt").write_text(MODEL + said)
     config = ServerConfig.model_validate(
@@ -69,6 +70,10 @@ async def test_the_series_of_a_tuned_version_come_and_go(tmp_path: Path) -> None
         in_time = ("aiorch_objective_requests_total", (("end", "in_time"), *told))
         while (found := await scrape(client)).get(in_time, 0) < 40:
             await asyncio.gather(*(call(stub) for _ in range(20)))
+        plain = {each: value for each, value in found.items() if ("model", "plain") in each[1]}
+        assert not any(name.startswith("aiorch_objective_") for name, _ in plain)
+        assert ("aiorch_tuner_max_batch_size", (("model", "plain"),)) in plain
+        found = {each: value for each, value in found.items() if each not in plain}
         assert {dict(labels)["model"] for _, labels in found} == {"told"}
         assert found["aiorch_objective_latency_seconds", told] == 0.2
         assert found["aiorch_objective_quantile", told] == 0.95
@@ -82,7 +87,8 @@ async def test_the_series_of_a_tuned_version_come_and_go(tmp_path: Path) -> None
         assert sum(found[each] for each in found if each[0] == "aiorch_tuner_state") == 1
         assert names["aiorch_tuner_decisions_total"] == 9
         assert names["aiorch_objective_requests_total"] == 6
-        assert len(found) == 28
+        assert (len(found), len(plain)) == (28, 19)
         await app.manager.unload("told")
+        await app.manager.unload("plain")
         while await scrape(client):
             await asyncio.sleep(0.05)
