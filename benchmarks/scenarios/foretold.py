@@ -76,11 +76,13 @@ class Cell:
 CELLS = [Cell(load, cap, bursty) for load in (0.3, 0.6, 0.8) for cap in (1, 8, 32) for bursty in (False, True)]
 
 
-def write_repository(folder: Path, model: Model, onnx: Path) -> bytes:
-    """The model's folder in a repository; a request for one row of it."""
+def write_repository(folder: Path, model: Model, onnx: Path, objective: str = "") -> bytes:
+    """The model's folder in a repository, left as written or tuned to the objective; a request for one row of it."""
     request = pb.ModelInferRequest(model_name=model.name)
     head = f'name: "{model.name}" backend: "{model.backend}" max_batch_size: 32\ndynamic_batching {{ }}\n'
     head += "instance_group [ { count: 1 kind: KIND_CPU } ]\n"
+    key, text = ("objective", objective) if objective else ("tuning", "off")
+    head += f'parameters {{ key: "{key}" value {{ string_value: "{text}" }} }}\n'
     (folder / model.name / "1").mkdir(parents=True)
     if model.backend == "identity":
         head += 'input [ { name: "INPUT0" data_type: TYPE_FP32 dims: [ 4 ] } ]\n'
