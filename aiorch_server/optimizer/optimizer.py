@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 from aiorch_server._core import Scheduler
@@ -18,6 +18,7 @@ from aiorch_server.execution.thread_executor import InstanceGroup
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.lifecycle.threads import run_blocking
 from aiorch_server.optimizer.baselines import RULES, RuledVersion
+from aiorch_server.optimizer.budget import share_instances
 from aiorch_server.optimizer.tuned import Decision, TunedVersion
 from aiorch_server.optimizer.window import Window
 from aiorch_server.types import BatchingPolicy, SchedulerObservation
@@ -130,8 +131,10 @@ class Optimizer:
 
     ``list_servables`` gives what serves now. ``read_objectives`` gives those that operators have set for models, as
     fields of tuning.proto; they win over the configuration's. Where that fails, what it gave last holds.
-    Without an objective a model's cap is kept at the knee of its curve, unless its configuration says what sizes it
-    prefers. Models are left alone that say ``tuning: off``, or have no one queue of their own (ensembles, sequences).
+    All versions with a target together get ``max_instances`` (0: as many as ``cores``), or what their objectives say as
+    the least. Without an objective a model's cap is kept at the knee of its curve, unless its configuration says what
+    sizes it prefers. Models are left alone that say ``tuning: off``, or have no one queue of their own (ensembles,
+    sequences).
     """
 
     def __init__(
@@ -139,11 +142,13 @@ class Optimizer:
         list_servables: Callable[[], Iterable[Servable]],
         *,
         cores: int,
+        max_instances: int = 0,
         interval_s: float = INTERVAL_S,
         read_objectives: Callable[[], Awaitable[Mapping[str, Mapping[str, Any]]]] | None = None,
     ) -> None:
         self._list_servables, self._read_objectives = list_servables, read_objectives
         self._cores, self._interval_s = cores, interval_s
+        self._budget = max_instances or cores
         self._objectives: dict[str, Objective] = {}
         self._read_at_s = -math.inf
         self._written: dict[int, tuple[Servable, Objective, bool]] = {}  # what configurations say, read once
@@ -184,6 +189,7 @@ class Optimizer:
             else:
                 self._objectives = {model: read_fields(fields) for model, fields in found.items()}
         self._follow()
+        self._share_instances()
         for entry in self._entries.values():
             if entry.task is not None and not entry.task.done():  # a move may take as long as an instance takes to load
                 continue
@@ -202,6 +208,25 @@ class Optimizer:
             except Exception:
                 logger.exception("the optimizer's look at the models failed; the next one comes in due time")
             await asyncio.sleep(max(0.1, self._interval_s - (time.monotonic() - began)))
+
+    def _share_instances(self) -> None:
+        entries = [
+            (entry, entry.tuned)
+            for entry in self._entries.values()
+            if isinstance(entry.tuned, TunedVersion) and entry.tuned.objective.latency_us
+        ]
+        claims = [
+            # to whom nothing comes misses nothing
+            tuned.claim if entry.read_arrivals() != entry.arrivals else replace(tuned.claim, is_short=False)
+            for entry, tuned in entries
+        ]
+        shares = share_instances(claims, self._budget)
+        for (_, tuned), limit in zip(entries, shares.limits, strict=True):
+            tuned.limit_instances(limit)
+        if shares.giver is not None and shares.taker is not None:
+            giver, taker = entries[shares.giver][0], entries[shares.taker][1]
+            if giver.task is None or giver.task.done():
+                giver.task = asyncio.create_task(_give_up(giver, taker.name))
 
     def _follow(self) -> None:
         """Takes up what has come, drops what has gone, and begins anew where the objective has changed."""
@@ -256,6 +281,14 @@ async def _tick(entry: _Entry) -> None:
         await entry.tuned.tick()
     except Exception:
         logger.exception("'%s:%d' could not be tuned", entry.servable.name, entry.servable.version)
+
+
+async def _give_up(entry: _Entry, to: str) -> None:
+    assert isinstance(entry.tuned, TunedVersion)
+    try:
+        await entry.tuned.give_up_instance(to)
+    except Exception:
+        logger.exception("'%s:%d' could not give up an instance", entry.servable.name, entry.servable.version)
 
 
 async def _return_instances(entry: _Entry) -> None:

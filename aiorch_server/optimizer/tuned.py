@@ -12,6 +12,7 @@ from typing import Final, Protocol
 from aiorch_server.config.objective import Objective
 from aiorch_server.errors import AiorchError
 from aiorch_server.lifecycle.threads import run_blocking
+from aiorch_server.optimizer.budget import Claim
 from aiorch_server.optimizer.burstiness import Traffic
 from aiorch_server.optimizer.knee import CHEAPER, KneeTuner, find_knee
 from aiorch_server.optimizer.predict import Demand, Knobs, Scenario, Surroundings
@@ -129,7 +130,7 @@ class TunedVersion:
             instances=levers.serving,
         )
         self.tuner = (
-            Tuner(knobs, self.bounds, allowed_misses=objective.allowed_misses)
+            Tuner(knobs, self.bounds, allowed_misses=objective.allowed_misses, instance_cost=objective.cost)
             if has_target
             else KneeTuner(knobs, self.bounds)
         )
@@ -181,6 +182,27 @@ class TunedVersion:
         """The same percentile as the last look for a move foretold it; infinite before there was one."""
         promised = self.tuner.promised
         return promised.percentile_us if promised is not None else math.inf
+
+    @property
+    def claim(self) -> Claim:
+        """What it has of the machine, and what it could do with; of one that is moving, what it will have."""
+        tuner, bounds = self.tuner, self.bounds
+        is_short = tuner.state is State.STEADY and tuner.is_missing
+        count = max(tuner.knobs.instances, self._levers.serving)
+        return Claim(self.objective.priority, count, bounds.min_instances, bounds.max_instances, is_short)
+
+    def limit_instances(self, most: int) -> None:
+        """From now on it may have so many; who has more keeps them."""
+        most = max(most, self.tuner.knobs.instances)
+        self.tuner.bounds = replace(self.bounds, max_instances=min(most, self.bounds.max_instances))
+
+    async def give_up_instance(self, to: str) -> None:
+        """One goes, whatever that does to its own latency; nothing while a move is being judged."""
+        if self.tuner.state is not State.STEADY:
+            return
+        before = self.tuner.knobs
+        self.tuner.knobs = after = replace(before, instances=before.instances - 1)
+        await self._make(Move("instances", before, after, f"'{to}' misses its objective and has a higher priority"))
 
     async def tick(self) -> None:
         """Looks, learns, and makes the move that is due, if any; returns when it is made."""

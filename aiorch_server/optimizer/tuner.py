@@ -116,15 +116,23 @@ class Tuner:
     """Decides for one model version; ``step`` is called about once a second.
 
     ``allowed_misses`` is the share of requests that may miss the target, None where there is no target: the percentile
-    alone is then kept low. Times are seconds on any clock that does not run backwards.
+    alone is then kept low. An instance more has to bring ``instance_cost`` times what another move has to; one that
+    costs much is given back sooner, too. Times are seconds on any clock that does not run backwards.
     """
 
     def __init__(
-        self, knobs: Knobs, bounds: Bounds, *, allowed_misses: float | None = None, pace: Pace | None = None
+        self,
+        knobs: Knobs,
+        bounds: Bounds,
+        *,
+        allowed_misses: float | None = None,
+        instance_cost: float = 1.0,
+        pace: Pace | None = None,
     ) -> None:
         self.knobs = knobs
         self.bounds = bounds
         self.allowed_misses = allowed_misses
+        self.instance_cost = instance_cost
         self.state = State.LEARNING
         #: What became of the last move, in words; "" as long as it is not judged.
         self.verdict = ""
@@ -162,6 +170,13 @@ class Tuner:
             return None
         reason = self._find_cause(now_s, situation.run_us)
         return self._choose(now_s, situation, reason) if reason else None
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether more requests than allowed missed the target lately, by more than chance."""
+        return self.allowed_misses is not None and self._trail.recent(self._pace.judge_s).misses_surely(
+            self.allowed_misses
+        )
 
     def reject(self, now_s: float, reason: str) -> None:
         """The move that ``step`` gave could not be made: as if it had not been; its knob rests."""
@@ -238,11 +253,13 @@ class Tuner:
 
     def _is_better(self, one: Outlook, knobs: Knobs, other: Outlook, others: Knobs) -> bool:
         gain = one.good - other.good
-        noise = max(_GOOD_GAIN, 2 * math.hypot(one.error, other.error))
+        worth = _GOOD_GAIN * (self.instance_cost if knobs.instances > others.instances else 1.0)
+        noise = max(worth, 2 * math.hypot(one.error, other.error))
         if self.allowed_misses is not None and abs(gain) > noise:
             return gain > 0
         if self.allowed_misses is not None and knobs.instances < others.instances:
-            return one.good >= 1 - self.allowed_misses / 2
+            # of what may be missed, a half is kept in reserve; less where instances are dear
+            return one.good >= 1 - self.allowed_misses * max(0.0, 1.0 - 0.5 / self.instance_cost)
         return one.percentile_us < (1 - _PERCENTILE_GAIN) * other.percentile_us and knobs.instances <= others.instances
 
     def _judge(self, now_s: float) -> Move | None:

@@ -18,7 +18,9 @@ from aiorch_proto.v2.service import InferenceStub
 from aiorch_server.app import Application
 from aiorch_server.config.server import ServerConfig
 from aiorch_server.errors import AiorchError, RegistryUnavailable
+from aiorch_server.execution.placement import count_cpus
 from aiorch_server.optimizer import optimizer, tuned
+from aiorch_server.optimizer.tuner import State
 
 RUN_S, MAX_ROWS, TARGET_S = 0.04, 4, 0.3
 CAPACITY = MAX_ROWS / RUN_S
@@ -179,6 +181,16 @@ async def test_instances_follow_their_bounds(tmp_path: Path) -> None:
             while not (accounts := app.optimizer.explain("m")) or accounts[0].knobs["instances"] < 2:
                 await offer(stub, 1.4 * CAPACITY, 1.0)
         found = await offer(stub, 1.4 * CAPACITY, 2.0)
+        (entry,) = app.optimizer._entries.values()
+        await app.optimizer.stop()
+        assert isinstance(entry.tuned, tuned.TunedVersion)
+        entry.tuned.tuner.state = State.STEADY
+        had = entry.tuned.claim.instances
+        giving = asyncio.create_task(entry.tuned.give_up_instance("more important"))
+        assert {code for code, _, _ in await offer(stub, 0.5 * CAPACITY, 1.0)} == {"OK"}
+        await giving
+        assert (entry.tuned.claim.instances, had <= max(2, count_cpus())) == (had - 1, True)
+        assert "higher priority" in entry.tuned.decisions[-1].reason
     decisions = [each for each in accounts[0].decisions if each.knob == "instances"]
     assert (decisions[0].before, decisions[0].after) == (1.0, 2.0)
     assert "miss the objective" in decisions[0].reason or "first look" in decisions[0].reason

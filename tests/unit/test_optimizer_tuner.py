@@ -111,6 +111,20 @@ def test_an_instance_is_taken_where_it_helps_and_given_back_where_it_does_not() 
     assert tuner.knobs.instances == 1
 
 
+@pytest.mark.parametrize(("cost", "count"), [(1.0, 2), (5.0, 1)])
+def test_a_dear_instance_has_to_bring_more(cost: float, count: int) -> None:
+    tuner = Tuner(Knobs(64, 0, instances=1), BOUNDS, allowed_misses=0.01, instance_cost=cost)
+    World(lambda knobs: Outlook(0.98 if knobs.instances == 1 else 1.0, 0.0, 5000.0)).live(tuner, 60)
+    assert tuner.knobs.instances == count
+
+
+@pytest.mark.parametrize(("cost", "count"), [(1.0, 2), (5.0, 1)])
+def test_a_dear_instance_is_given_back_sooner(cost: float, count: int) -> None:
+    tuner = Tuner(Knobs(64, 0, instances=2), BOUNDS, allowed_misses=0.01, instance_cost=cost)
+    World(lambda knobs: Outlook(0.993 if knobs.instances == 1 else 0.997, 0.0, 5000.0)).live(tuner, 60)
+    assert tuner.knobs.instances == count
+
+
 def test_without_a_target_the_percentile_counts() -> None:
     tuner = Tuner(START, BOUNDS)
     world = World(lambda knobs: Outlook(1.0, 0.0, 500.0 + 100 * knobs.max_rows + knobs.delay_us))
