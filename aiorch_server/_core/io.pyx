@@ -78,12 +78,13 @@ cdef class IoThread:
             raise OSError("an I/O thread cannot watch this listening socket")
 
     def start(self, str name="aiorch-io"):
-        """Starts the thread; once only. RuntimeError: it was started, or the system has no more threads."""
+        """Starts the thread and gives the system's id of it; once only. RuntimeError: it was started, or the system has no more threads."""
         if self.thread is not None or self.is_closed:
             raise RuntimeError("an I/O thread is started once")
         thread = threading.Thread(target=self._run, name=name, daemon=True)
         thread.start()
         self.thread = thread        # only now: where no thread could be had, nobody waits for it
+        return thread.native_id
 
     def _run(self):
         with nogil:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from aiorch_server._core import Passes, Router
 from aiorch_server.assembly.planes import Planes
-from aiorch_server.config.server import GrpcConfig, ServerConfig, Transport
+from aiorch_server.config.server import GrpcConfig, Scheduling, ServerConfig, Transport
+from aiorch_server.execution.precedence import check_precedence, give_precedence
 
 if TYPE_CHECKING:
     from aiorch_server.frontends.admin.services import AdminServices
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 def build_grpc_server(config: ServerConfig, router: Router, passes: Passes | None) -> Any:
     """The gRPC server, a ``grpc.aio.Server`` or one with its surface, without port and services.
 
-    ``router`` and ``passes`` are what the compiled door reads of the models and of who was let in.
+    ``router`` and ``passes`` are what the compiled door reads of the models and of who was let in. Raises
+    InvalidSettings where I/O threads should have a precedence that the system refuses.
     """
     from aiorch_server.frontends import grpc as door
 
@@ -34,6 +36,10 @@ def build_grpc_server(config: ServerConfig, router: Router, passes: Passes | Non
             "for the fast door install libnghttp2-dev and pkg-config, then this package again"
         )
         is_native = False
+    is_realtime = is_native and config.execution.scheduling is Scheduling.REALTIME
+    if is_realtime:
+        check_precedence()
+        logger.info("the I/O threads run at real-time priority")
     interceptors = _make_interceptors(grpc)
     if not is_native:
         return door.create_grpcio_server(
@@ -60,6 +66,7 @@ def build_grpc_server(config: ServerConfig, router: Router, passes: Passes | Non
         server_limits=door.ServerLimits(grpc.max_buffered_bytes, grpc.max_connections),
         compression=door.ResponseCompression(door.COMPRESSIONS[grpc.compression], grpc.min_compress_bytes),
         interceptors=interceptors,
+        on_thread=give_precedence if is_realtime else None,
     )
 
 

@@ -14,7 +14,7 @@ from aiorch_server.cli.announce import Announcer, ServedModel
 from aiorch_server.cli.outlet import never_waiting
 from aiorch_server.cli.output import CommandError, ExitCode, Json, Output
 from aiorch_server.cli.settings import build_config
-from aiorch_server.config.server import ControlMode, LogFormat, LogLevel, ServerConfig, Transport
+from aiorch_server.config.server import ControlMode, LogFormat, LogLevel, Scheduling, ServerConfig, Transport
 from aiorch_server.errors import AiorchError, CapacityError, NotFoundError, RequestError
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ def serve(
     transport: Annotated[Transport | None, typer.Option(help="What carries gRPC; default native.")] = None,
     io_threads: Annotated[
         int | None, typer.Option(help="Threads for gRPC; 0: the event loop does it; default 1.")
+    ] = None,
+    scheduling: Annotated[
+        Scheduling | None,
+        typer.Option(help="Whether threads for gRPC go before all others, which needs a privilege; default plain."),
     ] = None,
     reuse_port: Annotated[
         str | None,
@@ -227,6 +231,7 @@ def serve(
         "grpc_port": grpc_port,
         "transport": transport,
         "io_threads": io_threads,
+        "scheduling": scheduling,
         "reuse_port": reuse_port,
         "grpc_keepalive_time": grpc_keepalive_time,
         "grpc_keepalive_timeout": grpc_keepalive_timeout,

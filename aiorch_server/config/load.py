@@ -66,6 +66,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "default_max_batch_size": ("execution", "default_max_batch_size"),
     "rate_limit_resource": ("execution", "resources"),
     "allow_code": ("execution", "allow_code"),
+    "scheduling": ("execution", "scheduling"),
     "backends": ("execution", "backends"),
     "allow_client_shm": ("shared_memory", "keys"),
     "shared_memory": ("shared_memory", "keys"),

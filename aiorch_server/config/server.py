@@ -70,6 +70,13 @@ class Compression(enum.StrEnum):
     DEFLATE = "deflate"
 
 
+class Scheduling(enum.StrEnum):
+    """How the kernel shares cores among the server's threads: fairly, or I/O threads first."""
+
+    PLAIN = "plain"
+    REALTIME = "realtime"
+
+
 class ControlMode(enum.StrEnum):
     """Who decides what is loaded: all at start, load calls, or the repository as it changes."""
 
@@ -304,8 +311,9 @@ class ExecutionConfig(Section):
     ``allow_code`` permits what runs code of its author's choice: pickled artefacts, and artefacts of any kind that come
     with a load request (without it a request brings data only, such as ONNX files). ``backends`` adds backends written
     ``module:attribute`` to those installed as plug-ins. After ``switch_interval_us`` a thread that computes in Python
-    hands the interpreter to the next that waits for it. ``resources`` says how much there is of what instances hold
-    while they run (``rate_limiter`` of their group): ``NAME:COUNT``, or ``NAME:COUNT:GPU`` for one GPU.
+    hands the interpreter to the next that waits for it. With ``scheduling`` realtime the I/O threads of the gRPC door
+    go before all other threads of the system, which needs a privilege. ``resources`` says how much there is of what
+    instances hold while they run (``rate_limiter`` of their group): ``NAME:COUNT``, or ``NAME:COUNT:GPU`` for one GPU.
     """
 
     instances: Annotated[Whole, Field(ge=1, le=1024)] = 1
@@ -314,6 +322,7 @@ class ExecutionConfig(Section):
     allow_code: Flag = False
     backends: tuple[Plugin, ...] = ()
     switch_interval_us: Annotated[Whole, Field(ge=10, le=1_000_000)] = 500
+    scheduling: Scheduling = Scheduling.PLAIN
 
 
 class LimitsConfig(Section):
@@ -455,6 +464,11 @@ class ServerConfig(Section):
             taken.setdefault(address, name)
         if not self.grpc.enabled and not self.http.enabled:
             yield Problem(("grpc", "enabled"), "found false, and http.enabled too; at least one door must be open")
+        if not {"execution", "grpc"} & set(unknown):
+            has_threads = self.grpc.enabled and self.grpc.transport is Transport.NATIVE and self.grpc.io_threads > 0
+            if self.execution.scheduling is Scheduling.REALTIME and not has_threads:
+                text = "found realtime, which is for I/O threads; it needs gRPC with transport native and io_threads"
+                yield Problem(("execution", "scheduling"), f"{text} of at least 1")
         if not self.security.insecure and "security" not in unknown:
             for name, _ in doors:
                 if name not in unknown and (lack := self.find_exposure(name)):

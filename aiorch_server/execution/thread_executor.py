@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from aiorch_server._core import Batch, Scheduler, is_unwanted, list_attachments, read_trace, serve_compiled
@@ -51,6 +51,7 @@ class InstanceGroup:
     ``start`` loads them one after another; from then on they serve by themselves. Closing the scheduler ends them once
     its queue is empty; ``ended`` is then resolved with "", or with the reason if the last instance died. When the last
     instance is gone the scheduler is abandoned, so that no request waits for an instance which will never come.
+    ``before_serving`` is called in the thread of each instance when that is loaded and warm.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class InstanceGroup:
         warmup: Sequence[WarmupSample] = (),
         *,
         isolate_failures: bool = True,
+        before_serving: Callable[[], object] | None = None,
     ) -> None:
         if not contexts:
             raise ModelLoadError(f"model '{label}' has no instance; an instance group needs a count of at least 1")
@@ -73,6 +75,7 @@ class InstanceGroup:
         self.contexts = tuple(contexts)
         self.warmup = tuple(warmup)
         self.isolate_failures = isolate_failures
+        self.before_serving = before_serving
         self.failures = FailureLog(label)
         self.responses = ResponseCounts()
         self.ended: Future[str] = Future()
@@ -261,6 +264,8 @@ class _InstanceThread(threading.Thread):
                 self._require_requests(instance)
                 warm_up(instance, self._group.signature, self._group.warmup, self.name)
                 trim_heap()
+                if self._group.before_serving is not None:
+                    self._group.before_serving()
             except BaseException as error:
                 self.loaded.set_result(error)
                 return

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from aiorch_server._core import ModelSpec, Scheduler
@@ -100,8 +100,12 @@ class Loader:
         calls: ModelCalls | None = None,
         resources: ResourcePool | None = None,
         identifies: bool = False,
+        before_serving: Callable[[], object] | None = None,
     ) -> None:
-        """``identifies``: each servable's ``identity`` is of its files' contents, which are read once more for it."""
+        """``identifies``: each servable's ``identity`` is of its files' contents, which are read once more for it.
+
+        ``before_serving`` is called in the thread of each instance when that is loaded.
+        """
         self._backends = backends
         self._default_max_batch_size = default_max_batch_size
         self._default_instances = default_instances
@@ -112,6 +116,7 @@ class Loader:
         self._calls = calls or ModelCalls()
         self._resources = resources or ResourcePool()
         self._identifies = identifies
+        self._before_serving = before_serving
         self._slots = asyncio.Semaphore(concurrency)
         self._fetches = asyncio.Semaphore(concurrency)
 
@@ -265,6 +270,7 @@ class Loader:
             contexts,
             make_samples(config, signature, model.directory),
             isolate_failures=isolates,
+            before_serving=self._before_serving,
         )
         source.retain()
         instances.ended.add_done_callback(lambda _: source.release())

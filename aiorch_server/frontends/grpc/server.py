@@ -77,7 +77,8 @@ class GrpcDoor:
     ``interceptors`` and ``compression`` (an algorithm, or with its least size) are those of ``grpc.aio.server``: the
     first end the fast path unless they declare otherwise (see ``intercept``), the second ends it for clients that take
     packed answers. With ``passes`` calls of the fast path need one of them, all others go to the handlers, which decide
-    and add what they allow. Raises RuntimeError where the compiled door was not built.
+    and add what they allow. ``on_thread`` is called with the system's id of each I/O thread when it has begun; what it
+    raises, ``start`` raises. Raises RuntimeError where the compiled door was not built.
     """
 
     context_class: ClassVar[type[ServicerContext]] = ServicerContext
@@ -98,6 +99,7 @@ class GrpcDoor:
         compression: ResponseCompression | int | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] | None = None,
         passes: Passes | None = None,
+        on_thread: Callable[[int], object] | None = None,
     ) -> None:
         if not is_native_available():
             raise RuntimeError("the native gRPC door needs libnghttp2 at build time; use --transport grpcio instead")
@@ -107,6 +109,7 @@ class GrpcDoor:
         self._reuse_port = reuse_port
         self._router = router
         self._passes = passes
+        self._on_thread = on_thread
         self._interceptors = check_interceptors(interceptors)
         self._fast_path = fast_path if all(is_skipped(each, fast_path) for each in self._interceptors) else ""
         if not isinstance(compression, ResponseCompression):
@@ -220,7 +223,9 @@ class GrpcDoor:
             for thread, bound in zip(threads, itertools.cycle(port.sockets)):  # a unix socket is everybody's
                 thread.listen(bound.fileno(), port.tls_context)
         for index, thread in enumerate(threads):
-            thread.start(f"aiorch-io-{index}")
+            thread_id = thread.start(f"aiorch-io-{index}")
+            if self._on_thread is not None:
+                self._on_thread(thread_id)
 
     def _make_driver(self, kind: type[_Driver]) -> _Driver:
         driver = kind(
