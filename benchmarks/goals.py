@@ -194,6 +194,11 @@ GOALS = (
     ),
     Goal("p99 during a swap, against between swaps", lambda figures: find_p99_ratio(figures.rollout), at_most=1.5),
     Goal(
+        "the same, with `--scheduling realtime`",
+        lambda figures: find_p99_ratio(figures.rollout, "swaps-realtime"),
+        at_most=1.5,
+    ),
+    Goal(
         "share of a 10 % canary, off by",
         lambda figures: find_share_error(figures.rollout),
         at_most=1,

@@ -16,9 +16,9 @@ def count_unfit(rollout: Result | None) -> float | None:
     return None if found is None else float(found["failed"] + found["lost"] + found["illegal"])
 
 
-def find_p99_ratio(rollout: Result | None) -> float | None:
+def find_p99_ratio(rollout: Result | None, name: str = "swaps") -> float | None:
     """The p99 during swaps divided by that between them."""
-    found = _find(rollout, "swaps")
+    found = _find(rollout, name)
     return None if found is None else float(found["p99_ratio"])
 
 
@@ -64,8 +64,13 @@ def render_rollout(rollout: Result) -> str:
         "## Rollouts\n\nA server with a registry on SQLite has one core, its operator (the SDK's `AdminClient`) and "
         "the load the other. Models answer their input plus their version's number, so each answer tells whose it is."
     ]
-    renderers = {"swaps": _render_swaps, "weights": _render_weights, "canaries": _render_canaries}
-    renderers["access"] = _render_access
+    renderers = {
+        "swaps": _render_swaps,
+        "swaps-realtime": _render_realtime,
+        "weights": _render_weights,
+        "canaries": _render_canaries,
+        "access": _render_access,
+    }
     for name, render in renderers.items():
         if name in rollout:
             machine = rollout[name]["machine"]
@@ -75,10 +80,6 @@ def render_rollout(rollout: Result) -> str:
 
 
 def _render_swaps(found: Result, measured: str) -> str:
-    rows = [
-        [name, f"{marks['requests']:,}", *(f"{marks[key]:,.0f}" for key in ("p50_us", "p99_us", "p99.9_us", "max_us"))]
-        for name, marks in (("during a swap", found["during"]), ("between swaps", found["steady"]))
-    ]
     lasted = found["swap_ms"]
     return (
         f"**Swaps.** {found['swaps']} times a new version of an ONNX model takes the place of the one before "
@@ -89,8 +90,26 @@ def _render_swaps(found: Result, measured: str) -> str:
         f"should not have; {found['versions']} versions answered. Latencies in microseconds, from when a request was "
         f"due; the load itself sent late by a p99 of {found['send_lag_us']['during_p99']:,.0f} and "
         f"{found['send_lag_us']['steady_p99']:,.0f}. The p99 during a swap is {found['p99_ratio']:.2f} times the other."
-        "\n\n" + make_grid(["requests", "count", "p50", "p99", "p99.9", "max"], rows)
+        "\n\n" + _show_latencies(found)
     )
+
+
+def _render_realtime(found: Result, measured: str) -> str:
+    return (
+        f"**Swaps with precedence.** The same {found['swaps']} times with `--scheduling realtime`, which needs a "
+        f"privilege {measured}: {found['swap_ms']['p50']:,.0f} ms (at most {found['swap_ms']['max']:,.0f}); of "
+        f"{found['requests']:,} requests {found['failed']} failed, {found['lost']} were lost, {found['illegal']} were "
+        f"answered by a version that should not have. The p99 during a swap is {found['p99_ratio']:.2f} times the "
+        "other.\n\n" + _show_latencies(found)
+    )
+
+
+def _show_latencies(found: Result) -> str:
+    rows = [
+        [name, f"{marks['requests']:,}", *(f"{marks[key]:,.0f}" for key in ("p50_us", "p99_us", "p99.9_us", "max_us"))]
+        for name, marks in (("during a swap", found["during"]), ("between swaps", found["steady"]))
+    ]
+    return make_grid(["requests", "count", "p50", "p99", "p99.9", "max"], rows)
 
 
 def _render_weights(found: Result, measured: str) -> str:

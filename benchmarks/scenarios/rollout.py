@@ -22,6 +22,8 @@ import grpc
 from aiorch_client.errors import ClientError
 from rich.console import Console
 
+from aiorch_server.errors import InvalidSettings
+from aiorch_server.execution.precedence import check_precedence
 from benchmarks.machine import ROOT, describe_machine
 from benchmarks.peers.measure import VOID, describe_error
 from benchmarks.scenarios.rollout_access import measure_access
@@ -29,7 +31,7 @@ from benchmarks.scenarios.rollout_canaries import measure_canaries, measure_weig
 from benchmarks.scenarios.rollout_site import Cpus
 from benchmarks.scenarios.rollout_swaps import measure_swaps
 
-MEASURES = ("swaps", "weights", "canaries", "access")
+MEASURES = ("swaps", "swaps-realtime", "weights", "canaries", "access")
 
 
 def parse_options() -> argparse.Namespace:
@@ -53,6 +55,15 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
+def find_lack() -> str:
+    """Why no server of this user can give precedence to its threads; empty where it can."""
+    try:
+        check_precedence()
+    except InvalidSettings as error:
+        return str(error)
+    return ""
+
+
 def main() -> int:
     options = parse_options()
     out = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -61,6 +72,7 @@ def main() -> int:
     cpus = Cpus(options.server_cpu, options.load_cpu)
     measures: dict[str, Callable[[Path], Any]] = {
         "swaps": lambda folder: measure_swaps(folder, cpus, options.swaps, options.rate, out),
+        "swaps-realtime": lambda folder: measure_swaps(folder, cpus, options.swaps, options.rate, out, "realtime"),
         "weights": lambda folder: measure_weights(folder, cpus, options.requests, 2 * options.rate, out),
         "canaries": lambda folder: measure_canaries(folder, cpus, options.bake, out),
         "access": lambda folder: measure_access(folder, cpus, options.turns, out),
@@ -71,6 +83,10 @@ def main() -> int:
     if options.output.exists():
         result = json.loads(options.output.read_text(encoding="utf-8"))
     has_failed = False
+    if "swaps-realtime" in options.only and (lack := find_lack()):
+        out.print(f"bench-rollout: swaps-realtime is left out: {lack}", style="yellow", markup=False)
+        options.only.remove("swaps-realtime")
+        result.pop("swaps-realtime", None)
     for name in options.only:
         machine = describe_machine()
         try:

@@ -146,7 +146,7 @@ class Site:
 
 
 @contextmanager
-def start_site(folder: Path, cpus: Cpus) -> Iterator[Site]:
+def start_site(folder: Path, cpus: Cpus, scheduling: str = "plain") -> Iterator[Site]:
     """A server without models, with an empty registry on SQLite, all of it below ``folder``."""
     folder.mkdir()
     (folder / "models").mkdir()
@@ -156,7 +156,7 @@ def start_site(folder: Path, cpus: Cpus) -> Iterator[Site]:
         "grpc": {"host": "127.0.0.1", "port": port},
         "http": {"enabled": False},
         "metrics": {"enabled": False},
-        "execution": {"allow_code": True},
+        "execution": {"allow_code": True, "scheduling": scheduling},
         "registry": {
             "url": f"sqlite:///{folder / 'registry.db'}",
             "artefacts": str(folder / "artefacts"),

@@ -94,10 +94,12 @@ def _name_marks(marks: npt.NDArray[np.float64]) -> dict[str, float]:
     return dict(zip(("p50_us", "p99_us", "p99.9_us", "max_us"), map(float, marks), strict=True))
 
 
-def measure_swaps(folder: Path, cpus: Cpus, swaps: int, rate: float, out: Console) -> dict[str, Any]:
+def measure_swaps(
+    folder: Path, cpus: Cpus, swaps: int, rate: float, out: Console, scheduling: str = "plain"
+) -> dict[str, Any]:
     """So many versions deployed by replacement, one after the other; LoadFailed when one does not come to serve."""
     done: list[Swap] = []
-    with start_site(folder / "swaps", cpus) as site:
+    with start_site(folder / "swaps", cpus, scheduling) as site:
         for version in range(1, swaps + 2):
             site.push(write_onnx(folder / f"swap-{version}", version), version)
         site.finish(site.deploy(1), RolloutState.SUCCEEDED)
@@ -111,8 +113,8 @@ def measure_swaps(folder: Path, cpus: Cpus, swaps: int, rate: float, out: Consol
             time.sleep(PAUSE_S)
             found = summarise(load.finish(), done, rate)
     out.print(
-        f"{found['swaps']} swaps: {found['failed']} of {found['requests']:,} requests failed, {found['lost']} lost, "
-        f"{found['illegal']} from a wrong version; p99 {found['during']['p99_us']:,.0f} us during, "
-        f"{found['steady']['p99_us']:,.0f} us between swaps"
+        f"{found['swaps']} swaps ({scheduling}): {found['failed']} of {found['requests']:,} requests failed, "
+        f"{found['lost']} lost, {found['illegal']} from a wrong version; p99 {found['during']['p99_us']:,.0f} us "
+        f"during, {found['steady']['p99_us']:,.0f} us between swaps"
     )
     return found

@@ -157,6 +157,7 @@ def test_figures_and_their_goals() -> None:
     figures = Figures({"rows": [], "starts": [], "ceilings": []}, None, rollout)
     told = {goal.what: goal.cells(figures)[2:] for goal in GOALS}
     assert told["p99 during a swap, against between swaps"] == ["3.00 x", "**no**"]
+    assert told["the same, with `--scheduling realtime`"][-1] not in ("yes", "**no**")
     assert told["share of a 10 % canary, off by"] == ["0.20 %", "yes"]
 
 
@@ -164,9 +165,14 @@ def test_the_section_shows_what_was_measured_and_nothing_else() -> None:
     page = render_rollout(make_rollout())
     assert "Of 4 requests 1 failed, 0 were lost, 0 were answered by a version" in page
     assert "| during a swap | 2 | 3,000 |" in page
+    assert "Swaps with precedence" not in page
     assert "10.200 % of 1,000 requests" in page
     assert "| slow | rolled-back | 0.50 | 0.60 | 6 | 0 | its p99 is 9 ms |" in page
     assert "| token | whole | 11.11 | 10.00 | +11.1 % | 11.00 | +1.0 % |" in page
+    both = make_rollout()
+    both["swaps-realtime"] = both["swaps"]
+    assert find_p99_ratio(both, "swaps-realtime") == pytest.approx(3.0)
+    assert "The same 2 times with `--scheduling realtime`" in render_rollout(both)
     only = {"weights": make_rollout()["weights"]}
     assert "Swaps" not in render_rollout(only) and "canary of 10 %" in render_rollout(only)
     assert count_unfit(only) is None and find_access_percent(only, "token", "indexed", "nothing") is None
