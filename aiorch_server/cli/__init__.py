@@ -46,6 +46,7 @@ _PANELS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "history": "rollout",
             "watch": "rollout",
             "objective": "objective",
+            "explain": "explain",
         },
         _REGISTRY: {"model": "model", "access": "access", "audit": "audit", "registry": "registry"},
     }

@@ -1,4 +1,4 @@
-"""``aiorch objective``: what models should keep to, and what was made of it."""
+"""``aiorch objective``: what models should keep to."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from aiorch_client import NotFoundError
-from aiorch_client.admin import AdminClient, Explanation, Objective
-from rich.console import RenderableType
+from aiorch_client.admin import AdminClient, Objective
 
-from aiorch_server.cli.admin import add_row, admin_command, describe, make_table, show_time
+from aiorch_server.cli.admin import admin_command, describe
 from aiorch_server.cli.connection import ClientOutput
 from aiorch_server.cli.output import UsageError
 from aiorch_server.cli.reference import ModelName, check_model_name
@@ -89,19 +88,12 @@ def set_(
     _show(output, client.set_objective(check_model_name(model), **wanted))
 
 
-@group.command("explain")
-@admin_command
-def explain(client: AdminClient, output: ClientOutput, model: ModelName) -> None:
-    """Shows why a model's knobs stand where they stand."""
-    explanation = client.explain(check_model_name(model))
-    output.show({"explanation": describe(explanation)}, *_render_explanation(explanation))
-
-
 def _show(output: ClientOutput, objective: Objective) -> None:
-    output.show({"objective": describe(objective)}, *_write_objective(objective))
+    output.show({"objective": describe(objective)}, *write_objective(objective))
 
 
-def _write_objective(objective: Objective) -> Iterator[str]:
+def write_objective(objective: Objective) -> Iterator[str]:
+    """What it says, in lines."""
     latency = "no latency is said"
     if objective.latency_us:
         latency = f"{objective.percentile:g} % of requests within {_write_us(objective.latency_us)}"
@@ -117,22 +109,6 @@ def _write_objective(objective: Objective) -> Iterator[str]:
     }
     if told := [f"  {name:<13} {value}" for name, value in lines.items() if value]:
         yield "\n".join(told)
-
-
-def _render_explanation(explanation: Explanation) -> Iterator[RenderableType]:
-    if explanation.objective is None:
-        yield f"{explanation.model} has no objective"
-    else:
-        yield from _write_objective(explanation.objective)
-    if explanation.knobs:
-        yield "knobs: " + ", ".join(f"{name}={value:g}" for name, value in sorted(explanation.knobs.items()))
-    if not explanation.decisions:
-        yield "nothing was moved yet"
-        return
-    table = make_table("time", "knob", "moved", "why", "effect")
-    for each in explanation.decisions:
-        add_row(table, show_time(each.time), each.knob, f"{each.before:g} -> {each.after:g}", each.reason, each.effect)
-    yield table
 
 
 def _parse_latency_us(text: str, option: str) -> int:

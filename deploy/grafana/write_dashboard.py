@@ -263,7 +263,7 @@ MARKS: Final = (
             f"max {BY} (changes({series}{{{OF}}}[$__interval])) > 0",
             colour,
             f"{NAME} {knob}",
-            "a tuner moved this knob; 'aiorch objective explain {{model}}' tells why",
+            "a tuner moved this knob; 'aiorch explain {{model}}' tells why",
         )
         for knob, series, colour in (
             ("batch size", "aiorch_tuner_max_batch_size", "blue"),

@@ -370,13 +370,13 @@ def test_objectives(server: ScriptedAdmin) -> None:
     for part in ("99.9 % of requests within 200 ms", "0.1 %", "at most 4", "priority", "-1"):
         assert part in shown, shown
     assert run_json(server, "objective", "show", "digits")[1]["objective"]["error_budget"] == 0.001
-    explained = run(server, "objective", "explain", "digits").stdout
+    explained = run(server, "explain", "digits").stdout
     assert "instances" in explained and "1 -> 2" in explained and "p99 was 61 ms" in explained
     text = "this server has no optimizer: nothing moves the knobs"
     server.refusals["Explain"].extend([Refusal(STATUS.UNIMPLEMENTED, text, "UNSUPPORTED_REQUEST")] * 2)
-    code, document = run_json(server, "objective", "explain", "digits")
+    code, document = run_json(server, "explain", "digits")
     assert (code, document["error"]["text"], document["error"]["code"]) == (1, text, "UNIMPLEMENTED")
-    assert "registry" not in run(server, "objective", "explain", "digits").stderr
+    assert "registry" not in run(server, "explain", "digits").stderr
     missing = run(server, "objective", "show", "other")
     command = f"aiorch objective set other --p99 50ms --url {server.url} gives it one"
     assert missing.exit_code == 1 and command in missing.stderr
