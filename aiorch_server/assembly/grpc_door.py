@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aiorch_server._core import Passes, Router
 from aiorch_server.assembly.planes import Planes
 from aiorch_server.config.server import GrpcConfig, Scheduling, ServerConfig, Transport
-from aiorch_server.execution.precedence import check_precedence, give_precedence
+from aiorch_server.execution.precedence import ask_short_slices, check_precedence, give_precedence
 
 if TYPE_CHECKING:
     from aiorch_server.frontends.admin.services import AdminServices
@@ -66,7 +66,7 @@ def build_grpc_server(config: ServerConfig, router: Router, passes: Passes | Non
         server_limits=door.ServerLimits(grpc.max_buffered_bytes, grpc.max_connections),
         compression=door.ResponseCompression(door.COMPRESSIONS[grpc.compression], grpc.min_compress_bytes),
         interceptors=interceptors,
-        on_thread=give_precedence if is_realtime else None,
+        on_thread=give_precedence if is_realtime else ask_short_slices,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from aiorch_server._core import Mailbox, Router
 from aiorch_server.assembly.telemetry import Telemetry
 from aiorch_server.cache import ResponseCache, open_cache
-from aiorch_server.config.server import Scheduling, ServerConfig
+from aiorch_server.config.server import ServerConfig
 from aiorch_server.controlplane import EXTENSIONS, ControlPlane
 from aiorch_server.dataplane import DataPlane
 from aiorch_server.exchange import SharedRegions
@@ -104,5 +104,5 @@ def _build_loader(config: ServerConfig, telemetry: Telemetry, calls: ModelCalls,
         calls=calls,
         resources=ResourcePool([ResourceLimit.parse(text) for text in config.execution.resources]),
         identifies=identifies,
-        before_serving=ask_short_slices if config.execution.scheduling is Scheduling.REALTIME else None,
+        before_serving=ask_short_slices,
     )

@@ -3,8 +3,9 @@
 The kernel shares a core fairly, and looks whose turn it is when a thread wakes and at its tick, every 4 ms on many
 systems. A thread that has just run and wakes again, as an I/O thread does for the answer of the request that it took
 in, has to let the others catch up first; nobody looks at the moment when they have, so it waits for the tick. What
-loads a model, or reads the registry, is felt that way by every request. With precedence it is not: I/O threads run
-at the lowest real-time priority, and instances ask for slices so short that they go before whoever computes for long.
+loads a model, or reads the registry, is felt that way by every request. So I/O threads and instances ask for slices
+so short that they go before whoever computes for long, as far as that is fair; with precedence I/O threads run at
+the lowest real-time priority, fair or not.
 """
 
 from __future__ import annotations
@@ -62,8 +63,10 @@ def give_precedence(thread_id: int) -> None:
     os.sched_setscheduler(thread_id, policy, os.sched_param(_PRIORITY))
 
 
-def ask_short_slices() -> bool:
-    """The calling thread goes before those with longer slices, for its fair share; gives whether the kernel took it.
+def ask_short_slices(thread_id: int = 0) -> bool:
+    """That thread, 0: the calling one, goes before those with longer slices, for its fair share of the core.
+
+    Gives whether the kernel took it; nothing else changes where it did not.
 
     A slice is ``sched_runtime`` of an ordinary thread since Linux 6.12 (EEVDF; sched_setattr(2)), and ignored before.
     """
@@ -73,12 +76,12 @@ def ask_short_slices() -> bool:
     setattr_call, getattr_call = calls
     system = ctypes.CDLL(None).syscall
     found = ctypes.create_string_buffer(_ATTRIBUTES.size)
-    if system(getattr_call, 0, found, _ATTRIBUTES.size, 0):
+    if system(getattr_call, thread_id, found, _ATTRIBUTES.size, 0):
         return False
     size, kind, _, nice, priority, *_ = _ATTRIBUTES.unpack(found.raw)
     if kind != os.SCHED_OTHER:
         return False
     wanted = _ATTRIBUTES.pack(size, kind, 0, nice, priority, SLICE_US * 1000, 0, 0)
-    if system(setattr_call, 0, wanted, 0) or system(getattr_call, 0, found, _ATTRIBUTES.size, 0):
+    if system(setattr_call, thread_id, wanted, 0) or system(getattr_call, thread_id, found, _ATTRIBUTES.size, 0):
         return False
     return bool(_ATTRIBUTES.unpack(found.raw)[5] == SLICE_US * 1000)

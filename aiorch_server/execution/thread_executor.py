@@ -28,6 +28,7 @@ from aiorch_server.execution.request_details import RequestDetails
 from aiorch_server.execution.request_loop import RequestLoop
 from aiorch_server.execution.response_counts import ResponseCounts
 from aiorch_server.execution.warmup import WarmupSample, warm_up
+from aiorch_server.pauses import pause
 from aiorch_server.tracing import Run, speak_of
 from aiorch_server.types import ModelSignature
 
@@ -261,8 +262,10 @@ class _InstanceThread(threading.Thread):
         try:
             try:
                 instance = self._group.backend.load(self._context, self._group.signature)
+                pause()
                 self._require_requests(instance)
                 warm_up(instance, self._group.signature, self._group.warmup, self.name)
+                pause()
                 trim_heap()
                 if self._group.before_serving is not None:
                     self._group.before_serving()

@@ -30,6 +30,7 @@ from aiorch_server.lifecycle.backends import BackendRegistry
 from aiorch_server.lifecycle.memory import Charge, measure_files
 from aiorch_server.lifecycle.servable import Servable
 from aiorch_server.lifecycle.threads import run_blocking
+from aiorch_server.pauses import pause
 from aiorch_server.repository import BackendNames, RepositoryModel
 from aiorch_server.scheduling import build_scheduler, read_plan
 from aiorch_server.types import ModelSignature
@@ -192,6 +193,7 @@ class Loader:
         parameters = model.config.to_strings()
         _check_parameters(model.name, parameters, backend)
         places = self._place(model)
+        pause()
         plan = read_plan(model.config, model.directory)
         declared = model.declared if plan is None else plan.declare(model.declared)
         reshaping = Reshaping.of(model.config)
@@ -220,6 +222,7 @@ class Loader:
             )
             for index, place in enumerate(places)
         ]
+        pause()
         signature = _add_labels(backend.inspect(contexts[0]), model.declared)
         loading = backend
         if any(place.limiter for place in places):
@@ -240,12 +243,14 @@ class Loader:
                 f"'{model.name}' version {version}: model_transaction_policy.decoupled and sequence_batching do not go "
                 "together in this version; remove one of them"
             )
+        pause()
         config = _complete_config(model.config, public, backend, places)
         contexts = [dataclasses.replace(context, config=config.to_dict()) for context in contexts]
         try:
             spec = ModelSpec(model.name, version, signature)
         except (ValueError, OverflowError) as error:
             raise ModelLoadError(f"'{model.name}' version {version} cannot be served: {error}") from error
+        pause()
         isolates = read_flag(parameters, "isolate_failures")
         scheduler: Scheduler | SchedulerGroup
         sequencer = None

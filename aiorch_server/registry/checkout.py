@@ -23,6 +23,7 @@ from pathlib import Path
 
 from aiorch_server.config.names import check_name
 from aiorch_server.errors import CapacityError, InvalidSettings, ModelLoadError
+from aiorch_server.pauses import pause
 from aiorch_server.registry.layout import Layout
 from aiorch_server.registry.records import ArtefactFile, Manifest
 from aiorch_server.registry.scratch import Scratch, sync_folder, telling, write_all
@@ -247,6 +248,7 @@ class Checkout:
                 path = made / layout.place(file)
                 self._copy(file, layout, path)
                 marks[file.path] = _mark(path.lstat())
+                pause()
             with self._telling("finishing a folder"):
                 for current, _, _ in os.walk(tree):
                     sync_folder(Path(current))

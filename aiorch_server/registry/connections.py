@@ -15,6 +15,7 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import NoSuchModuleError
 
 from aiorch_server.errors import InvalidSettings
+from aiorch_server.pauses import pause
 from aiorch_server.registry.urls import DatabaseUrl
 
 #: How long a transaction may stand still between two statements before the server ends it: its process may be halted.
@@ -47,6 +48,9 @@ def open_engine(url: DatabaseUrl, *, connections: int, connect_s: float, timeout
     if url.kind == "sqlite":
         event.listen(engine, "connect", lambda connection, record: _prepare_sqlite(connection, timeout_s))
         event.listen(engine, "begin", _begin_sqlite)
+        # Other databases are waited for at each statement. Making a statement costs about as much as reading its rows.
+        event.listen(engine, "before_cursor_execute", _pause)
+        event.listen(engine, "after_cursor_execute", _pause)
     elif url.kind == "postgresql":
         event.listen(engine, "connect", _keep_socket, insert=True)  # before the first questions to the server
         event.listen(engine, "checkout", _claim_socket)
@@ -103,6 +107,10 @@ def _begin_sqlite(connection: Any) -> None:
     # A writer that began as a reader could not go on after another writer's commit.
     is_read = connection.get_execution_options().get("is_read", False)
     connection.exec_driver_sql("BEGIN" if is_read else "BEGIN IMMEDIATE")
+
+
+def _pause(*_: object) -> None:
+    pause()
 
 
 class Line:

@@ -12,6 +12,7 @@ from typing import Protocol
 from aiorch_server.config.model import ModelConfig
 from aiorch_server.config.placement import InstanceGroup, SpecificVersions, VersionPolicy
 from aiorch_server.errors import ModelLoadError, RequestError, UnknownModel
+from aiorch_server.pauses import pause
 from aiorch_server.repository.base import Artefact, BackendNames, ModelRepository, ModelSnapshot, RepositoryModel
 from aiorch_server.repository.filesystem import FilesystemModel
 
@@ -112,6 +113,7 @@ class _DeployedModel(RepositoryModel):
         wanted = self._model.versions[version]
         tree = wanted.check_out()
         try:
+            pause()
             snapshot = replace(self.snapshot, versions={version: self.snapshot.versions[version]})
             return _CheckedOutVersion(snapshot, tree, wanted.digest, self._policy, self._model.instances)
         except BaseException:

@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 from aiorch_client import Client
 from served import serve
+from sqlalchemy import text
 
 from aiorch_server.config.load import load_server_config
 from aiorch_server.errors import InvalidSettings
 from aiorch_server.execution.precedence import SLICE_US, ask_short_slices, check_precedence
+from aiorch_server.registry.connections import open_engine
+from aiorch_server.registry.urls import DatabaseUrl
 
 MODEL = """
 import threading
@@ -86,13 +89,14 @@ def test_a_server_gives_precedence_to_its_io_threads_alone(repository: Path) -> 
         assert server.end() == 0
 
 
-def test_plain_threads_are_left_as_they_are(repository: Path) -> None:
+def test_plain_threads_have_no_precedence_but_short_slices(repository: Path) -> None:
     with serve(repository, "--allow-code") as server, Client(server.grpc) as client:
         instance = client.infer("who", {"x": np.ones(1, np.float32)}).outputs["thread"].item()
         ids = [int(path.name) for path in Path(f"/proc/{server.process.pid}/task").iterdir()]
         assert {os.sched_getscheduler(thread) for thread in ids} == {os.SCHED_OTHER}
         if HAS_SLICES:
-            assert read_slice_us(instance) != SLICE_US
+            short = [thread for thread in ids if read_slice_us(thread) == SLICE_US]
+            assert len(short) == 2 and instance in short  # and the I/O thread
 
 
 def refuse(repository: Path, prefix: list[str], *options: str) -> subprocess.CompletedProcess[str]:
@@ -141,6 +145,23 @@ def test_a_thread_asks_for_short_slices_and_keeps_the_rest() -> None:
     _, is_taken, (nice, policy) = run_in_thread(slow_down, ask_short_slices, look)  # type: ignore[misc]
     assert (nice, policy) == (3, os.SCHED_OTHER)
     assert is_taken == HAS_SLICES
+
+
+def test_a_thread_that_is_gone_is_told() -> None:
+    (thread,) = run_in_thread(threading.get_native_id)
+    assert isinstance(thread, int) and not ask_short_slices(thread)
+
+
+def test_transactions_on_sqlite_pause_between_statements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("aiorch_server.pauses.time.sleep", pauses.append)
+    engine = open_engine(DatabaseUrl(f"sqlite:///{tmp_path / 'a.db'}"), connections=1, connect_s=1.0, timeout_s=1.0)
+    with engine.connect() as connection:
+        before = len(pauses)
+        for _ in range(3):
+            assert connection.execute(text("SELECT 1")).scalar() == 1
+        assert len(pauses) - before >= 6
+    engine.dispose()
 
 
 def test_a_system_without_the_call_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ LEVELS = {
     "config": 0,
     "_core": 0,
     "tracing": 0,
+    "pauses": 0,
     "validation": 1,
     "repository": 1,
     "observability": 1,
@@ -49,6 +50,7 @@ GROUND = {
     "config": {"types", "errors", "backend"},
     "_core": {"types", "errors"},
     "tracing": {"types", "errors"},
+    "pauses": set(),
 }
 #: Third-party packages that only these parts may know.
 KNOWN_ONLY_BY = {
