@@ -30,6 +30,7 @@ _PANELS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "status": "status",
             "infer": "infer",
             "bench": "bench",
+            "tune": "tune",
             "version": "version",
         },
         _ROLLOUTS: {

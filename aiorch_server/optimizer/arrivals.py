@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import csv
 import math
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,12 +80,22 @@ class Trace:
 
 
 def _load_arrays(path: Path) -> Trace:
-    with np.load(path, allow_pickle=False) as stored:
+    # its own file: numpy leaves one open that is no archive
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{path}: a trace is an .npz or a .csv")
+        file.seek(0)
+        times_ns, rows = _read_arrays(path, np.load(file, allow_pickle=False))
+    return Trace(times_ns - times_ns[:1].sum(), rows)
+
+
+def _read_arrays(path: Path, archive: Any) -> tuple[Ints, Ints]:
+    with archive as stored:
         if "times_ns" not in stored:
             raise ValueError(f"{path}: a trace has an array times_ns, this file has {', '.join(stored) or 'none'}")
         times_ns = stored["times_ns"].astype(np.int64)
         rows = stored["rows"].astype(np.int64) if "rows" in stored else np.ones_like(times_ns)
-    return Trace(times_ns - times_ns[:1].sum(), rows)
+    return times_ns, rows
 
 
 def _load_csv(path: Path) -> Trace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ class LoadPlan:
     ``requests`` are serialised request messages, sent in turn. ``rate`` None means a closed loop of ``channels`` x
     ``streams`` callers, each with one request under way; otherwise an open loop at ``rate`` requests/s, spread over
     ``channels`` connections. An open loop never has more than ``max_in_flight`` requests under way: later ones leave
-    late, and their latency counts from the time they were due. ``warm_up_s`` of the same load comes first and is left
-    out of the figures. Every request has the deadline ``timeout_s``, so a run ends after
+    late, and their latency counts from the time they were due. ``due_ns`` instead of ``rate`` gives those times one by
+    one, ascending from the start; what is due after the end is left out. ``warm_up_s`` of the same load comes first and
+    is left out of the figures. Every request has the deadline ``timeout_s``, so a run ends after
     ``warm_up_s + duration_s + 2 x (connect_timeout_s + timeout_s)`` at the latest. ``max_requests`` bounds memory (26
     bytes each): a closed loop stops there, an open loop that needs more is refused.
 
@@ -58,6 +60,7 @@ class LoadPlan:
     metadata: Sequence[tuple[str, str | bytes]] = ()
     credentials: grpc.ChannelCredentials | None = None
     check: Callable[[int, bytes], bool] | None = None
+    due_ns: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         problems = [text for is_wrong, text in self._find_problems() if is_wrong]
@@ -67,7 +70,7 @@ class LoadPlan:
     @property
     def is_open(self) -> bool:
         """Whether requests come at fixed times (open loop) rather than after the last answer (closed loop)."""
-        return self.rate is not None
+        return self.rate is not None or self.due_ns is not None
 
     @property
     def is_streamed(self) -> bool:
@@ -96,17 +99,24 @@ class LoadPlan:
             shared |= {"sequence_length": self.sequence_length}
         if not self.is_open:
             return shared | {"streams": self.streams}
+        if self.due_ns is not None:
+            return shared | {"due": len(self.due_ns), "max_in_flight": self.max_in_flight}
         opened = {"rate": self.rate, "arrival": self.arrival.value, "seed": self.seed}
         if self.arrival is Arrival.BURST:
             opened |= {"burst_on_s": self.burst_on_s, "burst_off_s": self.burst_off_s}
         return shared | opened | {"max_in_flight": self.max_in_flight}
 
     def _find_problems(self) -> list[tuple[bool, str]]:
-        expected = self.total_s * (self.rate or 0.0)
+        expected = self.total_s * (self.rate or 0.0) if self.due_ns is None else len(self.due_ns)
         return [
             (not self.target, "target is empty, expected 'host:port'"),
             (not self.requests, "requests is empty, expected at least one serialised message"),
             (not self.path.startswith("/"), f"path is '{self.path}', expected '/package.Service/Method'"),
+            (self.due_ns is not None and self.rate is not None, "due_ns and rate both say when; leave one out"),
+            (
+                any(after < before for before, after in itertools.pairwise((0, *(self.due_ns or ())))),
+                "due_ns must ascend from 0 on",
+            ),
             (self.sequence_length < 0, f"sequence_length is {self.sequence_length}, expected >= 0"),
             (
                 self.sequence_length > 0 and self.is_open,

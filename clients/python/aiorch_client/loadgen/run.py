@@ -81,7 +81,9 @@ class _Run:
     async def offer(self) -> None:
         """Sends the plan's requests and returns when the last is answered."""
         plan = self._plan
-        if plan.rate is None:
+        if plan.due_ns is not None:
+            await self._send_when_due([due for due in plan.due_ns if due < self._end_ns])
+        elif plan.rate is None:
             async with asyncio.TaskGroup() as group:
                 for link in self._links * plan.streams:
                     group.create_task(self._send_in_turn(link))
