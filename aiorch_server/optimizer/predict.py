@@ -93,6 +93,7 @@ class Prediction:
     lost: float
     busy: float
     rows_per_batch: float
+    goods: tuple[float, ...] = ()  # the part of the requests that were answered within the target, by repetition
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,9 @@ class Scenario:
         around = self.surroundings
         tries = []
         for number, ((times_ns, rows), doubt) in enumerate(zip(self.traffic, self.doubts, strict=True)):
-            truth = np.array([max(1.0, each.mean_ns + doubt * each.error_ns) for each in self.curve])
+            # in proportion, for a time that is hardly known is still no time that is nearly 0
+            doubts = [math.exp(doubt * math.log1p(each.error_ns / each.mean_ns)) for each in self.curve]
+            truth = np.array([max(1.0, each.mean_ns * by) for each, by in zip(self.curve, doubts, strict=True)])
             truth = np.maximum.accumulate(truth)
             done = simulate(
                 times_ns,
@@ -192,6 +195,7 @@ class Scenario:
             lost=float(means[4]),
             busy=float(means[5]),
             rows_per_batch=float(means[6]),
+            goods=tuple((1.0 - every[:, 3] - every[:, 4]).tolist()),
         )
 
     def _judge(

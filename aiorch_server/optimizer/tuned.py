@@ -130,7 +130,13 @@ class TunedVersion:
             instances=levers.serving,
         )
         self.tuner = (
-            Tuner(knobs, self.bounds, allowed_misses=objective.allowed_misses, instance_cost=objective.cost)
+            Tuner(
+                knobs,
+                self.bounds,
+                allowed_misses=objective.allowed_misses,
+                target_us=objective.latency_us,
+                instance_cost=objective.cost,
+            )
             if has_target
             else KneeTuner(knobs, self.bounds)
         )
@@ -293,7 +299,8 @@ class TunedVersion:
 
     def _find_cap(self) -> int:
         """The smallest batch beyond which rows get no cheaper, and which leaves room in the target for waiting."""
-        estimates = [each for each in self.service_time.estimates() if each.rows <= self.bounds.max_rows]
+        known = [each for each in self.service_time.estimates() if each.rows <= self.bounds.max_rows]
+        estimates = [each for each in known if each.is_trusted] or known
         longest_ns = self.objective.latency_us * 1000 * _LONGEST_RUN or float("inf")
         fitting = [each for each in estimates if each.mean_ns <= longest_ns] or estimates[:1]
         cheapest = min(each.mean_ns / each.rows for each in fitting)
@@ -356,7 +363,7 @@ class _Predictor:
         found = self._scenario.predict(knobs)
         good = 1.0 - found.late - found.lost
         error = found.goodput_error / max(found.goodput, 1e-9) * good
-        return Outlook(good, error, found.percentile_ns / 1e3)
+        return Outlook(good, error, found.percentile_ns / 1e3, found.goods)
 
 
 def _bound_instances(objective: Objective, written: int, cores: int) -> tuple[int, int]:

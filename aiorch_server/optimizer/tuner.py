@@ -11,6 +11,7 @@ import enum
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from statistics import stdev
 from typing import TYPE_CHECKING, Final
 
 from aiorch_server.optimizer.predict import Knobs
@@ -57,11 +58,21 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What is to be expected of some knobs: the share of good answers with its standard error, and a percentile."""
+    """What is to be expected of some knobs: the share of good answers with its standard error, and a percentile.
+
+    ``tries`` are shares by repetition: those of two outlooks had the same traffic and the same doubts.
+    """
 
     good: float
     error: float
     percentile_us: float
+    tries: tuple[float, ...] = ()
+
+    def doubt(self, other: Outlook) -> float:
+        """Standard error of how much better one is than the other."""
+        if len(self.tries) < 2 or len(self.tries) != len(other.tries):
+            return math.hypot(self.error, other.error)
+        return stdev(a - b for a, b in zip(self.tries, other.tries, strict=True)) / math.sqrt(len(self.tries))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +111,7 @@ class Pace:
     rest_s: float = 20.0
     longest_rest_s: float = 1800.0
     look_s: float = 2.0
-    review_s: float = 30.0
+    review_s: float = 10.0
     longest_review_s: float = 600.0
 
 
@@ -108,6 +119,8 @@ class Pace:
 _CHANGED: Final = 1.25
 #: Better by less than this share of good answers, or of the percentile, is not worth a move.
 _GOOD_GAIN, _PERCENTILE_GAIN = 0.005, 0.1
+#: Part of the target within which the percentile leaves room to spare.
+_AT_EASE: Final = 0.7
 #: As much worse is harm: shares of good answers, and of the percentile.
 _GOOD_HARM, _PERCENTILE_HARM = 0.01, 0.15
 
@@ -115,9 +128,9 @@ _GOOD_HARM, _PERCENTILE_HARM = 0.01, 0.15
 class Tuner:
     """Decides for one model version; ``step`` is called about once a second.
 
-    ``allowed_misses`` is the share of requests that may miss the target, None where there is no target: the percentile
-    alone is then kept low. An instance more has to bring ``instance_cost`` times what another move has to; one that
-    costs much is given back sooner, too. Times are seconds on any clock that does not run backwards.
+    ``allowed_misses`` is the share of requests that may miss the target of ``target_us``, None where there is no such:
+    the percentile alone is then kept low. An instance more has to bring ``instance_cost`` times what another move has
+    to; one that costs much is given back sooner, too. Times are seconds on any clock that does not run backwards.
     """
 
     def __init__(
@@ -126,12 +139,14 @@ class Tuner:
         bounds: Bounds,
         *,
         allowed_misses: float | None = None,
+        target_us: float = math.inf,
         instance_cost: float = 1.0,
         pace: Pace | None = None,
     ) -> None:
         self.knobs = knobs
         self.bounds = bounds
         self.allowed_misses = allowed_misses
+        self.target_us = target_us
         self.instance_cost = instance_cost
         self.state = State.LEARNING
         #: What became of the last move, in words; "" as long as it is not judged.
@@ -202,7 +217,7 @@ class Tuner:
         if not 1 / _CHANGED < seen.rate / max(rate, 1e-9) < _CHANGED and abs(seen.rate - rate) * seen.seconds > 30:
             return f"the load went from {rate:.0f} to {seen.rate:.0f} requests/s"
         if not 1 / _CHANGED < run_us / max(known_run_us, 1e-9) < _CHANGED:
-            return f"a batch takes {run_us:.0f} us, no longer {known_run_us:.0f} us"
+            return f"a batch such as now takes {run_us / 1e3:.3g} ms, those before took {known_run_us / 1e3:.3g} ms"
         if self.allowed_misses is not None and now_s >= self._looks_at_s and seen.misses_surely(self.allowed_misses):
             return f"{100 * seen.missed_share:.1f} % of requests miss the objective"
         return "review" if now_s - self._since_s >= self._review_s else ""
@@ -227,7 +242,9 @@ class Tuner:
             self._look_s = min(2 * self._look_s, self._pace.longest_review_s)
             return None
         self._review_s, self._look_s = self._pace.review_s, self._pace.look_s
-        return self._begin(now_s, replace(best, reason=f"{reason}; {_tell_promise(present, promised)}"))
+        return self._begin(
+            now_s, replace(best, reason=f"{reason}: {_tell_promise(best.after, best.knob, present, promised)}")
+        )
 
     def _begin(self, now_s: float, move: Move) -> Move:
         self._move, self._moved_at_s = move, now_s
@@ -242,6 +259,9 @@ class Tuner:
         delays = {0, now.delay_us // 2, now.delay_us * 2, round(run_us / 4)}
         delays.update(each.delay_us for each in situation.suggested)
         counts = {now.instances + 1, now.instances - 1}
+        # below the knee rows are dearer: answers come sooner there only until the load grows
+        least = min((each.max_rows for each in situation.suggested), default=1)
+        caps = {max(cap, min(least, now.max_rows)) for cap in caps}
         tried = [("max_batch_size", replace(now, max_rows=min(cap, self.bounds.max_rows))) for cap in sorted(caps)]
         tried += [("delay", replace(now, delay_us=min(delay, self.bounds.max_delay_us))) for delay in sorted(delays)]
         tried += [("instances", replace(now, instances=count)) for count in sorted(counts)]
@@ -254,13 +274,26 @@ class Tuner:
     def _is_better(self, one: Outlook, knobs: Knobs, other: Outlook, others: Knobs) -> bool:
         gain = one.good - other.good
         worth = _GOOD_GAIN * (self.instance_cost if knobs.instances > others.instances else 1.0)
-        noise = max(worth, 2 * math.hypot(one.error, other.error))
+        noise = max(worth, 2 * one.doubt(other))
         if self.allowed_misses is not None and abs(gain) > noise:
             return gain > 0
         if self.allowed_misses is not None and knobs.instances < others.instances:
             # of what may be missed, a half is kept in reserve; less where instances are dear
             return one.good >= 1 - self.allowed_misses * max(0.0, 1.0 - 0.5 / self.instance_cost)
+        if self._is_at_ease(other):
+            return False
+        if self.allowed_misses is not None and gain < 0:
+            return False  # who refuses more answers the others sooner
         return one.percentile_us < (1 - _PERCENTILE_GAIN) * other.percentile_us and knobs.instances <= others.instances
+
+    def _is_at_ease(self, outlook: Outlook) -> bool:
+        """Whether the target is kept with room to spare, by what is expected and by what was seen."""
+        if self.allowed_misses is None:
+            return False
+        seen = self._trail.recent(self._pace.judge_s)
+        misses = max(1.0 - outlook.good, seen.missed_share)
+        slowest_us = max(outlook.percentile_us, seen.percentile_us)
+        return misses <= self.allowed_misses / 2 and slowest_us <= _AT_EASE * self.target_us
 
     def _judge(self, now_s: float) -> Move | None:
         assert self._move is not None and self._before is not None
@@ -273,6 +306,8 @@ class Tuner:
             return None
         self._move = None
         self.verdict = _tell_effect(before, after)
+        if not self._is_same_load(before, after):
+            self.verdict += "; that is another load, which says nothing about the move"
         if not is_harm:
             self._rests.pop(move.knob, None)
             self._known = (after.rate, self._known[1] if self._known else 0.0)
@@ -281,7 +316,7 @@ class Tuner:
         self._rest(move.knob, now_s)
         self.knobs = move.before
         self._enter(State.SETTLING, now_s)
-        return Move(move.knob, move.after, move.before, f"it did harm: {self.verdict}", is_undone=True)
+        return Move(move.knob, move.after, move.before, f"the move before did harm, {self.verdict}", is_undone=True)
 
     def _is_harm(self, before: Sight, after: Sight) -> bool:
         if not self._is_same_load(before, after):
@@ -307,15 +342,21 @@ class Tuner:
         self._rests[knob] = (now_s + rest_s, rest_s)
 
 
-def _tell_promise(present: Outlook, promised: Outlook) -> str:
-    return (
-        f"expected: {100 * promised.good:.1f} % good, {promised.percentile_us / 1000:.3g} ms, "
-        f"now {100 * present.good:.1f} %, {present.percentile_us / 1000:.3g} ms"
-    )
+def _tell_promise(after: Knobs, knob: str, present: Outlook, promised: Outlook) -> str:
+    choice = {
+        "max_batch_size": f"batches of at most {after.max_rows}",
+        "delay": f"waiting {after.delay_us / 1000:.3g} ms for company" if after.delay_us else "no waiting for company",
+        "instances": f"{after.instances} instance{'s' * (after.instances != 1)}",
+    }[knob]
+    return f"{choice} should keep {_tell_outlook(promised)}; left alone it would be {_tell_outlook(present)}"
+
+
+def _tell_outlook(outlook: Outlook) -> str:
+    return f"{100 * outlook.good:.1f} % in time (percentile {outlook.percentile_us / 1000:.3g} ms)"
 
 
 def _tell_effect(before: Sight, after: Sight) -> str:
-    return (
-        f"good {100 * (1 - before.missed_share):.1f} -> {100 * (1 - after.missed_share):.1f} %, "
-        f"percentile {before.percentile_us / 1000:.3g} -> {after.percentile_us / 1000:.3g} ms"
-    )
+    percentiles = f"percentile {before.percentile_us / 1000:.3g} -> {after.percentile_us / 1000:.3g} ms"
+    kept = f"in time {100 * (1 - before.missed_share):.1f} -> {100 * (1 - after.missed_share):.1f} %, "
+    rates = f" at {before.rate:.0f} -> {after.rate:.0f} requests/s"
+    return f"{kept if before.missed or after.missed else ''}{percentiles}{rates}"

@@ -1,9 +1,9 @@
 """A tuner's decisions while the load changes: ``story.py FOLDER OUT.json`` records, ``story.py --tell OUT.json`` tells.
 
-A server on CPU 0 serves one model of FOLDER (the ONNX models of ``benchmarks/models/make.py``) with an objective and
-nothing else that is configured for it; a caller on CPU 1 sends requests at random times, whatever becomes of those
-before, at rates that change in steps. Recorded: what was offered and answered within the objective in each second,
-as the caller saw it from when a request was due, and what the server tells of its decisions, word for word.
+A server on CPU 0 serves one model of FOLDER (ONNX models of ``benchmarks/models/make.py``) with an objective, and with
+a fixed delay as somebody may have copied it from elsewhere; a caller on CPU 1 sends requests at random times, whatever
+becomes of those before, at rates that change in steps. Recorded: what was offered and answered within the objective in
+each second, as the caller saw it from when a request was due, and what the server tells of its decisions.
 ``--tell`` prints that as Markdown, of which ``docs/tuning.md`` has a section.
 """
 
@@ -28,6 +28,8 @@ from benchmarks.scenarios.foretold import HERE, MODELS, Watched, write_repositor
 
 #: Seconds that a phase lasts.
 PHASE_S = 12.0
+#: The delay that is written.
+DELAY_US = 200_000
 STORIES = {"minilm": ("p99=250ms", (30.0, 90.0, 200.0, 30.0)), "wide": ("p99=20ms", (500.0, 2500.0, 4500.0, 500.0))}
 
 
@@ -41,6 +43,9 @@ def record(onnx: Path, name: str, objective: str, rates: tuple[float, ...], seed
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         message = write_repository(folder / "models", MODELS[name], onnx, objective=objective)
+        written = folder / "models" / name / "config.pbtxt"
+        delay = f"dynamic_batching {{ max_queue_delay_microseconds: {DELAY_US} }}"
+        written.write_text(written.read_text().replace("dynamic_batching { }", delay))
         (folder / "message").write_bytes(message)
         np.savez(folder / "times.npz", times_ns=draw(rates, random))
         with Watched(folder / "models") as server:
@@ -59,6 +64,7 @@ def record(onnx: Path, name: str, objective: str, rates: tuple[float, ...], seed
     return {
         "model": name,
         "objective": objective,
+        "delay_us": DELAY_US,
         "phase_s": PHASE_S,
         "rates": rates,
         "seconds": count_seconds(out, began_ns, parse_objective(objective).latency_us),

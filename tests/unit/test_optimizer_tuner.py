@@ -85,7 +85,7 @@ def test_a_move_that_does_harm_is_undone_and_its_knob_rests_longer_each_time() -
     undone = [second for second, move in moves if move.is_undone]
     assert tuner.knobs == START
     assert len(undone) * 2 == len(moves)
-    assert all("did harm: good 98.0 -> 50.0 %" in move.reason for _, move in moves if move.is_undone)
+    assert all("did harm, in time 98.0 -> 50.0 %" in move.reason for _, move in moves if move.is_undone)
     last_ten_minutes = [second for second in undone if second >= 3000]
     assert len(last_ten_minutes) <= 3
 
@@ -125,11 +125,44 @@ def test_a_dear_instance_is_given_back_sooner(cost: float, count: int) -> None:
     assert tuner.knobs.instances == count
 
 
+def test_what_keeps_its_target_is_left_alone() -> None:
+    tuner = Tuner(START, BOUNDS, allowed_misses=0.01)
+    world = World(lambda knobs: Outlook(0.999, 0.0, 500.0 + 100 * knobs.max_rows))
+    assert world.live(tuner, 120) == []
+
+
+def test_what_keeps_its_target_just_about_is_not() -> None:
+    tuner = Tuner(START, BOUNDS, allowed_misses=0.01, target_us=7000.0)
+    World(lambda knobs: Outlook(0.999, 0.0, 500.0 + 100 * knobs.max_rows)).live(tuner, 30)
+    assert tuner.knobs.max_rows < 64
+
+
+def test_who_refuses_more_is_no_better_for_answering_the_others_sooner() -> None:
+    tuner = Tuner(START, BOUNDS, allowed_misses=0.01)
+
+    def look(knobs: Knobs) -> Outlook:
+        return Outlook(0.6 + 0.004 * knobs.max_rows, 0.2, 1000.0 * knobs.max_rows)
+
+    assert World(look).live(tuner, 120) == []
+    assert tuner.knobs == START
+
+
+def test_what_all_repetitions_say_is_sure_however_far_they_are_apart() -> None:
+    tuner = Tuner(START, BOUNDS, allowed_misses=0.01)
+
+    def look(knobs: Knobs) -> Outlook:
+        good = 0.7 if knobs.max_rows == 64 else 0.75
+        return Outlook(good, 0.1, 5000.0, (good - 0.1, good, good + 0.1))
+
+    World(look).live(tuner, 20)
+    assert tuner.knobs.max_rows < 64
+
+
 def test_without_a_target_the_percentile_counts() -> None:
     tuner = Tuner(START, BOUNDS)
     world = World(lambda knobs: Outlook(1.0, 0.0, 500.0 + 100 * knobs.max_rows + knobs.delay_us))
     world.live(tuner, 120)
-    assert tuner.knobs == Knobs(4, 0, instances=1)
+    assert tuner.knobs == Knobs(1, 0, instances=1)
 
 
 def test_a_move_that_could_not_be_made() -> None:
