@@ -3,9 +3,6 @@
 Each repetition has other traffic, other noise, and a model whose run times are off by another part of what is not known
 of them; so the spread of the repetitions is how sure a prediction is. The same seed gives all candidates the same
 traffic: their difference is surer than each of them.
-
-What the simulation does not know of a machine makes predictions wrong by a factor that is alike for a while, which
-``Correction`` learns from what was measured.
 """
 
 from __future__ import annotations
@@ -218,42 +215,3 @@ class Scenario:
             busy_ns / max(end_ns, 1.0),
             float(batch_rows.mean()),
         )
-
-
-class Correction:
-    """The factor by which measured latencies exceed predicted ones, learnt window by window; old ones fade.
-
-    It begins at 1, in which it believes as in ``_PRIOR_WINDOWS`` windows, and stays within its bounds: a prediction
-    that is wrong by more is wrong in kind, which no factor mends.
-    """
-
-    _PRIOR_WINDOWS = 2.0
-    _LARGEST = math.log(4.0)
-
-    def __init__(self, half_life_windows: float = 20.0) -> None:
-        self._fade = 0.5 ** (1.0 / half_life_windows)
-        self._weight = self._sum = self._squares = 0.0
-
-    def learn(self, predicted_ns: float, measured_ns: float, error: float = 0.1) -> None:
-        """Takes a window's pair; ``error`` is the relative standard error of what was measured."""
-        if not (0 < predicted_ns < math.inf and 0 < measured_ns < math.inf):
-            return
-        ratio = min(self._LARGEST, max(-self._LARGEST, math.log(measured_ns / predicted_ns)))
-        weight = 0.01 / max(0.01, error**2)
-        self._weight = self._weight * self._fade + weight
-        self._sum = self._sum * self._fade + weight * ratio
-        self._squares = self._squares * self._fade + weight * ratio**2
-
-    @property
-    def factor(self) -> float:
-        """What to multiply a predicted latency with."""
-        return math.exp(self._sum / (self._weight + self._PRIOR_WINDOWS))
-
-    @property
-    def error(self) -> float:
-        """Relative standard deviation of single windows around it."""
-        if self._weight <= 0:
-            return 0.3
-        mean = self._sum / self._weight
-        seen = max(0.0, self._squares / self._weight - mean**2)
-        return math.sqrt((seen * self._weight + 0.09 * self._PRIOR_WINDOWS) / (self._weight + self._PRIOR_WINDOWS))

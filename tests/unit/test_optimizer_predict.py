@@ -11,7 +11,7 @@ import pytest
 
 from aiorch_server._core import Histogram, simulate
 from aiorch_server.optimizer.arrivals import OnOff
-from aiorch_server.optimizer.predict import Correction, Demand, Knobs, Scenario, Surroundings
+from aiorch_server.optimizer.predict import Demand, Knobs, Scenario, Surroundings
 from aiorch_server.optimizer.runs import Stalls
 from aiorch_server.optimizer.service_time import Estimate
 from aiorch_server.optimizer.window import Window, find_percentile
@@ -155,22 +155,6 @@ def test_nothing_that_could_be_answered_is_no_error() -> None:
     none = Scenario.of(MLP, OnOff.steady(1.0), demand=Demand(target_us=1)).predict(Knobs(8, is_shedding=True))
     assert none.goodput == 0.0
     Scenario.of(MLP, OnOff.steady(0.0)).predict(Knobs(8))
-
-
-def test_a_correction_is_learnt_and_bounded() -> None:
-    correction = Correction()
-    assert correction.factor == 1.0
-    for _ in range(40):
-        correction.learn(1e6, 1.3e6)
-    assert correction.factor == pytest.approx(1.3, rel=0.03)
-    assert correction.error < 0.1
-    for _ in range(60):
-        correction.learn(1e6, 1e6)
-    assert correction.factor == pytest.approx(1.0, abs=0.05)
-    for measured in (math.inf, 0.0, -1.0, math.nan):
-        correction.learn(1e6, measured)
-    correction.learn(1e6, 1e12)
-    assert correction.factor < 1.2
 
 
 def test_a_prediction_costs_little() -> None:
