@@ -345,4 +345,4 @@ class EnsembleScheduler:
         """The same error with the ensemble in front, as Triton words it, and the step behind."""
         text = f"in ensemble '{self.name}', {error} ({step})"
         kind = type(error)
-        return kind(text) if kind.__module__ == AiorchError.__module__ else error_from_code(error.code, text)
+        return error.restate(text) if kind.__module__ == AiorchError.__module__ else error_from_code(error.code, text)
