@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -362,7 +363,8 @@ class _Predictor:
             )
         found = self._scenario.predict(knobs)
         good = 1.0 - found.late - found.lost
-        error = found.goodput_error / max(found.goodput, 1e-9) * good
+        # of the share: how much came differs between repetitions too, and says nothing of the knobs
+        error = statistics.stdev(found.goods) / math.sqrt(len(found.goods)) if len(found.goods) > 1 else 1.0
         return Outlook(good, error, found.percentile_ns / 1e3, found.goods)
 
 
