@@ -137,11 +137,18 @@ cdef int64_t make_last_late(const Bucket *bucket, const BatchPolicy *policy, int
     cdef int64_t cap = policy.max_rows
     cdef int64_t rounds = batches_for(batches_for(bucket.rows - rows, cap), max(1, policy.instances))
     cdef int64_t first_ns = run_time(&policy.curve, rows)
+    cdef int64_t next_ns = run_time(&policy.curve, min(cap, bucket.rows - rows))
+    cdef int64_t head_end_ns = most_urgent(bucket).end_ns
+    cdef int64_t late_ns
     # who is less urgent has no say: the head was let in because it overtakes
     if bucket.newest.end_ns == 0 or bucket.newest.level > most_urgent(bucket).level:
         return 0
-    return max(0, now_ns + first_ns + rounds * run_time(&policy.curve, min(cap, bucket.rows - rows))
-               - bucket.newest.end_ns)
+    late_ns = now_ns + first_ns + rounds * next_ns - bucket.newest.end_ns
+    # if the next head stood where this one does, one small batch would follow the other; its end is guessed between both
+    if rows < bucket.rows and bucket.newest.end_ns > head_end_ns:
+        head_end_ns += <int64_t> (<double> (bucket.newest.end_ns - head_end_ns) * rows / bucket.rows)
+        late_ns = max(late_ns, now_ns + first_ns + next_ns - head_end_ns)
+    return max(0, late_ns)
 
 
 cdef Request *find_heavier(const Queue *queue, const Request *head) noexcept nogil:

@@ -353,3 +353,17 @@ def test_what_is_over_cannot_be_asked_for() -> None:
     world.set_policy()
     world.advance()
     assert world.latencies_ns.tolist() == [MS]
+
+
+@pytest.mark.parametrize("load", [1.05, 1.25, 2.0])
+@pytest.mark.parametrize("margin_ns", [0, 6 * MS])
+def test_overload_leaves_batches_full(load: float, margin_ns: int) -> None:
+    """One small batch for a head that is nearly late must not make the next head as late, and so on."""
+    curve = [(1, 7 * MS), (32, 20 * MS)]
+    capacity = 32 / 0.02  # requests/s
+    times = poisson(S / (load * capacity), 40_000, 3)
+    target_ns = 117 * MS
+    policy = {"max_rows": 32, "target_ns": target_ns, "margin_ns": margin_ns, "is_shedding": True, "curve": curve}
+    done = simulate(times, truth=curve, **policy)
+    good = np.count_nonzero((done.latencies_ns > 0) & (done.latencies_ns <= target_ns))
+    assert good / (times[-1] / S) >= 0.93 * capacity
