@@ -21,7 +21,8 @@ _TITLES: Final = {
     "auto": "the tuner",
     "fixed": "fixed",
     "triton": "Triton, its default queue",
-    "triton_bounded": "Triton, bounded queue",
+    "triton_timed": "Triton, queue bounded by time",
+    "triton_sized": "Triton, queue bounded by size",
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.optimizer import loads
 from benchmarks.optimizer.cells import count_missed_windows, find_recovery_s, run_cell
-from benchmarks.optimizer.overload import QUEUES, find_triton, start_triton
+from benchmarks.optimizer.overload import find_triton, start_triton
 from benchmarks.optimizer.site import Point, Site
 from benchmarks.optimizer.workloads import MAKERS, Workload
 
@@ -48,6 +48,7 @@ class Plan:
     delay_parts: Sequence[float]
     steady_s: float
     overload_s: float
+    peers: Sequence[str]
     cache: Path
     server_cpu: int
     load_cpu: int
@@ -78,7 +79,9 @@ class Plan:
         if self.steady_s:
             seconds += self.ramp_s + self.steady_s + _BESIDE_S
         if self.overload_s:
-            seconds += 8 * (self.ramp_s / 2 + self.overload_s + _BESIDE_S) + 2 * _START_S
+            seconds += (4 + 2 * len(self.peers)) * (self.ramp_s / 2 + self.overload_s + _BESIDE_S) + len(
+                self.peers
+            ) * _START_S
         return len(self.workloads) * seconds
 
 
@@ -202,7 +205,7 @@ class Comparison:
         if reason := find_triton(plan.cache):
             self._result["skipped"].append(f"{name}, overload: {reason}")
             return
-        for entrant in QUEUES:
+        for entrant in plan.peers:
             with self._attempt(f"{name}, overload, {entrant}"):
                 self._tell(f"{name}, overload: starting {entrant}")
                 cpus = plan.server_cpu, plan.load_cpu

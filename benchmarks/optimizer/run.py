@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from benchmarks.machine import ROOT, describe_machine
 from benchmarks.optimizer.comparison import POLICIES, TUNING_SEEDS, Comparison, Plan
 from benchmarks.optimizer.loads import LOADS
+from benchmarks.optimizer.overload import QUEUES
 from benchmarks.optimizer.summary import print_tables
 from benchmarks.optimizer.workloads import MAKERS
 
@@ -45,13 +46,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--delays", default="0" if is_quick else "0,0.1", help="in parts of the objective")
     parser.add_argument("--steady-seconds", type=float, default=12.0 if is_quick else 120.0, help="0: none")
     parser.add_argument("--overload-seconds", type=float, default=3.0 if is_quick else 12.0, help="0: none")
+    parser.add_argument("--peers", default="triton,triton_timed" if is_quick else ",".join(QUEUES))
     parser.add_argument("--cache", type=Path, default=Path(os.environ.get("AIORCH_CACHE", ROOT / ".cache")) / "bench")
     parser.add_argument("--server-cpu", type=int, default=0)
     parser.add_argument("--load-cpu", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "optimizer.json")
     options = parser.parse_args()
     options.is_quick = is_quick
-    for name, known in (("workloads", MAKERS), ("loads", LOADS), ("policies", POLICIES)):
+    for name, known in (("workloads", MAKERS), ("loads", LOADS), ("policies", POLICIES), ("peers", QUEUES)):
         chosen = [each for each in getattr(options, name).split(",") if each]
         if unknown := set(chosen) - set(known):
             parser.error(f"unknown {name} {sorted(unknown)}, known are {list(known)}")
@@ -77,6 +79,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         delay_parts=[float(each) for each in options.delays.split(",")],
         steady_s=options.steady_seconds,
         overload_s=options.overload_seconds,
+        peers=options.peers,
         cache=options.cache.resolve(),
         server_cpu=options.server_cpu,
         load_cpu=options.load_cpu,
