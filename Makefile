@@ -101,6 +101,7 @@ bench-rollout: $(CACHE)/test $(CACHE)/compiled
 # QUICK=1 finishes within ten minutes
 bench-optimizer: $(CACHE)/test $(CACHE)/compiled
 	$(PY) benchmarks/optimizer/run.py
+	$(PY) benchmarks/report.py
 
 bench-profile: $(CACHE)/test $(CACHE)/compiled
 	@command -v perf >/dev/null || deploy/install-packages linux-perf

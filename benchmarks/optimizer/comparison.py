@@ -26,7 +26,7 @@ POLICIES: Final = ("auto", "none", "fixed", "aimd", "linear")
 OVERLOADS: Final = (1.0, 2.0)
 #: The door's part of a request's time, in ms: only to choose the first rate by.
 _DOOR_MS: Final = 0.03
-_CAPACITY_S: Final = 2.0
+_CAPACITY_S: Final = 1.5
 #: What a cell takes beside its load, and what a server needs to start.
 _BESIDE_S: Final = 1.0
 _START_S: Final = 6.0
