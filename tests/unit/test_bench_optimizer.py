@@ -159,7 +159,7 @@ def make_result() -> dict[str, Any]:
 
 def test_figures() -> None:
     result = make_result()
-    assert find_ratio(result, "mlp", "bursts", "best") == pytest.approx((1.0, 0.9, 1.125))  # of four, all may be the same
+    assert find_ratio(result, "mlp", "bursts", "best") == pytest.approx((1.0, 0.9, 1.125))
     assert find_ratio(result, "mlp", "bursts", "none") is None
     assert find_ratio(result, "mlp", "step", "aimd") is None
     assert find_least_of_best(result) == pytest.approx(1.0)
