@@ -119,7 +119,7 @@ class ProvingGround:
                 channels=4,
                 due_ns=trace.times_ns.tolist(),
                 timeout_s=_TIMEOUT_S,
-            )  # fmt: skip
+            )
         )
         window = Window.between(before, self._levers.observe())
         found = window.percentile(objective.percentile / 100.0)
