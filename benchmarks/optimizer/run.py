@@ -83,7 +83,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         cache=options.cache.resolve(),
         server_cpu=options.server_cpu,
         load_cpu=options.load_cpu,
-        long_factor=2.0,
+        long_factor=1.5 if options.is_quick else 2.0,
     )
 
 
