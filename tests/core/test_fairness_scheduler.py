@@ -6,6 +6,7 @@ import asyncio
 import random
 import threading
 import time
+from functools import partial
 
 import pytest
 from hand_driven import make_spec, message, values_of
@@ -109,13 +110,17 @@ async def test_who_makes_way_leaves_in_the_order_of_arrival(mailbox: Mailbox) ->
     scheduler = Scheduler(make_spec(1), max_queue_size=3, preserve_ordering=True)
     left: list[str] = []
     answers = {}
+
+    def note(name: str, done: asyncio.Future[memoryview]) -> None:
+        left.append(f"{name} {done.exception() is None}")
+
     for name, tenant in (("a1", 1), ("a2", 1), ("a3", 1), ("b1", 2), ("b2", 2)):
         try:
             answers[name] = mailbox.submit(scheduler, message(1), tenant=tenant)
         except QueueFull:
             left.append(f"{name} refused")
             continue
-        answers[name].add_done_callback(lambda done, name=name: left.append(f"{name} {done.exception() is None}"))
+        answers[name].add_done_callback(partial(note, name))
     await asyncio.sleep(0.01)
     assert left == ["b2 refused"], "the third made way, and waits for the answers before its own"
     batch = Batch(scheduler)

@@ -33,7 +33,7 @@ def check_hint(answer: Answer) -> float:
     (detail,) = status.details
     retry = error_details_pb2.RetryInfo()
     assert detail.Unpack(retry)
-    pause_ns = retry.retry_delay.ToNanoseconds()
+    pause_ns: int = retry.retry_delay.ToNanoseconds()
     assert pause_ns > 0
     assert int(answer.trailing[PUSHBACK]) == -(-pause_ns // 1_000_000)
     error = from_status(grpc.StatusCode[answer.code], answer.text, tuple(answer.trailing.items()))
