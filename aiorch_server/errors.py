@@ -29,6 +29,7 @@
     |  |- StreamStalled           nobody took a stream's answers for too long
     |  |- QuotaExceeded           the tenant's quota is used up
     |  |- RegistryUnavailable     the registry's database or store does not answer
+    |  |  |- StoreUnavailable        its artefact store does not
     |  |  `- OutcomeUnknown          ... and nobody knows whether the change was made
     |  |- IdentityUnavailable     what tells who a caller is does not answer
     |  |- ModelNotReady           the version exists, but does not serve (yet)
@@ -254,6 +255,12 @@ class RegistryUnavailable(CapacityError):
     """The registry's database or artefact store cannot be reached; what is served goes on being served."""
 
     told = "the registry is away; nothing was changed, try again"
+
+
+class StoreUnavailable(RegistryUnavailable):
+    """The artefact store cannot be reached, or does not give what it holds."""
+
+    told = "the artefact store does not answer; nothing was changed, try again"
 
 
 class OutcomeUnknown(RegistryUnavailable):

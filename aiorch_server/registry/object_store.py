@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import fsspec  # type: ignore[import-untyped, unused-ignore]
 
-from aiorch_server.errors import AiorchError, Conflict, InvalidSettings, PreconditionFailed, RegistryUnavailable
+from aiorch_server.errors import AiorchError, Conflict, InvalidSettings, PreconditionFailed, StoreUnavailable
 from aiorch_server.registry.scratch import Scratch, telling
 from aiorch_server.registry.store import ArtefactStore, Blob, BlobMissing, UploadPieces, check_digest, check_key
 
@@ -56,7 +56,7 @@ class ObjectStore(ArtefactStore):
             self._files.put_file(str(path), target)
             stored = self._files.info(target)["size"]
         if stored != size:
-            raise RegistryUnavailable(f"artefact store {self.name} kept {stored} bytes of {size}; try again")
+            raise StoreUnavailable(f"artefact store {self.name} kept {stored} bytes of {size}; try again")
 
     @contextlib.contextmanager
     def open(self, sha256: str) -> Iterator[BinaryIO]:
@@ -153,14 +153,14 @@ class ObjectStore(ArtefactStore):
 
     @contextlib.contextmanager
     def telling(self, doing: str) -> Iterator[None]:
-        """Turns whatever the store's client raises into RegistryUnavailable."""
+        """Turns whatever the store's client raises into StoreUnavailable."""
         try:
             yield
         except (AiorchError, GeneratorExit):
             raise
         except Exception as error:
             text = f"artefact store {self.name} does not answer: {doing} failed ({self._tell(error)})"
-            raise RegistryUnavailable(text) from None
+            raise StoreUnavailable(text) from None
 
     def _tell(self, error: BaseException) -> str:
         text = " ".join(f"{type(error).__name__}: {error}".split())

@@ -12,21 +12,21 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from aiorch_server.errors import CapacityError, RegistryUnavailable
+from aiorch_server.errors import CapacityError, StoreUnavailable
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextlib.contextmanager
 def telling(place: str, *, doing: str) -> Iterator[None]:
-    """Turns an OSError into what the caller should hear: CapacityError for a full disk, else RegistryUnavailable."""
+    """Turns an OSError into what the caller should hear: CapacityError for a full disk, else StoreUnavailable."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             text = f"{place} is full: {doing} needs more room ({error.strerror}); free some and try again"
             raise CapacityError(text) from None
-        raise RegistryUnavailable(f"{place} does not answer: {doing} failed ({error.strerror or error})") from error
+        raise StoreUnavailable(f"{place} does not answer: {doing} failed ({error.strerror or error})") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -26,6 +26,7 @@ IDENTITY = """
     input { name: "INPUT0" data_type: TYPE_FP32 dims: [-1] }
     output { name: "OUTPUT0" data_type: TYPE_FP32 dims: [-1] }
     dynamic_batching { max_queue_delay_microseconds: 100 }
+    parameters { key: "tuning" value { string_value: "off" } }
 """
 #: Who may do what on the models own-*; the last has no role at all.
 ROLES = {
