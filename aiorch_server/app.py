@@ -99,7 +99,7 @@ class Application:
             await self._build_grpc(planes)
             if self.deployments is not None:
                 await self.deployments.start(
-                    self.manager, self.dataplane.samples, server=self._name(), on_change=self._changed.set
+                    self.manager, self.dataplane.samples, address=self._address(), on_change=self._changed.set
                 )
                 if self._admin is not None:
                     self._admin.start(self.deployments.store)
@@ -195,7 +195,9 @@ class Application:
             return
         self._grpc = build_grpc_server(self.config, planes.router, self._passes)
         self.grpc_port = self._certificates.bind(self._grpc, config)
-        self._admin = build_admin(self.config, self.deployments, self._gate, server=self._name(), explain=self._explain)
+        self._admin = build_admin(
+            self.config, self.deployments, self._gate, server=self._address(), explain=self._explain
+        )
         self._health = await add_services(self._grpc, config, planes, gate=self._gate, admin=self._admin)
 
     def _start_optimizer(self) -> None:
@@ -215,8 +217,8 @@ class Application:
     def _has_deployed(self) -> bool:
         return self.deployments is None or self.deployments.has_settled
 
-    def _name(self) -> str:
-        """What the registry calls this server: the same after a restart."""
+    def _address(self) -> str:
+        """Where it is, for its name in the registry and for the audit log: the same after a restart."""
         return f"{socket.gethostname()}:{self.grpc_port or self.http_port or 0}"
 
     def _list_ledgers(self) -> list[ServerLedger]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiorch_server.config.registry import RegistryConfig
 from aiorch_server.deployments.driver import Driver
+from aiorch_server.deployments.identity import name_server
 from aiorch_server.deployments.reconciler import Reconciler
 from aiorch_server.registry.checkout import Checkout
 from aiorch_server.registry.database import Database
@@ -58,23 +59,25 @@ class LocalDeployments:
         return self._driver is not None and self._driver.is_driving
 
     async def start(
-        self, manager: LifecycleManager, samples: Samples, *, server: str, on_change: Callable[[], None]
+        self, manager: LifecycleManager, samples: Samples, *, address: str, on_change: Callable[[], None]
     ) -> None:
         """Returns when what is deployed serves or has failed; ``on_change`` as for Reconciler.
 
+        ``address`` is this server's, such as ``host:8001``.
+
         Raises InvalidSettings for a store or a cache folder that cannot be used.
         """
-        self.server = server
         folder, file = self._config.cache_folder, self.database.url.file
         # The record and what it is a record of stay together, wherever the server is started from.
         beside = Path() if file is None else file.parent
         artefacts = self._config.artefacts or str(beside / ARTEFACTS)
 
-        def open_files() -> tuple[ArtefactStore, Checkout]:
+        def open_files() -> tuple[ArtefactStore, Checkout, str]:
             store = open_store(artefacts, scratch=folder / "unpacking")
-            return store, Checkout(store, folder, most_bytes=self._config.cache_bytes)
+            checkout = Checkout(store, folder, most_bytes=self._config.cache_bytes)
+            return store, checkout, name_server(address, folder)
 
-        self.store, checkout = await asyncio.to_thread(open_files)
+        self.store, checkout, self.server = await asyncio.to_thread(open_files)
         place = self.database.url.place
         logger.info("registry in %s, artefacts in %s, cache in %s", place, self.store.name, folder.absolute())
         self._checkout = checkout
@@ -82,14 +85,14 @@ class LocalDeployments:
         def find_version(model: str, version: int, manifest: Manifest) -> RegisteredVersion:
             return RegisteredVersion(manifest.digest, lambda: checkout.acquire(model, version, manifest))
 
-        driver = Driver(self.database, server=server, on_change=self.nudge)
+        driver = Driver(self.database, server=self.server, on_change=self.nudge)
         self._reconciler = Reconciler(
             self.database,
             manager,
             self.repository,
             samples,
             find_version,
-            server=server,
+            server=self.server,
             last_known=folder / LAST_KNOWN,
             on_change=on_change,
             on_contact=driver.notice,
