@@ -19,6 +19,7 @@ from aiorch_server.app import Application
 from aiorch_server.deployments import service
 from aiorch_server.deployments.rollout import Command
 from aiorch_server.errors import RegistryUnavailable
+from aiorch_server.registry.deployments import get_deployment
 from aiorch_server.registry.leases import find_lease
 from aiorch_server.registry.records import CanaryStep, Gates, RolloutPlan, RolloutState, Strategy
 from aiorch_server.registry.servers import read_servers
@@ -37,6 +38,13 @@ async def fleet(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 def versions(*servers: Application) -> list[list[int]]:
     return [server.manager.versions("m") for server in servers]
+
+
+def wanted_generation(server: Application) -> int:
+    """The last change of the deployment that a server has taken up."""
+    reconciler = None if server.deployments is None else server.deployments._reconciler
+    wanted = None if reconciler is None else reconciler._models["m"].wanted
+    return 0 if wanted is None else wanted.deployment.generation
 
 
 async def test_two_servers_converge(fleet: Fleet) -> None:
@@ -138,6 +146,8 @@ async def test_promoted_and_taken_back_while_it_loads(sqlite_fleet: Fleet) -> No
         assert (await fleet.direct(Command.PROMOTE)).rollout
         await traffic.wait_for(1, 10)
         assert (await fleet.direct(Command.ROLLBACK)).rollout
+        taken_back = (await fleet.database.read(lambda session: get_deployment(session, "m"))).generation
+        await until(lambda: wanted_generation(server) >= taken_back)  # each server follows in its own time
         gate.set()
         assert (await fleet.wait(rollout.id)).state is S.ROLLED_BACK
         await until(lambda: versions(server) == [[1]])
