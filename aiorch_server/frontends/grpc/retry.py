@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from google.rpc import error_details_pb2, status_pb2
-
 from aiorch_server.errors import CapacityError
 
 #: gRFC A6: after how many milliseconds to retry.
@@ -23,6 +21,8 @@ def describe_retry(error: Exception, text: str) -> tuple[tuple[str, str | bytes]
     pushback = (_PUSHBACK, str(-(-error.retry_after_ns // 1_000_000)))
     if len(text.encode("utf-8", "replace")) > _MAX_TOLD_BYTES:
         return (pushback,)
+    from google.rpc import error_details_pb2, status_pb2  # 4 MB that a server needs when it first refuses
+
     status = status_pb2.Status(code=error.code, message=text)
     retry = error_details_pb2.RetryInfo()
     retry.retry_delay.FromNanoseconds(error.retry_after_ns)
