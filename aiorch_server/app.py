@@ -196,7 +196,12 @@ class Application:
         self._grpc = build_grpc_server(self.config, planes.router, self._passes)
         self.grpc_port = self._certificates.bind(self._grpc, config)
         self._admin = build_admin(
-            self.config, self.deployments, self._gate, server=self._address(), explain=self._explain
+            self.config,
+            self.deployments,
+            self._gate,
+            server=self._address(),
+            explain=self._explain,
+            manager=self.manager,
         )
         self._health = await add_services(self._grpc, config, planes, gate=self._gate, admin=self._admin)
 

@@ -5,7 +5,7 @@
 # Contract: the scheduler's lock guards all of it; times never run backwards but for what threads do between looking at the
 # clock and taking the lock, which counts as no time.
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from aiorch_server._core.histogram cimport N_BUCKETS, bucket_of
 
@@ -19,6 +19,16 @@ cdef extern from * nogil:
     """
     const int64_t SLOT_NS "AIORCH_SLOT_NS"
 
+
+# When requests came and how many rows they had, since somebody began to record; nothing of what is in them.
+cdef struct Recording:
+    int64_t start_ns
+    int64_t last_ns                 # of the newest, from the start: times must ascend
+    int64_t n
+    int64_t size                    # room
+    uint64_t lost                   # that found no room since the last look
+    int64_t *times_ns               # owned; from the start
+    int32_t *rows                   # owned
 
 cdef struct RunCount:
     uint64_t executions
@@ -54,6 +64,7 @@ cdef struct Observed:               # zero-initialised, then init_observed
     int64_t n_runs
     RunTimes *times                 # owned: by rows, n_times of them; larger sizes have none
     int64_t n_times
+    Recording *recording            # owned; NULL: nobody records
 
 
 # False: out of memory, there is nothing to drop.
@@ -63,6 +74,14 @@ cdef void drop_observed(Observed *observed) noexcept nogil
 cdef void close_slots(Observed *observed, int64_t now_ns) noexcept nogil
 # A SchedulerObservation but for what is not counted here; of a copy, with the interpreter lock.
 cdef dict describe_observed(const Observed *observed)
+
+# Empty, for `size` requests (12 bytes each); NULL: out of memory. The caller's.
+cdef Recording *new_recording(int64_t size, int64_t start_ns) noexcept nogil
+# NULL is nothing.
+cdef void free_recording(Recording *recording) noexcept nogil
+cdef void record_arrival(Recording *recording, int64_t rows, int64_t now_ns) noexcept nogil
+# (times as int64, rows as int32, how many were lost): native bytes; with the interpreter lock.
+cdef tuple describe_recording(const Recording *recording)
 
 cdef inline void count_arrival(Observed *observed, int64_t rows, int64_t now_ns) noexcept nogil:
     cdef int64_t gap_ns = now_ns - observed.last_arrival_ns
@@ -76,6 +95,8 @@ cdef inline void count_arrival(Observed *observed, int64_t rows, int64_t now_ns)
     if now_ns >= observed.slot_end_ns:
         close_slots(observed, now_ns)
     observed.slot_arrivals += 1
+    if observed.recording != NULL:
+        record_arrival(observed.recording, rows, now_ns)
 
 # An instance was busy for so long with a batch of that many rows.
 cdef inline void count_busy(Observed *observed, int64_t rows, int64_t busy_ns) noexcept nogil:

@@ -1,6 +1,7 @@
 """Counts of traffic and run times, and their description for Python; see observation.pxd."""
 
-from libc.stdlib cimport calloc, free
+from libc.stdint cimport INT32_MAX
+from libc.stdlib cimport calloc, free, malloc
 
 from aiorch_server._core.histogram cimport lower_bound
 
@@ -24,7 +25,46 @@ cdef bint init_observed(Observed *observed, int64_t max_rows) noexcept nogil:
 cdef void drop_observed(Observed *observed) noexcept nogil:
     free(observed.runs)
     free(observed.times)
-    observed.runs, observed.times = NULL, NULL
+    free_recording(observed.recording)
+    observed.runs, observed.times, observed.recording = NULL, NULL, NULL
+
+
+cdef Recording *new_recording(int64_t size, int64_t start_ns) noexcept nogil:
+    cdef Recording *recording = <Recording *> calloc(1, sizeof(Recording))
+    if recording == NULL:
+        return NULL
+    recording.start_ns, recording.size = start_ns, size
+    recording.times_ns = <int64_t *> malloc(<size_t> size * sizeof(int64_t))
+    recording.rows = <int32_t *> malloc(<size_t> size * sizeof(int32_t))
+    if recording.times_ns == NULL or recording.rows == NULL:
+        free_recording(recording)
+        return NULL
+    return recording
+
+
+cdef void free_recording(Recording *recording) noexcept nogil:
+    if recording != NULL:
+        free(recording.times_ns)
+        free(recording.rows)
+        free(recording)
+
+
+cdef void record_arrival(Recording *recording, int64_t rows, int64_t now_ns) noexcept nogil:
+    if recording.n == recording.size:
+        recording.lost += 1
+        return
+    recording.last_ns = max(recording.last_ns, now_ns - recording.start_ns)
+    recording.times_ns[recording.n] = recording.last_ns
+    recording.rows[recording.n] = <int32_t> min(rows, <int64_t> INT32_MAX)
+    recording.n += 1
+
+
+cdef tuple describe_recording(const Recording *recording):
+    return (
+        (<const char *> recording.times_ns)[:recording.n * <int64_t> sizeof(int64_t)],
+        (<const char *> recording.rows)[:recording.n * <int64_t> sizeof(int32_t)],
+        recording.lost,
+    )
 
 
 cdef void close_slots(Observed *observed, int64_t now_ns) noexcept nogil:

@@ -9,7 +9,18 @@ from aiorch_server._core.counters cimport describe_counters, describe_durations
 from aiorch_server._core.curve cimport describe_curve
 from aiorch_server._core.forecast cimport find_pause, remove_late
 from aiorch_server._core.levels cimport MAX_SPAN_US, count_out, delay_expired, make_levels
-from aiorch_server._core.observation cimport Observed, RunCount, RunTimes, close_slots, count_busy, describe_observed
+from aiorch_server._core.observation cimport (
+    Observed,
+    Recording,
+    RunCount,
+    RunTimes,
+    close_slots,
+    count_busy,
+    describe_observed,
+    describe_recording,
+    free_recording,
+    new_recording,
+)
 from aiorch_server._core.queue cimport Bucket, remove_all, remove_expired
 from aiorch_server._core.request cimport REQUEST_RUNNING, now_ns, pthread_mutex_lock, pthread_mutex_unlock
 from aiorch_server._core.scheduler_state cimport (
@@ -35,6 +46,9 @@ cdef int UNAVAILABLE = 14
 cdef double MAX_WAIT_S = 1e9
 # An idle instance looks into its queue so often by itself: glibc can lose a wake-up (its bug 25847).
 cdef int64_t MAX_NAP_NS = 1000000000
+
+# Requests that a recording keeps between two looks: 12 MB.
+MAX_RECORDED = 1000000
 
 # Requests and bytes that one queue holds when the configuration names no bound.
 DEFAULT_MAX_REQUESTS = 16384
@@ -318,6 +332,69 @@ cdef class Scheduler:
         finally:
             free(runs)
             free(times)
+
+    def start_recording(self, int64_t max_requests=MAX_RECORDED):
+        """From now on the time and the rows of each request that comes are noted, up to ``max_requests`` between two looks.
+
+        ValueError where somebody records already, or the number is not 1 to ``MAX_RECORDED``.
+        """
+        cdef Recording *made
+        cdef Recording *kept
+        if not 1 <= max_requests <= MAX_RECORDED:
+            raise ValueError(f"a recording of {max_requests} requests: expected 1..{MAX_RECORDED}")
+        made = new_recording(max_requests, now_ns())
+        if made == NULL:
+            raise MemoryError
+        with nogil:
+            pthread_mutex_lock(&self.state.lock)
+            kept = self.state.observed.recording
+            if kept == NULL:
+                self.state.observed.recording = made
+            pthread_mutex_unlock(&self.state.lock)
+        if kept != NULL:
+            free_recording(made)
+            raise ValueError("its traffic is being recorded already: one recording at a time")
+
+    def take_recording(self):
+        """What came since the last look: ``(times, rows, lost)``, and how many found no room.
+
+        ``times`` are native int64 nanoseconds since ``start_recording``, ascending, ``rows`` native int32. ValueError where
+        nobody records.
+        """
+        cdef Observed *observed = &self.state.observed
+        cdef Recording *taken = NULL
+        cdef Recording *fresh
+        cdef int64_t size
+        with nogil:
+            pthread_mutex_lock(&self.state.lock)
+            size = observed.recording.size if observed.recording != NULL else 0
+            pthread_mutex_unlock(&self.state.lock)
+        fresh = new_recording(size, 0) if size else NULL
+        if size and fresh == NULL:
+            raise MemoryError
+        with nogil:
+            pthread_mutex_lock(&self.state.lock)
+            if fresh != NULL and observed.recording != NULL:
+                taken = observed.recording
+                fresh.start_ns, fresh.last_ns = taken.start_ns, taken.last_ns
+                observed.recording = fresh
+            pthread_mutex_unlock(&self.state.lock)
+        if taken == NULL:
+            free_recording(fresh)
+            raise ValueError("nobody records")
+        try:
+            return describe_recording(taken)
+        finally:
+            free_recording(taken)
+
+    def stop_recording(self):
+        """Notes no more, and gives back what it took; nothing where nobody records."""
+        cdef Recording *kept
+        with nogil:
+            pthread_mutex_lock(&self.state.lock)
+            kept, self.state.observed.recording = self.state.observed.recording, NULL
+            pthread_mutex_unlock(&self.state.lock)
+        free_recording(kept)
 
     def wait_idle(self, double timeout_s):
         """Blocks, without the interpreter lock, until nothing is queued or running; False when the time is over first."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from aiorch_server._core import Passes
+from aiorch_server._core import Passes, Scheduler
 from aiorch_server.config.registry import RegistryConfig
 from aiorch_server.config.server import ServerConfig
-from aiorch_server.errors import InvalidSettings
+from aiorch_server.errors import InvalidSettings, PreconditionFailed
+from aiorch_server.lifecycle.manager import LifecycleManager
 from aiorch_server.repository import FilesystemRepository, ModelRepository, UnionRepository
 from aiorch_server.security.find import open_gate
 
@@ -68,6 +70,7 @@ def build_admin(
     *,
     server: str,
     explain: Callable[[str], Sequence[Account]],
+    manager: LifecycleManager,
 ) -> AdminServices | None:
     """The admin services of a server called ``server``, None without a registry."""
     if deployments is None:
@@ -82,4 +85,19 @@ def build_admin(
         allow_code=config.execution.allow_code,
         on_commit=deployments.nudge,
         explain=explain,
+        find_queue=functools.partial(find_queue, manager),
     )
+
+
+def find_queue(manager: LifecycleManager, model: str, version: int) -> tuple[int, Scheduler]:
+    """A ready version, 0: the first that has a share, and its queue.
+
+    Raises as LifecycleManager.find, and PreconditionFailed where requests go through no one queue of its own.
+    """
+    servable = manager.find(model, str(version or ""))
+    if servable.plain_scheduler is None:
+        raise PreconditionFailed(
+            f"model '{model}' version {servable.version} has no one queue of its own, as ensembles and models with "
+            "sequences have none; record the models that it is made of"
+        )
+    return servable.version, servable.plain_scheduler

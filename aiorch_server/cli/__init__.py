@@ -31,6 +31,7 @@ _PANELS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             "infer": "infer",
             "bench": "bench",
             "tune": "tune",
+            "record": "record",
             "version": "version",
         },
         _ROLLOUTS: {

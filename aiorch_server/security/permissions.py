@@ -150,6 +150,7 @@ _ADMINISTRATION: Final = (
     (Scope.MODEL, Role.VIEWER, "model", ("Deployments/GetDeployment", "Tuning/GetObjective", "Tuning/Explain")),
     (Scope.MODEL, Role.VIEWER, "", ("Deployments/GetRollout", "Deployments/ListRollouts", "Deployments/WatchEvents")),
     (Scope.MODEL, Role.DEPLOYER, "objective.model", ("Tuning/SetObjective",)),
+    (Scope.MODEL, Role.DEPLOYER, "model", ("Tuning/RecordTraffic",)),
     (Scope.KNOWN, None, "", ("Access/WhoAmI", "Access/ListPermissions")),
     (
         Scope.SERVER, Role.ADMIN, "",

@@ -17,6 +17,7 @@ from aiorch_server.frontends.admin.deployments_service import DeploymentsService
 from aiorch_server.frontends.admin.details import describe_failure
 from aiorch_server.frontends.admin.feed import EventFeed
 from aiorch_server.frontends.admin.model_registry import ModelRegistryServicer
+from aiorch_server.frontends.admin.recording import FindQueue, TrafficRecorder, refuse_all
 from aiorch_server.frontends.admin.registration import add_admin_services
 from aiorch_server.frontends.admin.transactions import Transactions, is_change
 from aiorch_server.frontends.admin.tuning import TuningServicer
@@ -42,7 +43,7 @@ class AdminServices:
 
     ``gate`` None: nobody is asked who calls. ``allow_code``: what can run code of its author's choice may be deployed.
     ``on_commit`` is called on the loop after each change that was made here. ``explain`` tells what was done to the
-    knobs of a model.
+    knobs of a model; ``find_queue`` gives the queue whose traffic may be recorded.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class AdminServices:
         allow_code: bool = False,
         on_commit: Callable[[], None] = lambda: None,
         explain: Callable[[str], Sequence[Account]] = lambda model: (),
+        find_queue: FindQueue = refuse_all,
     ) -> None:
         self._database = database
         self._bounds = bounds
@@ -70,10 +72,11 @@ class AdminServices:
             settle_access=None if gate is None else lambda: gate.note_change(),
         )
         self._uploads = UploadService(self._transactions, bounds.lifetime_s)
+        self._recorder = TrafficRecorder(find_queue)
         self._servicers: dict[str, Any] = {
             "ModelRegistry": ModelRegistryServicer(self._uploads),
             "Deployments": DeploymentsServicer(self._feed, allow_code=allow_code),
-            "Tuning": TuningServicer(explain),
+            "Tuning": TuningServicer(explain, self._recorder),
             "Access": AccessServicer(),
             "Audit": AuditServicer(database),
         }
@@ -98,8 +101,9 @@ class AdminServices:
         self._housekeeping.start()
 
     def announce_stop(self) -> None:
-        """Ends all watches: a door that waits for its calls would wait for them."""
+        """Ends all watches and recordings: a door that waits for its calls would wait for them."""
         self._feed.announce_stop()
+        self._recorder.announce_stop()
 
     async def stop(self) -> None:
         """Refuses changes, and waits a while for those under way; the doors are closed by then."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from aiorch_proto.admin.v1 import tuning_pb2 as pb
@@ -12,6 +12,7 @@ from aiorch_server.config.objective import Objective
 from aiorch_server.errors import NotFoundError
 from aiorch_server.frontends.admin.caller import Caller
 from aiorch_server.frontends.admin.fields import check_range, choose_paths, within
+from aiorch_server.frontends.admin.recording import TrafficRecorder
 from aiorch_server.registry import objectives
 from aiorch_server.registry.events import append_event
 
@@ -34,10 +35,13 @@ _BOUNDS: Final = {
 
 
 class TuningServicer:
-    """The service Tuning: objectives are operations on a session of the registry's database, Explain is none."""
+    """The service Tuning: objectives are operations on a session of the registry's database, Explain and
+    RecordTraffic are none.
+    """
 
-    def __init__(self, explain: Callable[[str], Sequence[Account]]) -> None:
+    def __init__(self, explain: Callable[[str], Sequence[Account]], recorder: TrafficRecorder) -> None:
         self._explain = explain
+        self._recorder = recorder
 
     def GetObjective(self, session: Session, request: Any, caller: Caller) -> pb.Objective:
         """What a model should keep to."""
@@ -85,6 +89,15 @@ class TuningServicer:
             )
             told.time.FromNanoseconds(int(decision.at_s * 1e9))
         return answer
+
+    async def RecordTraffic(self, request: Any, context: Any) -> AsyncIterator[pb.RecordedTraffic]:
+        """When requests come and how many rows they have, while they come."""
+        messages = self._recorder.record(request)
+        try:
+            async for message in messages:
+                yield message
+        finally:
+            await messages.aclose()
 
 
 def _write(model: str, objective: Objective) -> pb.Objective:

@@ -38,7 +38,7 @@ from aiorch_client.admin.deployment_types import (
     VersionReport,
     VersionStatus,
 )
-from aiorch_client.admin.tuning_types import Decision, Explanation, Objective
+from aiorch_client.admin.tuning_types import Decision, Explanation, Objective, RecordedTraffic
 from aiorch_client.admin.types import ArtefactFile, Model, ModelVersion, Provenance, TensorSignature, Upload
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "Permission",
     "Provenance",
     "Quota",
+    "RecordedTraffic",
     "Role",
     "RoleBinding",
     "Rollout",

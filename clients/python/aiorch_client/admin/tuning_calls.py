@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from aiorch_proto.admin.v1 import tuning_pb2 as pb
 
 from aiorch_client.admin.calls import Call
 from aiorch_client.admin.messages import decode_explanation, decode_objective
-from aiorch_client.admin.tuning_types import Explanation, Objective
+from aiorch_client.admin.tuning_types import Explanation, Objective, RecordedTraffic
 from aiorch_client.errors import RequestError
+
+RECORD: Final = "Tuning.RecordTraffic"
 
 
 def get_objective(model: str) -> Call[Objective]:
@@ -33,3 +35,18 @@ def set_objective(model: str, **fields: float | int | None) -> Call[Objective]:
 def explain(model: str) -> Call[Explanation]:
     """Why the knobs stand where they stand."""
     return Call("Tuning.Explain", pb.ExplainRequest(model=model), decode_explanation)
+
+
+def record_traffic(model: str, seconds: float, version: int) -> pb.RecordTrafficRequest:
+    """Asks ``RECORD`` for so long; RequestError for what cannot be sent."""
+    try:
+        request = pb.RecordTrafficRequest(model=model, version=version)
+        request.duration.FromNanoseconds(round(seconds * 1e9))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"{seconds} s of model '{model}' cannot be asked for: {error}") from None
+    return request
+
+
+def decode_traffic(message: pb.RecordedTraffic) -> RecordedTraffic:
+    """One message of a recording."""
+    return RecordedTraffic(message.version, tuple(message.times_ns), tuple(message.rows), message.lost)

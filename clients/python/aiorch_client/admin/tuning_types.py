@@ -5,7 +5,7 @@ The shapes of proto/aiorch/admin/v1/tuning.proto, which says what each field mea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -48,3 +48,16 @@ class Explanation:
     objective: Objective | None
     knobs: Mapping[str, float]
     decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedTraffic:
+    """Requests of a version as they came: ``times_ns`` since the recording began, ascending, and ``rows`` of each.
+
+    ``lost``: how many more found no room in the server, because nobody read on.
+    """
+
+    version: int
+    times_ns: Sequence[int] = ()
+    rows: Sequence[int] = ()
+    lost: int = 0

@@ -22,11 +22,12 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61iorch/admin/v1/tuning.proto\x12\x0f\x61iorch.admin.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc7\x01\n\tObjective\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\npercentile\x18\x02 \x01(\x01\x12\x12\n\nlatency_us\x18\x03 \x01(\x03\x12\x14\n\x0c\x65rror_budget\x18\x04 \x01(\x01\x12\x15\n\rmin_instances\x18\x05 \x01(\x05\x12\x15\n\rmax_instances\x18\x06 \x01(\x05\x12\x16\n\x0emax_batch_size\x18\x07 \x01(\x05\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x15\n\rinstance_cost\x18\t \x01(\x01\"$\n\x13GetObjectiveRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x8e\x01\n\x13SetObjectiveRequest\x12-\n\tobjective\x18\x01 \x01(\x0b\x32\x1a.aiorch.admin.v1.Objective\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x17\n\x0fidempotency_key\x18\x0f \x01(\t\"\x1f\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x81\x01\n\x08\x44\x65\x63ision\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04knob\x18\x02 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x03 \x01(\x01\x12\r\n\x05\x61\x66ter\x18\x04 \x01(\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0e\n\x06\x65\x66\x66\x65\x63t\x18\x06 \x01(\t\"\xdf\x01\n\x0b\x45xplanation\x12\r\n\x05model\x18\x01 \x01(\t\x12-\n\tobjective\x18\x02 \x01(\x0b\x32\x1a.aiorch.admin.v1.Objective\x12\x36\n\x05knobs\x18\x03 \x03(\x0b\x32\'.aiorch.admin.v1.Explanation.KnobsEntry\x12,\n\tdecisions\x18\x04 \x03(\x0b\x32\x19.aiorch.admin.v1.Decision\x1a,\n\nKnobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xf6\x01\n\x06Tuning\x12P\n\x0cGetObjective\x12$.aiorch.admin.v1.GetObjectiveRequest\x1a\x1a.aiorch.admin.v1.Objective\x12P\n\x0cSetObjective\x12$.aiorch.admin.v1.SetObjectiveRequest\x1a\x1a.aiorch.admin.v1.Objective\x12H\n\x07\x45xplain\x12\x1f.aiorch.admin.v1.ExplainRequest\x1a\x1c.aiorch.admin.v1.Explanationb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61iorch/admin/v1/tuning.proto\x12\x0f\x61iorch.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc7\x01\n\tObjective\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\npercentile\x18\x02 \x01(\x01\x12\x12\n\nlatency_us\x18\x03 \x01(\x03\x12\x14\n\x0c\x65rror_budget\x18\x04 \x01(\x01\x12\x15\n\rmin_instances\x18\x05 \x01(\x05\x12\x15\n\rmax_instances\x18\x06 \x01(\x05\x12\x16\n\x0emax_batch_size\x18\x07 \x01(\x05\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x15\n\rinstance_cost\x18\t \x01(\x01\"$\n\x13GetObjectiveRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x8e\x01\n\x13SetObjectiveRequest\x12-\n\tobjective\x18\x01 \x01(\x0b\x32\x1a.aiorch.admin.v1.Objective\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x17\n\x0fidempotency_key\x18\x0f \x01(\t\"\x1f\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\"c\n\x14RecordTrafficRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"P\n\x0fRecordedTraffic\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x10\n\x08times_ns\x18\x02 \x03(\x03\x12\x0c\n\x04rows\x18\x03 \x03(\x05\x12\x0c\n\x04lost\x18\x04 \x01(\x03\"\x81\x01\n\x08\x44\x65\x63ision\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04knob\x18\x02 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x03 \x01(\x01\x12\r\n\x05\x61\x66ter\x18\x04 \x01(\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0e\n\x06\x65\x66\x66\x65\x63t\x18\x06 \x01(\t\"\xdf\x01\n\x0b\x45xplanation\x12\r\n\x05model\x18\x01 \x01(\t\x12-\n\tobjective\x18\x02 \x01(\x0b\x32\x1a.aiorch.admin.v1.Objective\x12\x36\n\x05knobs\x18\x03 \x03(\x0b\x32\'.aiorch.admin.v1.Explanation.KnobsEntry\x12,\n\tdecisions\x18\x04 \x03(\x0b\x32\x19.aiorch.admin.v1.Decision\x1a,\n\nKnobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xd2\x02\n\x06Tuning\x12P\n\x0cGetObjective\x12$.aiorch.admin.v1.GetObjectiveRequest\x1a\x1a.aiorch.admin.v1.Objective\x12P\n\x0cSetObjective\x12$.aiorch.admin.v1.SetObjectiveRequest\x1a\x1a.aiorch.admin.v1.Objective\x12H\n\x07\x45xplain\x12\x1f.aiorch.admin.v1.ExplainRequest\x1a\x1c.aiorch.admin.v1.Explanation\x12Z\n\rRecordTraffic\x12%.aiorch.admin.v1.RecordTrafficRequest\x1a .aiorch.admin.v1.RecordedTraffic0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,20 +36,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EXPLANATION_KNOBSENTRY']._loaded_options = None
   _globals['_EXPLANATION_KNOBSENTRY']._serialized_options = b'8\001'
-  _globals['_OBJECTIVE']._serialized_start=117
-  _globals['_OBJECTIVE']._serialized_end=316
-  _globals['_GETOBJECTIVEREQUEST']._serialized_start=318
-  _globals['_GETOBJECTIVEREQUEST']._serialized_end=354
-  _globals['_SETOBJECTIVEREQUEST']._serialized_start=357
-  _globals['_SETOBJECTIVEREQUEST']._serialized_end=499
-  _globals['_EXPLAINREQUEST']._serialized_start=501
-  _globals['_EXPLAINREQUEST']._serialized_end=532
-  _globals['_DECISION']._serialized_start=535
-  _globals['_DECISION']._serialized_end=664
-  _globals['_EXPLANATION']._serialized_start=667
-  _globals['_EXPLANATION']._serialized_end=890
-  _globals['_EXPLANATION_KNOBSENTRY']._serialized_start=846
-  _globals['_EXPLANATION_KNOBSENTRY']._serialized_end=890
-  _globals['_TUNING']._serialized_start=893
-  _globals['_TUNING']._serialized_end=1139
+  _globals['_OBJECTIVE']._serialized_start=149
+  _globals['_OBJECTIVE']._serialized_end=348
+  _globals['_GETOBJECTIVEREQUEST']._serialized_start=350
+  _globals['_GETOBJECTIVEREQUEST']._serialized_end=386
+  _globals['_SETOBJECTIVEREQUEST']._serialized_start=389
+  _globals['_SETOBJECTIVEREQUEST']._serialized_end=531
+  _globals['_EXPLAINREQUEST']._serialized_start=533
+  _globals['_EXPLAINREQUEST']._serialized_end=564
+  _globals['_RECORDTRAFFICREQUEST']._serialized_start=566
+  _globals['_RECORDTRAFFICREQUEST']._serialized_end=665
+  _globals['_RECORDEDTRAFFIC']._serialized_start=667
+  _globals['_RECORDEDTRAFFIC']._serialized_end=747
+  _globals['_DECISION']._serialized_start=750
+  _globals['_DECISION']._serialized_end=879
+  _globals['_EXPLANATION']._serialized_start=882
+  _globals['_EXPLANATION']._serialized_end=1105
+  _globals['_EXPLANATION_KNOBSENTRY']._serialized_start=1061
+  _globals['_EXPLANATION_KNOBSENTRY']._serialized_end=1105
+  _globals['_TUNING']._serialized_start=1108
+  _globals['_TUNING']._serialized_end=1446
 # @@protoc_insertion_point(module_scope)

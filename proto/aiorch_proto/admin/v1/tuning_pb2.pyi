@@ -1,5 +1,6 @@
 import datetime
 
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -53,6 +54,28 @@ class ExplainRequest(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     model: str
     def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class RecordTrafficRequest(_message.Message):
+    __slots__ = ("model", "version", "duration")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DURATION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: int
+    duration: _duration_pb2.Duration
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class RecordedTraffic(_message.Message):
+    __slots__ = ("version", "times_ns", "rows", "lost")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TIMES_NS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    times_ns: _containers.RepeatedScalarFieldContainer[int]
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    lost: int
+    def __init__(self, version: _Optional[int] = ..., times_ns: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., lost: _Optional[int] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("time", "knob", "before", "after", "reason", "effect")

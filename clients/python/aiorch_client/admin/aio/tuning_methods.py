@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+
 from aiorch_client.admin import tuning_calls
 from aiorch_client.admin.aio.connection import AsyncAdminConnection
-from aiorch_client.admin.tuning_types import Explanation, Objective
+from aiorch_client.admin.tuning_types import Explanation, Objective, RecordedTraffic
+from aiorch_client.errors import from_rpc_error
 
 
 class AsyncTuningMethods(AsyncAdminConnection):
@@ -45,3 +51,20 @@ class AsyncTuningMethods(AsyncAdminConnection):
     async def explain(self, model: str, *, timeout_s: float | None = None) -> Explanation:
         """As ``AdminClient.explain``."""
         return await self._call(tuning_calls.explain(model), timeout_s)
+
+    async def record_traffic(
+        self, model: str, seconds: float, *, version: int = 0, timeout_s: float | None = None
+    ) -> AsyncIterator[RecordedTraffic]:
+        """As ``AdminClient.record_traffic``."""
+        self._ensure_open()
+        request = tuning_calls.record_traffic(model, seconds, version)
+        limit_s = seconds + (self._layer.timeout_s if timeout_s is None else timeout_s)
+        call = self._find(tuning_calls.RECORD)(request, timeout=limit_s, metadata=self._metadata)
+        try:
+            while (message := await self._answer(call.read())) is not grpc.aio.EOF:
+                yield tuning_calls.decode_traffic(message)
+        except grpc.RpcError as error:
+            self._ensure_open()
+            raise from_rpc_error(error) from error
+        finally:
+            call.cancel()
