@@ -53,7 +53,9 @@ def find_ratio(result: Result, workload: str, load: str, entrant: str) -> tuple[
             upper, lower = upper + int(mine[chosen].sum()), lower + int(their[chosen].sum())
         drawn.append(upper / lower if lower else math.inf)
     ratio = sum(int(mine.sum()) for mine, _ in pairs) / their_sum
-    return ratio, float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
+    # between two draws nothing is drawn: where the other side has no good answer the ratio is infinite
+    low, high = (float(np.quantile(drawn, part, method="nearest")) for part in (0.025, 0.975))
+    return ratio, low, high
 
 
 def find_goodput(result: Result, workload: str, load: str, entrant: str) -> float | None:
