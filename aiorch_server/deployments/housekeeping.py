@@ -9,12 +9,12 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Collection
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 from aiorch_server.errors import AiorchError, ServerStopping
 from aiorch_server.lifecycle.threads import run_blocking
-from aiorch_server.registry.collect import collect_garbage
+from aiorch_server.registry.collect import GRACE, collect_garbage, exclude_uploads
 from aiorch_server.registry.deployments import read_deployments
 from aiorch_server.registry.events import forget_events
 from aiorch_server.registry.idempotency import forget_answers
@@ -41,12 +41,18 @@ class Housekeeping:
     """For one event loop's thread; what blocks runs on threads."""
 
     def __init__(
-        self, database: Database, store: ArtefactStore, uploads: Uploads, *, interval_s: float = INTERVAL_S
+        self,
+        database: Database,
+        store: ArtefactStore,
+        uploads: Uploads,
+        *,
+        interval_s: float = INTERVAL_S,
+        grace: timedelta = GRACE,
     ) -> None:
         self._database = database
         self._store = store
         self._uploads = uploads
-        self._interval_s = interval_s
+        self._interval_s, self._grace = interval_s, grace
         self._task: asyncio.Task[None] | None = None
         self._is_over = False
 
@@ -101,7 +107,13 @@ class Housekeeping:
         self._uploads.sweep(now=datetime.now(UTC))
 
     def _collect(self) -> None:
-        freed = collect_garbage(self._store, self._list_referenced, now=datetime.now(UTC))
+        freed = collect_garbage(
+            self._store,
+            self._list_referenced,
+            now=datetime.now(UTC),
+            grace=self._grace,
+            begin=lambda: exclude_uploads(self._database),
+        )
         if freed:
             logger.info("%d bytes that no version refers to were deleted from %s", freed, self._store.name)
 

@@ -12,7 +12,7 @@ import shutil
 import tarfile
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +30,7 @@ from aiorch_server.frontends.grpc import GrpcDoor, create_grpcio_server
 from aiorch_server.frontends.grpc.methods import RpcMethod, RpcService
 from aiorch_server.frontends.grpc.reflection import add_reflection_service
 from aiorch_server.registry.database import Database
-from aiorch_server.registry.store import open_store
+from aiorch_server.registry.store import ArtefactStore, open_store
 from aiorch_server.registry.upgrade import upgrade_schema
 from aiorch_server.registry.uploads import UploadBounds
 from aiorch_server.security.access import UNRESTRICTED, Access, current_access
@@ -91,12 +91,13 @@ class Site:
         self.folder, self.door, self.bounds = folder, door, bounds or UploadBounds(spare_bytes=0)
         self.commits = 0
         self.allow_code = True
+        self.open_store: Callable[[], ArtefactStore] = lambda: open_store(str(self.folder / "artefacts"))
 
     async def start(self) -> None:
         if self.url.startswith("sqlite:///") and not (self.folder / "registry.db").exists():
             shutil.copyfile(await asyncio.to_thread(make_tables), self.folder / "registry.db")
         self.database = Database(self.url)
-        self.store = open_store(str(self.folder / "artefacts"))
+        self.store = self.open_store()
         self.services = AdminServices(
             self.database, self.bounds, server="here", allow_code=self.allow_code, on_commit=self._count
         )  # fmt: skip

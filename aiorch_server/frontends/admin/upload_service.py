@@ -22,6 +22,7 @@ from aiorch_server.errors import (
     Conflict,
     PreconditionFailed,
     QuotaExceeded,
+    RegistryUnavailable,
     RequestError,
     StreamStalled,
 )
@@ -38,6 +39,7 @@ from aiorch_server.frontends.admin.upload_header import (
     find_done,
 )
 from aiorch_server.registry import models, upload_rows, versions
+from aiorch_server.registry.collect import LEASE_S, read_collections
 from aiorch_server.registry.idempotency import LARGEST_ANSWER_BYTES, keep_answer
 from aiorch_server.registry.names import not_registered
 from aiorch_server.registry.uploads import Finished, Upload, Uploads
@@ -52,6 +54,10 @@ MAX_CHUNK_BYTES: Final = 4 << 20
 MAX_STREAMS: Final = 64
 _THREADS: Final = 4
 PATIENCE_S: Final = 120.0
+#: How often files are stored anew because some were deleted meanwhile; how long the end of a deletion is waited for.
+_MOST_STORES: Final = 5
+QUIET_PATIENCE_S: Final = LEASE_S + 5.0
+_LOOK_S: Final = 0.2
 _Result = TypeVar("_Result")
 
 
@@ -258,6 +264,24 @@ class UploadService:
             task.exception()  # looked at: its client may be gone
 
     async def _make_version(self, upload: Upload, announced: Announced) -> bytes:
+        for _ in range(_MOST_STORES):
+            collections = await self._await_quiet()
+            answer = await self._try_version(upload, announced, collections)
+            if answer is not None:
+                return answer
+        raise _defer("files that no version needs were deleted while these were stored")
+
+    async def _await_quiet(self) -> int:
+        """``read_collections``, once nothing is being deleted."""
+        deadline = asyncio.get_running_loop().time() + QUIET_PATIENCE_S
+        while (collections := await self._database.read(read_collections)) is None:
+            if asyncio.get_running_loop().time() > deadline:
+                raise _defer("files that no version needs are being deleted from the store")
+            await asyncio.sleep(_LOOK_S)
+        return collections
+
+    async def _try_version(self, upload: Upload, announced: Announced, collections: int) -> bytes | None:
+        """The answer; None where anything was deleted since ``collections``, and the files may be gone."""
         try:
             finished = await self._run(self._finish_on_thread, upload)
         except AiorchError as error:
@@ -268,7 +292,9 @@ class UploadService:
             if isinstance(error, RequestError) and not isinstance(error, PreconditionFailed | Conflict):
                 await self._database.run(lambda session: upload_rows.drop_upload(session, *announced.key))
             raise
-        answer = await self._database.run(lambda session: self._record(session, announced, finished))
+        answer = await self._database.run(lambda session: self._record(session, announced, finished, collections))
+        if answer is None:
+            return None
         try:
             await self._run(self._uploads.drop, upload)
         except AiorchError as error:
@@ -278,11 +304,13 @@ class UploadService:
     def _finish_on_thread(self, upload: Upload) -> Finished:
         return self._uploads.finish(upload, now=datetime.now(UTC))
 
-    def _record(self, session: Session, announced: Announced, finished: Finished) -> bytes:
-        """The version with all that goes with it, in one transaction."""
+    def _record(self, session: Session, announced: Announced, finished: Finished, collections: int) -> bytes | None:
+        """The version with all that goes with it, in one transaction; None, and no change, as ``_try_version``."""
         done = find_done(session, announced)
         if done is not None:
             return done
+        if read_collections(session) != collections:
+            return None
         header, caller = announced.header, announced.caller
         upload_rows.get_upload(session, *announced.key)
         is_new = not models.has(session, header.model)
@@ -317,3 +345,9 @@ class UploadService:
     def close(self) -> None:
         """Takes no more work; what is under way on threads ends by itself."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _defer(reason: str) -> RegistryUnavailable:
+    error = RegistryUnavailable(f"{reason}; go on with the same upload_id, nothing need be sent again")
+    error.told = str(error)
+    return error
